@@ -1,0 +1,1 @@
+"""Training: configuration, the phases loop, checkpoints, and the command line."""
