@@ -71,7 +71,9 @@ class GeneSpace:
     @cached_property
     def ambiguous_symbols(self) -> frozenset[str]:
         """Name the symbols that several genes of the space share."""
-        return frozenset(name for name, times in Counter(self.symbols).items() if name is not None and times > 1)
+        return frozenset(
+            name for name, times in Counter(self.symbols).items() if name is not None and times > 1
+        )
 
     def index(self, name: str) -> int:
         """Return the index of the gene with this id (any version) or, where it is unique, this symbol."""
@@ -218,7 +220,7 @@ def match_genes(space: GeneSpace, source: SourceGenes) -> tuple[np.ndarray, str]
 
 
 def read_gene_list(path: str | Path) -> GeneSpace:
-    """Read a gene list: names one a line (.txt), a table with id and symbol columns (.csv, .tsv), `genes.json`."""
+    """Read a gene list: .txt (a name a line), .csv or .tsv (id and symbol columns), or `genes.json`."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -1,0 +1,203 @@
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+
+from data.corpus import ROWS_PER_BATCH, CorpusWriter, open_corpus
+from data.errors import DataError
+from data.genes import GeneSpace
+from data.manifest import ObsColumn, corpus_schema, index_ranges
+
+SPACE = GeneSpace(("A", "B", "C", "D"), ("A", "B", "C", "D"), "symbol")
+COLUMNS = {
+    "technical_batch": ObsColumn("class", ("day1", "day2")),
+    "dose": ObsColumn("number", dtype="float64"),
+}
+
+
+def write_small(folder: Path, **settings) -> Path:
+    with CorpusWriter(folder, SPACE, columns=COLUMNS, rows_per_shard=2, **settings) as writer:
+        writer.write(
+            np.array([0, 2, 2, 5]),
+            np.array([0, 3, 0, 1, 2]),
+            np.array([7, 65535, 1, 2, 3]),
+            {"technical_batch": np.array([1, 0, 1]), "dose": np.array([0.5, np.nan, 2.0])},
+        )
+    return folder
+
+
+def test_a_written_corpus_opens_with_its_description(tmp_path):
+    info = open_corpus(write_small(tmp_path / "c", control_label="A"))
+    assert info.num_cells == 3
+    assert info.gene_space == SPACE
+    assert info.columns == COLUMNS
+    assert info.class_names("technical_batch") == ("day1", "day2")
+    assert info.manifest.technical_batches == ("day1", "day2")
+    assert info.manifest.control_label == "A"
+    assert info.manifest.n_nonzero == 5
+    assert [shard.file for shard in info.manifest.shards] == [
+        "data-00000-of-00002.arrow",
+        "data-00001-of-00002.arrow",
+    ]
+    assert info.row_starts.tolist() == [0, 2, 3]
+    assert not (tmp_path / "c" / ".unfinished").exists()
+
+
+def test_hugging_face_datasets_opens_the_arrow_corpus_with_class_names(tmp_path):
+    dataset = datasets.load_from_disk(str(write_small(tmp_path / "c")))
+    assert dataset.features["technical_batch"] == datasets.ClassLabel(names=["day1", "day2"])
+    assert dataset[2] == {
+        "genes": [0, 1, 2], "counts": [1, 2, 3], "technical_batch": 1, "dose": 2.0, "source": 0, "total": 6.0,
+        "n_genes": 3,
+    }  # fmt: skip
+    assert dataset[1]["genes"] == []
+    assert dataset[0]["counts"] == [7, 65535]
+
+
+def test_the_schema_is_the_one_that_datasets_itself_would_write():
+    features = datasets.Features(
+        {
+            "genes": datasets.List(datasets.Value("int32")),
+            "counts": datasets.List(datasets.Value("uint16")),
+            "technical_batch": datasets.ClassLabel(names=["day1", "day2"]),
+            "dose": datasets.Value("float64"),
+            "source": datasets.Value("int16"),
+            "total": datasets.Value("float32"),
+            "n_genes": datasets.Value("int32"),
+        }
+    )
+    ours = corpus_schema("uint16", COLUMNS)
+    assert ours.equals(features.arrow_schema)
+    theirs = features.arrow_schema.metadata[b"huggingface"]
+    assert json.loads(ours.metadata[b"huggingface"]) == json.loads(theirs)
+
+
+def test_the_parquet_corpus_holds_the_same_rows_as_the_arrow_one(tmp_path):
+    arrow = datasets.load_from_disk(str(write_small(tmp_path / "a")))
+    folder = write_small(tmp_path / "p", storage="parquet")
+    cache = str(tmp_path / "cache")
+    loaded = datasets.load_dataset(
+        "parquet", data_files=f"{folder}/*.parquet", split="train", cache_dir=cache
+    )
+    assert loaded.features == arrow.features
+    assert loaded.remove_columns("dose").to_list() == arrow.remove_columns("dose").to_list()
+    group = pq.ParquetFile(folder / "data-00000-of-00002.parquet").metadata.row_group(0)
+    assert "DELTA_BINARY_PACKED" in group.column(0).encodings
+    assert "BYTE_STREAM_SPLIT" in group.column(1).encodings
+    assert group.column(0).compression == "ZSTD"
+    assert not (folder / "state.json").exists()
+
+
+def test_record_batches_hold_at_most_the_documented_rows(tmp_path):
+    rows = ROWS_PER_BATCH + 5
+    with CorpusWriter(tmp_path / "c", SPACE) as writer:
+        writer.write(np.arange(rows + 1), np.zeros(rows), np.ones(rows))
+    with pa.ipc.open_stream(str(tmp_path / "c" / "data-00000-of-00001.arrow")) as reader:
+        assert [batch.num_rows for batch in reader] == [ROWS_PER_BATCH, 5]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_a_corpus_without_its_last_files_is_not_finished(tmp_path, name):
+    folder = write_small(tmp_path / "c")
+    (folder / name).unlink()
+    with pytest.raises(DataError, match="conversion not finished: run the same command again"):
+        open_corpus(folder)
+
+
+def test_a_missing_folder_names_the_converter(tmp_path):
+    with pytest.raises(DataError, match=r"no such folder.*convert_h5ad"):
+        open_corpus(tmp_path / "absent")
+
+
+def test_a_shard_of_the_wrong_size_is_refused(tmp_path):
+    folder = write_small(tmp_path / "c")
+    shard = folder / "data-00001-of-00002.arrow"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.raises(DataError, match=r"data-00001-of-00002.arrow has \d+ bytes, not \d+"):
+        open_corpus(folder)
+    shard.unlink()
+    with pytest.raises(DataError, match=r"data-00001-of-00002.arrow is missing"):
+        open_corpus(folder)
+
+
+def test_another_gene_space_than_the_manifest_names_is_refused(tmp_path):
+    folder = write_small(tmp_path / "c")
+    other = GeneSpace(("A", "B", "D", "C"), ("A", "B", "D", "C"), "symbol")
+    (folder / "genes.json").write_text(other.to_json())
+    with pytest.raises(DataError, match="is not the gene space that manifest.json was written with"):
+        open_corpus(folder)
+
+
+def test_another_format_version_is_refused(tmp_path):
+    folder = write_small(tmp_path / "c")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(DataError, match="corpus format 2 is not 1"):
+        open_corpus(folder)
+
+
+def test_a_corpus_opens_through_an_fsspec_url(tmp_path):
+    local = open_corpus(write_small(tmp_path / "c"))
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "c"), "/corpora/c", recursive=True)
+    try:
+        info = open_corpus("memory://corpora/c")
+        assert info.manifest == local.manifest
+        assert info.fingerprint == local.fingerprint
+        with info.filesystem.open(info.shard_paths[0]) as file:
+            assert file.read() == (tmp_path / "c" / "data-00000-of-00002.arrow").read_bytes()
+    finally:
+        memory.rm("/corpora", recursive=True)
+
+
+def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
+    folder = write_small(tmp_path / "c")
+    shutil.copytree(folder, tmp_path / "moved")
+    other = write_small(tmp_path / "other", count_dtype="uint32")
+    assert open_corpus(tmp_path / "moved").fingerprint == open_corpus(folder).fingerprint
+    assert open_corpus(other).fingerprint != open_corpus(folder).fingerprint
+
+
+def test_a_writer_that_fails_leaves_nothing_that_loads(tmp_path):
+    with pytest.raises(RuntimeError, match="stop"), CorpusWriter(tmp_path / "c", SPACE) as writer:
+        writer.write(np.array([0, 1]), np.array([0]), np.array([1]))
+        raise RuntimeError("stop")
+    assert list((tmp_path / "c").iterdir()) == []
+    with pytest.raises(DataError, match="conversion not finished"):
+        open_corpus(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("offsets", "genes", "counts", "message"),
+    [
+        ([0, 2], [1, 1], [1, 1], "do not increase strictly"),
+        ([0, 2], [2, 1], [1, 1], "do not increase strictly"),
+        ([0, 1], [4], [1], r"outside \[0, 4\)"),
+        ([0, 1], [0], [65536], "not exact in uint16"),
+        ([0, 1], [0], [0.5], "not exact in uint16"),
+        ([0, 1], [0], [np.nan], "not exact in uint16"),
+        ([0, 3], [0], [1], "offsets do not fit"),
+    ],
+)
+def test_rows_that_break_the_format_are_refused(tmp_path, offsets, genes, counts, message):
+    with pytest.raises(DataError, match=message), CorpusWriter(tmp_path / "c", SPACE) as writer:
+        writer.write(np.array(offsets), np.array(genes), np.array(counts))
+
+
+def test_a_class_column_that_is_not_there_lists_those_there_are(tmp_path):
+    with pytest.raises(DataError, match="no class column 'dose'; it has: technical_batch"):
+        open_corpus(write_small(tmp_path / "c")).class_names("dose")
+
+
+def test_measured_genes_are_kept_as_ranges(tmp_path):
+    assert index_ranges(np.array([0, 1, 2, 5, 7, 8])) == ((0, 3), (5, 6), (7, 9))
+    assert index_ranges(np.array([], dtype=np.int32)) == ()
+    source = open_corpus(write_small(tmp_path / "c")).manifest.sources[0]
+    assert source.measured_mask(4).tolist() == [True] * 4
