@@ -1,0 +1,185 @@
+"""Load a run's configuration (compose it, find which kind it is, validate it) and write it out again."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trainer.config.checks import cross_field_problems
+from trainer.config.compose import compose
+from trainer.config.messages import (
+    Problem,
+    config_error,
+    field_at,
+    inner_section,
+    is_list,
+    near_miss,
+    translate,
+)
+from trainer.config.schema import RunConfig
+from trainer.config.yaml_text import write_yaml
+from trainer.errors import ConfigError
+
+_CELLS_KEYS = ("data", "tokenizer", "training", "eval", "finetune")
+_SPELLINGS = {"amp_dtype", "use_wandb", "wandb_project"}
+
+
+def load_run_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Load, compose and validate a run's configuration.
+
+    Raises:
+        ConfigError: lists every mistake with its YAML path.
+    """
+    path = Path(path).expanduser()
+    raw, problems = compose(path, list(overrides or []))
+    check_front_door(raw, str(path))
+    config, more = validate(raw, problems)
+    problems += more
+    if problems or config is None:
+        raise config_error(str(path), problems)
+    return config
+
+
+def validate(
+    raw: dict[str, Any], known: list[Problem] | None = None
+) -> tuple[RunConfig | None, list[Problem]]:
+    """Return the configuration and all its mistakes, those of single fields and those between fields.
+
+    Values that are wrong in themselves are replaced by stand-ins, so that the rules between the other fields
+    can still be checked; a rule that rests on a stand-in is left out. Mistakes at `known` places are not told
+    twice.
+    """
+    stated = [problem.path for problem in known or []]
+    problems: list[Problem] = []
+    for _ in range(_MAX_REPAIRS):
+        try:
+            config = RunConfig.model_validate(raw, context={"fields_only": True})
+        except ValidationError as error:
+            errors = [dict(item) for item in error.errors(include_url=False)]
+            found = [translate(item, RunConfig) for item in errors]
+            problems += [p for p in found if not _is_touched(p.path, [*stated, *(q.path for q in problems)])]
+            raw = copy.deepcopy(raw)
+            for item in sorted(errors, key=lambda item: str(item["loc"]), reverse=True):
+                _repair(raw, item)
+            continue
+        wrong = [*stated, *(problem.path for problem in problems)]
+        problems += [
+            problem
+            for problem in cross_field_problems(config)
+            if not any(_is_touched(path, wrong) for path in (problem.path, *problem.involves))
+        ]
+        return config, problems
+    return None, problems
+
+
+def check_front_door(raw: dict[str, Any], source: str) -> None:
+    """Refuse what is not a phases configuration.
+
+    Raises:
+        ConfigError: it is of another kind, of two kinds, or of none.
+    """
+    training, model = raw.get("training"), raw.get("model")
+    circuits = [
+        *(["general"] if "general" in raw else []),
+        *(["training.general"] if isinstance(training, dict) and "general" in training else []),
+    ]
+    if "datasets" in raw and circuits:
+        raise ConfigError(
+            f"{source}: `datasets` makes this a phases config and `{'`, `'.join(circuits)}` a "
+            "circuits config; keep one"
+        )
+    if "datasets" in raw:
+        return
+    if circuits:
+        raise ConfigError(
+            f"{source}: `{'`, `'.join(circuits)}` makes this a circuits config, which this version "
+            "does not run; "
+            "it runs configs with `datasets`, a list of phases"
+        )
+    cells = [key for key in _CELLS_KEYS if key in raw]
+    if isinstance(model, dict) and "architecture" in model:
+        cells.append("model.architecture")
+    if cells:
+        raise ConfigError(
+            f"{source}: `{'`, `'.join(cells)}` makes this a cells config, which this version does not run; "
+            "it runs configs with `datasets`, a list of phases"
+        )
+    close = next((key for key in raw if near_miss(str(key), ["datasets"])), None)
+    hint = f"; did you mean it by `{close}`?" if close else ""
+    raise ConfigError(
+        f"{source}: expected `datasets`, the list of phases, at the top level (with run_name and model){hint}"
+    )
+
+
+def dump_yaml(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML that loads as an equal one."""
+    content = config.model_dump(mode="python", exclude=_SPELLINGS)
+    return write_yaml(_without_interpolations(content))
+
+
+def json_schema() -> dict[str, Any]:
+    """Return a JSON schema with which editors complete and check a config file as it is typed."""
+    schema = RunConfig.model_json_schema(mode="validation")
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_with_interpolations(schema)}
+    schema["properties"]["defaults"] = {"description": "Files and presets to merge first", "type": "array"}
+    schema["properties"]["hydra"] = {"description": "Accepted; does nothing"}
+    return schema
+
+
+_MAX_REPAIRS = 8
+
+
+def _is_touched(path: str, wrong: list[str]) -> bool:
+    """Tell whether a path is one of those known to be wrong, inside one, or around one."""
+    return any(path == w or path.startswith(f"{w}.") or w.startswith(f"{path}.") for w in wrong if w)
+
+
+def _repair(raw: dict[str, Any], error: dict[str, Any]) -> None:
+    """Replace the value that an error is about by one that is valid in itself."""
+    location = [part for part in error["loc"] if part != "[key]"]
+    *parents, last = location
+    node: Any = raw
+    for part in parents:
+        node = node.get(part) if isinstance(node, dict) else node[part] if isinstance(node, list) else None
+    if error["type"] == "missing" and isinstance(node, dict) or isinstance(node, list):
+        node[last] = _stand_in(location)
+    elif isinstance(node, dict):
+        node.pop(last, None)
+    else:  # the schema reads text as a section here
+        raw.pop(location[0], None)
+
+
+def _stand_in(location: list[str | int]) -> Any:
+    """Return a value that is valid by itself at a place of the schema that has no default."""
+    field = field_at(RunConfig, location)
+    if field is None:
+        return None
+    if location[0] == "trackers":
+        return {"name": "csv"}
+    if is_list(field) and not isinstance(location[-1], int):
+        return [_stand_in([*location, 0])]
+    return "stand.in" if inner_section(field.annotation) is None else {}
+
+
+def _without_interpolations(value: Any) -> Any:
+    """Escape `${` in texts: what is resolved is meant literally."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", lambda match: f"{match[1] * 2}\\${{", value)
+    if isinstance(value, dict):
+        return {key: _without_interpolations(inner) for key, inner in value.items()}
+    return [_without_interpolations(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _with_interpolations(schema: Any) -> Any:
+    """Allow `${...}` in a file wherever something else than text is expected."""
+    if isinstance(schema, list):
+        return [_with_interpolations(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    schema = {key: _with_interpolations(inner) for key, inner in schema.items()}
+    if schema.get("type") in ("integer", "number", "boolean") or "enum" in schema:
+        about = {key: schema.pop(key) for key in ("title", "description", "default") if key in schema}
+        return {**about, "anyOf": [schema, {"type": "string", "pattern": r"\$\{"}]}
+    return schema

@@ -1,0 +1,438 @@
+"""The configuration of a run: every key, its unit, its default and its range. Pure data, no I/O."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+
+from trainer.config.checks import cross_field_problems
+from trainer.config.fields import (
+    Arguments,
+    AsTuple,
+    Count,
+    DottedPath,
+    LearningRate,
+    NotEmpty,
+    Pattern,
+    Patterns,
+    PositiveCount,
+    RunName,
+    Text,
+    null_as,
+    tracker_section,
+)
+from trainer.errors import ConfigError
+
+PRECISION_SPELLINGS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        hide_input_in_errors=True,
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_empty_sections(cls, raw: Any) -> Any:
+        """Read `checkpoint:` with nothing under it as the defaults."""
+        if not isinstance(raw, dict):
+            return raw
+        fields = cls.model_fields
+        return {
+            key: {} if value is None and key in fields and _is_section(fields[key].annotation) else value
+            for key, value in raw.items()
+        }
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)
+
+
+class ModelConfig(Section):
+    """The model: a class, and either its own arguments or a config object's."""
+
+    model_class: DottedPath = Field(description="Dotted path of the model class")
+    model_args: Arguments = Field(default_factory=dict, description="Keyword arguments of the model class")
+    config_class: DottedPath | None = Field(
+        default=None, description="Dotted path of a config class, whose object is the model's first argument"
+    )
+    config_args: Arguments = Field(
+        default_factory=dict,
+        description="Keyword arguments of the config class; vocab_size, n_bins and "
+        "n_technical_batches follow from the data",
+    )
+
+
+class ParameterGroup(Section):
+    """Parameters with optimizer settings of their own."""
+
+    name: Text = Field(description="Name of the group, as group_lrs and the log use it")
+    match: Annotated[tuple[Pattern, ...], AsTuple, NotEmpty] = Field(
+        description="Regular expressions; a parameter whose name one of them is found in joins the "
+        "first such group"
+    )
+    args: Arguments = Field(
+        default_factory=dict, description="Optimizer settings of this group (lr, weight_decay, ...)"
+    )
+
+
+class OptimizerConfig(Section):
+    """The run's one optimizer, and the scheduler that may go with it."""
+
+    optimizer_class: DottedPath = Field(
+        default="torch.optim.AdamW",
+        description="Dotted path of an optimizer class or factory, which gets the parameters first",
+    )
+    optimizer_args: Arguments = Field(
+        default_factory=dict, description="Keyword arguments of the optimizer (lr, betas, ...)"
+    )
+    scheduler_class: DottedPath | None = Field(
+        default=None,
+        description="Dotted path of a scheduler class, which gets the optimizer first and is "
+        "stepped once an optimizer step",
+    )
+    scheduler_args: Arguments = Field(default_factory=dict, description="Keyword arguments of the scheduler")
+    groups: Annotated[tuple[ParameterGroup, ...], AsTuple, null_as(tuple)] = Field(
+        default=(), description="Parameter groups; parameters in none of them form the group 'default'"
+    )
+
+
+class LossConfig(Section):
+    """The loss, where the model does not bring its own."""
+
+    loss_class: DottedPath = Field(description="Dotted path of the loss class")
+    loss_args: Arguments = Field(default_factory=dict, description="Keyword arguments of the loss class")
+
+
+class Fp8Config(Section):
+    """How FP8 is computed; only with `precision: fp8`."""
+
+    recipe: Literal["current_scaling"] = Field(
+        default="current_scaling", description="How FP8 scales are chosen"
+    )
+    backend: Literal["te", "emulate"] = Field(
+        default="te",
+        description="Transformer Engine on a GPU, or its rounding emulated in fp32 on any device "
+        "(slow, for tests)",
+    )
+    exclude_layers: Patterns = Field(
+        default=(), description="Regular expressions on layer names that stay in bf16"
+    )
+
+
+class ValidationConfig(Section):
+    """The validation data of a phase."""
+
+    dataloader_factory: DottedPath = Field(
+        description="Dotted path of a function that returns the validation data"
+    )
+    dataloader_args: Arguments = Field(default_factory=dict, description="Keyword arguments of that function")
+
+
+class CheckpointConfig(Section):
+    """Which checkpoints are kept, and how they are written."""
+
+    keep_last: PositiveCount | None = Field(
+        default=3, description="Newest checkpoints that are kept (checkpoints; null: all)"
+    )
+    keep_every_steps: PositiveCount | None = Field(
+        default=None,
+        description="Checkpoints at multiples of this are kept for good (optimizer steps; null: none)",
+    )
+    keep_best: Count = Field(
+        default=1, description="Checkpoints of lowest validation loss that are kept (checkpoints)"
+    )
+    asynchronous: bool = Field(default=True, description="Write in the background while training goes on")
+
+
+class TrackerConfig(Section):
+    """Where metrics go; every key but `name` is an argument of the tracker."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Literal["csv", "tensorboard", "wandb"] = Field(description="Which tracker")
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """Return the tracker's own arguments."""
+        return dict(self.model_extra or {})
+
+
+class PhaseConfig(Section):
+    """One entry of `datasets`: data with its own learning rates, epochs and limits."""
+
+    name: str = Field(default="", description="Name of the phase, unique in the run; default: phase_<index>")
+    dataloader_factory: DottedPath = Field(
+        description="Dotted path of a function that returns (dataset, DataLoader), a DataLoader, or "
+        "a row source"
+    )
+    dataloader_args: Arguments = Field(default_factory=dict, description="Keyword arguments of that function")
+    validation: ValidationConfig | None = Field(
+        default=None, description="Validation data; null: what the training data set carries, if it does"
+    )
+    epochs: Count = Field(default=1, description="Passes over the phase's data (epochs; 0 skips the phase)")
+    max_steps: PositiveCount | None = Field(
+        default=None, description="The phase ends after this many (optimizer steps; null: no limit)"
+    )
+    max_steps_per_epoch: PositiveCount | None = Field(
+        default=None, description="An epoch ends after this many (optimizer steps; null: no limit)"
+    )
+    lr: LearningRate | None = Field(
+        default=None, description="Base learning rate of all groups (null: as optimizer_args say)"
+    )
+    muon_lr: LearningRate | None = Field(
+        default=None,
+        description="Base learning rate of the groups marked use_muon (null: as optimizer_args say)",
+    )
+    adam_lr: LearningRate | None = Field(
+        default=None,
+        description="Base learning rate of the groups not marked use_muon (null: as optimizer_args say)",
+    )
+    group_lrs: Annotated[dict[str, LearningRate], null_as(dict)] = Field(
+        default_factory=dict,
+        description="Base learning rates by group name; go before lr, muon_lr and adam_lr",
+    )
+    warmup_steps: Count = Field(
+        default=0, description="Linear rise to the base learning rate (optimizer steps)"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Learning rate after warmup, over what the phase really runs"
+    )
+    min_lr_ratio: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Learning rate at the end of the decay (fraction of the base learning rate)",
+    )
+    log_every_steps: PositiveCount = Field(
+        default=10, description="Between lines of the log (optimizer steps of the phase)"
+    )
+    save_every_steps: PositiveCount | None = Field(
+        default=1000,
+        description="Between checkpoints (optimizer steps of the run; null: only at the ends of phases)",
+    )
+    eval_every_epochs: PositiveCount | None = Field(
+        default=None,
+        description="Between evaluations (epochs; null: every epoch if there is validation data)",
+    )
+    eval_every_steps: PositiveCount | None = Field(
+        default=None, description="Between further evaluations (optimizer steps of the phase; null: none)"
+    )
+    validation_steps: PositiveCount | None = Field(
+        default=None,
+        description="An evaluation ends after this many (evaluation steps; null: all validation data)",
+    )
+    global_batch_size: PositiveCount | None = Field(
+        default=None,
+        description="In this phase, in place of the run's (cells per optimizer step over all ranks)",
+    )
+    gradient_accumulation_steps: PositiveCount | None = Field(
+        default=None,
+        description="In this phase, in place of the run's (micro-batches per rank and optimizer step)",
+    )
+    micro_batch_size: PositiveCount | None = Field(
+        default=None, description="In this phase, in place of the run's (cells per rank and forward pass)"
+    )
+    freeze: Patterns = Field(
+        default=(), description="Regular expressions on parameter names that are held still in this phase"
+    )
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """What the configuration says of a phase's batches, run and phase merged; None where it says nothing."""
+
+    global_batch_size: int | None
+    gradient_accumulation_steps: int | None
+    micro_batch_size: int | None
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The batch arithmetic of a phase: micro-batch x accumulation x world size = global batch."""
+
+    micro_batch_size: int
+    accumulation: int
+    world_size: int
+    global_batch_size: int
+
+
+class RunConfig(Section):
+    """A run: one model and one optimizer through an ordered list of phases."""
+
+    run_name: RunName = Field(description="Name of the run and its folder")
+    output_dir: Text = Field(default="checkpoints", description="Folder in which the run folder is made")
+    seed: Count = Field(default=42, description="Seed of initialisation, order, masks and noise")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Kind of device; auto: a GPU where there is one"
+    )
+    precision: Literal["bf16", "fp16", "fp32", "fp8"] | None = Field(
+        default=None, description="Precision of the computation (null: bf16 on a GPU, fp32 on a CPU)"
+    )
+    amp_dtype: Literal["bf16", "fp16", "fp32", "fp8", "bfloat16", "float16", "float32"] | None = Field(
+        default=None, description="Another spelling of precision"
+    )
+    fp8: Fp8Config | None = Field(default=None, description="FP8 settings; only with precision: fp8")
+    resume_from: Text | None = Field(
+        default=None,
+        description="latest: go on with this run name's newest checkpoint; auto: the same, or start "
+        "where there is none; "
+        "or the path of a run folder, checkpoint or .pt file; null: start",
+    )
+    init_from: Text | None = Field(
+        default=None, description="Path of a checkpoint or weights file whose weights a fresh start takes"
+    )
+    model: ModelConfig = Field(description="The model")
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer")
+    loss: LossConfig | None = Field(default=None, description="The loss; null: the model brings its own")
+    datasets: Annotated[tuple[PhaseConfig, ...], AsTuple, NotEmpty] = Field(
+        description="The phases, in the order in which they run", json_schema_extra={"minItems": 1}
+    )
+    global_batch_size: PositiveCount | None = Field(
+        default=None,
+        description="Cells per optimizer step over all ranks; exactly one of this and "
+        "gradient_accumulation_steps",
+    )
+    gradient_accumulation_steps: PositiveCount | None = Field(
+        default=None,
+        description="Micro-batches per rank and optimizer step; exactly one of this and global_batch_size",
+    )
+    micro_batch_size: PositiveCount | None = Field(
+        default=None, description="Cells per rank and forward pass; null: what a loader of your own yields"
+    )
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0, description="Gradients are clipped to this global L2 norm (null: off)"
+    )
+    max_nonfinite_steps: PositiveCount = Field(
+        default=10,
+        description="Steps skipped in a row for a non-finite loss or gradient before the run stops (steps)",
+    )
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="Which checkpoints are kept, and how they are written"
+    )
+    trackers: Annotated[
+        tuple[
+            Annotated[
+                TrackerConfig,
+                BeforeValidator(
+                    tracker_section,
+                    json_schema_input_type=Literal["csv", "tensorboard", "wandb"] | TrackerConfig,
+                ),
+            ],
+            ...,
+        ],
+        AsTuple,
+    ] = Field(
+        default=(TrackerConfig(name="csv"),),
+        description="Where metrics go beside metrics.jsonl: names, or {name, arguments}",
+    )
+    use_wandb: bool | None = Field(default=None, description="Another spelling of the tracker wandb")
+    wandb_project: Text | None = Field(
+        default=None, description="Another spelling of the tracker wandb's project"
+    )
+    distributed_timeout_seconds: PositiveCount = Field(
+        default=1800, description="A collective that waits longer than this fails (seconds)"
+    )
+    num_threads: PositiveCount | None = Field(
+        default=None, description="CPU threads of torch per rank (threads; null: left alone)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_one_way(cls, raw: Any) -> Any:
+        """Turn accepted spellings into the one that is stored, name the phases, and fill in `fp8`."""
+        if not isinstance(raw, dict):
+            return raw
+        raw = dict(raw)
+        _spell_precision(raw)
+        _spell_trackers(raw)
+        if raw.get("precision") == "fp8" and raw.get("fp8") is None:
+            raw["fp8"] = {}
+        phases = raw.get("datasets")
+        if isinstance(phases, (list, tuple)):
+            raw["datasets"] = [
+                {**phase, "name": phase.get("name") or f"phase_{index}"} if isinstance(phase, dict) else phase
+                for index, phase in enumerate(phases)
+            ]
+        return raw
+
+    @model_validator(mode="after")
+    def _check_fields_together(self, info: ValidationInfo) -> "RunConfig":
+        """Refuse fields that contradict each other, unless the caller collects these itself."""
+        if not (info.context or {}).get("fields_only"):
+            problems = cross_field_problems(self)
+            if problems:
+                raise ValueError("\n".join(problem.line() for problem in problems))
+        return self
+
+    def batch_settings(self, phase: PhaseConfig) -> BatchSettings:
+        """Return a phase's batch settings: its own pair or the run's, never a mixture."""
+        own = (phase.global_batch_size, phase.gradient_accumulation_steps)
+        pair = own if own != (None, None) else (self.global_batch_size, self.gradient_accumulation_steps)
+        return BatchSettings(*pair, phase.micro_batch_size or self.micro_batch_size)
+
+    def batch_plan(
+        self, phase: PhaseConfig | int, world_size: int, micro_batch_size: int | None = None
+    ) -> BatchPlan:
+        """Return a phase's batch arithmetic; `micro_batch_size` is what its loader yields.
+
+        Raises:
+            ConfigError: the numbers do not work out.
+        """
+        index = phase if isinstance(phase, int) else [p.name for p in self.datasets].index(phase.name)
+        settings = self.batch_settings(self.datasets[index])
+        micro = micro_batch_size or settings.micro_batch_size
+        if micro is None:
+            raise ConfigError(
+                f"datasets.{index}: the micro-batch is not known; set micro_batch_size (cells per "
+                "rank and forward pass)"
+            )
+        if settings.gradient_accumulation_steps is not None:
+            accumulation = settings.gradient_accumulation_steps
+            return BatchPlan(micro, accumulation, world_size, micro * accumulation * world_size)
+        total, per_round = settings.global_batch_size, micro * world_size
+        assert total is not None, "checked when the configuration was loaded"
+        if total % per_round:
+            raise ConfigError(
+                f"global batch {total} is not a multiple of micro-batch {micro} x {world_size} "
+                f"{'rank' if world_size == 1 else 'ranks'} = {per_round}; "
+                f"set datasets.{index}.global_batch_size or micro_batch_size"
+            )
+        return BatchPlan(micro, total // per_round, world_size, total)
+
+
+def _spell_precision(raw: dict[str, Any]) -> None:
+    """Move `amp_dtype` into `precision`; where the two differ both stay, and are refused."""
+    spelled = raw.get("amp_dtype")
+    wanted = PRECISION_SPELLINGS.get(spelled, spelled) if isinstance(spelled, str) else None
+    if wanted in ("bf16", "fp16", "fp32", "fp8") and raw.get("precision") in (None, wanted):
+        raw["precision"] = wanted
+        raw["amp_dtype"] = None
+
+
+def _spell_trackers(raw: dict[str, Any]) -> None:
+    """Move `use_wandb` and `wandb_project` into `trackers`; what contradicts them stays, and is refused."""
+    use, project = raw.get("use_wandb"), raw.get("wandb_project")
+    trackers = raw.get("trackers", ["csv"])
+    if not isinstance(trackers, (list, tuple)) or not (use is None or isinstance(use, bool)):
+        return
+    trackers = [tracker_section(tracker) for tracker in trackers]
+    of_wandb = [t for t in trackers if isinstance(t, dict) and t.get("name") == "wandb"]
+    if use and not of_wandb:
+        of_wandb = [{"name": "wandb"}]
+        trackers += of_wandb
+    if bool(of_wandb) != (use is False):
+        raw["use_wandb"] = None
+    if use is False and not of_wandb:
+        raw["wandb_project"] = None
+    elif of_wandb and isinstance(project, str) and of_wandb[0].get("project", project) == project:
+        trackers = [{**t, "project": project} if t is of_wandb[0] else t for t in trackers]
+        raw["wandb_project"] = None
+    raw["trackers"] = trackers
