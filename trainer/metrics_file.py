@@ -1,9 +1,9 @@
 """`metrics.jsonl`: one line of JSON for each optimizer step and each evaluation, in full float precision.
 
-A record is a flat dict. Every record has the fields `kind` ("train" for an optimizer step, "validation" for an
-evaluation), `global_step`, `phase`, `phase_step` and `epoch`. The file is strict JSON, which knows no NaN and
-no infinity: they are written as the strings "nan", "inf" and "-inf", and `read_metrics` turns them back into
-floats everywhere but in the text fields.
+A record is a flat dict. Every record has the fields `kind` ("train" for an optimizer step, "validation" for
+an evaluation), `global_step`, `phase`, `phase_step` and `epoch`. The file is strict JSON, which knows no NaN
+and no infinity: they are written as the strings "nan", "inf" and "-inf", and `read_metrics` turns them back
+into floats everywhere but in the text fields.
 """
 
 import json
