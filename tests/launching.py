@@ -1,0 +1,255 @@
+"""Run the commands that users run, from tests: one process or several ranks on the CPU, for a limited time.
+
+The output of a command that does not end as expected is part of the failure's message. What is started here
+is killed at the latest when the test ends: use `start_ranks` as a context manager.
+"""
+
+import contextlib
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU_CONFIGS = ROOT / "accelerate_configs"
+
+Launcher = Literal["processes", "torchrun", "accelerate"]
+"""`processes` starts the ranks themselves: fastest, and with their own exit codes; the others are real."""
+
+
+LAUNCHER_MODULES = frozenset({"torch.distributed.run", "accelerate.commands.launch"})
+MARK = "CELLPHASE_TEST_COMMAND"
+
+
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def cpu_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment, but one thread, no GPU, and ranks that talk through loopback."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONUNBUFFERED": "1",
+        **(extra or {}),
+    }
+
+
+def run_command(
+    args: Sequence[str | Path],
+    *,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
+    cwd: Path | str = ROOT,
+    expect: int | None = 0,
+) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end and return it with `stdout` holding both of its output streams.
+
+    Args:
+        args: The command; "python" stands for this interpreter.
+        env: Variables on top of `cpu_environment`.
+        timeout: Seconds after which it and all its descendants are killed.
+        cwd: Where it runs.
+        expect: The exit code that it must have; None accepts any.
+    """
+    command = [sys.executable if part == "python" else str(part) for part in args]
+    with RankGroup([command], [cpu_environment(env)], cwd) as group:
+        return group.wait(timeout, expect)
+
+
+def launch_ranks(
+    num_ranks: int,
+    script_args: Sequence[str | Path],
+    *,
+    launcher: Launcher = "processes",
+    env: Mapping[str, str] | None = None,
+    timeout: float = 240,
+    cwd: Path | str = ROOT,
+    expect: int | None = 0,
+) -> subprocess.CompletedProcess[str]:
+    """Run a script (or `-m`, a module) on several ranks to its end; see `start_ranks` and `run_command`."""
+    with start_ranks(num_ranks, script_args, launcher=launcher, env=env, cwd=cwd) as group:
+        return group.wait(timeout, expect)
+
+
+def start_ranks(
+    num_ranks: int,
+    script_args: Sequence[str | Path],
+    *,
+    launcher: Launcher = "processes",
+    env: Mapping[str, str] | None = None,
+    cwd: Path | str = ROOT,
+) -> "RankGroup":
+    """Start a script on several CPU ranks and return while it runs.
+
+    Args:
+        num_ranks: 1 under `processes` is a plain `python SCRIPT`, without any launcher's variables.
+        script_args: The script with its arguments, or `-m`, a module and its arguments.
+        launcher: What starts the ranks.
+        env: Variables on top of `cpu_environment`.
+        cwd: Where it runs.
+    """
+    script = [str(part) for part in script_args]
+    environment = cpu_environment(env)
+    if launcher == "torchrun":
+        options = ["--standalone", "--nproc-per-node", str(num_ranks)]
+        return RankGroup(
+            [[sys.executable, "-m", "torch.distributed.run", *options, *script]], [environment], cwd
+        )
+    if launcher == "accelerate":
+        config = CPU_CONFIGS / ("cpu.yaml" if num_ranks == 1 else "cpu_2_processes.yaml")
+        options = ["--config_file", str(config), "--num_processes", str(num_ranks)]
+        return RankGroup(
+            [[sys.executable, "-m", "accelerate.commands.launch", *options, *script]], [environment], cwd
+        )
+    command = [sys.executable, *script]
+    if num_ranks == 1:
+        return RankGroup([command], [environment], cwd)
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
+    environments = [
+        environment
+        | rendezvous
+        | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        for rank in range(num_ranks)
+    ]
+    return RankGroup([command] * num_ranks, environments, cwd)
+
+
+class RankGroup:
+    """Processes that belong together: a launcher with its ranks, or the ranks themselves."""
+
+    grace_seconds = 30.0
+    """How long the other ranks may go on after one has failed."""
+
+    def __init__(
+        self, commands: Sequence[Sequence[str]], environments: Sequence[Mapping[str, str]], cwd: Path | str
+    ) -> None:
+        """Start one process for each command; all write into one file."""
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        # Launchers put their ranks into sessions of their own and may die before them, so that neither a
+        # process group nor the tree of parents reaches everything; but all descendants inherit a variable.
+        self._mark = secrets.token_hex(8)
+        self.processes = [
+            subprocess.Popen(
+                command,
+                env={**environment, MARK: self._mark},
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for command, environment in zip(commands, environments, strict=True)
+        ]
+
+    def __enter__(self) -> "RankGroup":
+        """Return the running group."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Kill what still runs."""
+        self.kill()
+        self._output.close()
+
+    def output(self) -> str:
+        """Return what has been written so far, of all ranks."""
+        return os.pread(self._output.fileno(), os.fstat(self._output.fileno()).st_size, 0).decode(
+            errors="replace"
+        )
+
+    def is_running(self) -> bool:
+        """Tell whether any process has not ended."""
+        return any(process.poll() is None for process in self.processes)
+
+    def wait(self, timeout: float = 240, expect: int | None = 0) -> subprocess.CompletedProcess[str]:
+        """Wait until all have ended, and fail with their output when that is not as expected.
+
+        The exit code of several ranks is that of the one that failed first.
+
+        Raises:
+            AssertionError: the time is up, or the exit code is another.
+        """
+        deadline, failed = time.monotonic() + timeout, None
+        while self.is_running():
+            now = time.monotonic()
+            if failed is None and any(process.poll() for process in self.processes):
+                failed = next(process.poll() for process in self.processes if process.poll())
+                deadline = min(deadline, now + self.grace_seconds)
+            if now > deadline:
+                self.kill()
+                reason = (
+                    f"still ran after {timeout} s"
+                    if failed is None
+                    else f"one rank ended with {failed}, others hung"
+                )
+                raise AssertionError(f"{reason}:\n{self._command()}\n{self.output()}")
+            time.sleep(0.02)
+        code = failed or next((process.returncode for process in self.processes if process.returncode), 0)
+        if expect is not None and code != expect:
+            raise AssertionError(f"exit code {code}, expected {expect}:\n{self._command()}\n{self.output()}")
+        return subprocess.CompletedProcess(self._command(), code, stdout=self.output())
+
+    def wait_for(self, text: str, timeout: float = 120) -> None:
+        """Wait until the output holds a text.
+
+        Raises:
+            AssertionError: the time is up, or all processes ended without it.
+        """
+        deadline = time.monotonic() + timeout
+        while text not in self.output():
+            if not self.is_running() and text not in self.output():
+                raise AssertionError(f"ended without saying {text!r}:\n{self._command()}\n{self.output()}")
+            if time.monotonic() > deadline:
+                self.kill()
+                raise AssertionError(
+                    f"did not say {text!r} in {timeout} s:\n{self._command()}\n{self.output()}"
+                )
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """End all with SIGKILL, launchers, ranks and what they started, and wait until they are gone."""
+        while members := self._members():
+            for member in members:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+            psutil.wait_procs(members, timeout=10)
+        for process in self.processes:
+            process.wait(10)
+
+    def signal_ranks(self, number: int) -> None:
+        """Send a signal to the ranks: not to their launcher, nor to processes that they started."""
+        for rank in self.rank_processes():
+            rank.send_signal(number)
+
+    def rank_processes(self) -> list[psutil.Process]:
+        """Return the processes of the ranks that run, in no order."""
+        running = [psutil.Process(process.pid) for process in self.processes if process.poll() is None]
+        if len(running) != 1 or not LAUNCHER_MODULES.intersection(running[0].cmdline()):
+            return running
+        started = running[0].children()
+        return [child for child in started if len(started) == 1 or "RANK" in child.environ()]
+
+    def _members(self) -> list[psutil.Process]:
+        members = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                    members.append(process)
+        return members
+
+    def _command(self) -> str:
+        return " ".join(str(part) for part in self.processes[0].args)  # type: ignore[union-attr]

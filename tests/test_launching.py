@@ -1,0 +1,94 @@
+import signal
+import time
+
+import psutil
+import pytest
+from launching import free_port, launch_ranks, run_command, start_ranks
+
+SUM_OF_RANKS = """
+import torch
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+total = torch.tensor(float(accelerator.process_index))
+if accelerator.num_processes > 1:
+    torch.distributed.all_reduce(total)
+print(f"rank {accelerator.process_index} of {accelerator.num_processes}: sum {total.item():g}\\n", end="")
+if accelerator.num_processes > 1:
+    torch.distributed.destroy_process_group()
+"""
+
+WAIT_FOR_SIGNAL = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: (print("rank", os.environ["RANK"], "heard"), os._exit(75)))
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+print("ready\\n", end="")
+time.sleep(300)
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(text):
+        path = tmp_path / "script.py"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["processes", "torchrun", "accelerate"])
+def test_every_launcher_starts_two_ranks_that_find_each_other(script, launcher):
+    output = launch_ranks(2, [script(SUM_OF_RANKS)], launcher=launcher).stdout
+    assert "rank 0 of 2: sum 1" in output and "rank 1 of 2: sum 1" in output
+
+
+@pytest.mark.slow
+def test_one_rank_is_one_process(script):
+    assert "rank 0 of 1: sum 0" in launch_ranks(1, [script(SUM_OF_RANKS)], launcher="accelerate").stdout
+
+
+def test_a_failing_command_shows_its_output():
+    with pytest.raises(AssertionError, match=r"exit code 3, expected 0:\n.*\nexplanation"):
+        run_command(["python", "-c", "print('explanation'); raise SystemExit(3)"])
+    assert run_command(["python", "-c", "raise SystemExit(3)"], expect=3).returncode == 3
+
+
+def test_a_command_that_hangs_is_killed_and_shows_its_output():
+    started = time.monotonic()
+    with pytest.raises(AssertionError, match=r"still ran after 1 s:\n(.|\n)*before"):
+        run_command(["python", "-c", "import time; print('before'); time.sleep(100)"], timeout=1)
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("launcher", ["processes", "torchrun"])
+@pytest.mark.slow
+def test_killing_a_group_leaves_no_process(script, launcher):
+    with start_ranks(2, [script(WAIT_FOR_SIGNAL)], launcher=launcher) as group:
+        group.wait_for("ready\nready")
+        pids = [child.pid for rank in group.rank_processes() for child in [rank, *rank.children()]]
+        assert len(pids) == 4
+        group.kill()
+        assert not any(psutil.pid_exists(pid) for pid in pids)
+        assert not group.is_running()
+
+
+def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(script):
+    with start_ranks(2, [script(WAIT_FOR_SIGNAL)]) as group:
+        group.wait_for("ready\nready")
+        group.signal_ranks(signal.SIGUSR1)
+        output = group.wait(20, expect=75).stdout
+    assert "rank 0 heard" in output and "rank 1 heard" in output
+
+
+@pytest.mark.slow
+def test_a_signal_reaches_the_ranks_behind_a_launcher(script):
+    with start_ranks(2, [script(WAIT_FOR_SIGNAL)], launcher="accelerate") as group:
+        group.wait_for("ready\nready")
+        group.signal_ranks(signal.SIGUSR1)
+        output = group.wait(60, expect=1).stdout
+    assert "rank 0 heard" in output or "rank 1 heard" in output
+
+
+def test_free_ports_are_free_and_differ():
+    assert len({free_port() for _ in range(5)}) > 1
