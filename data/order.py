@@ -196,7 +196,7 @@ def choose_rows(num_rows: int, count: int, seed: int, stream: Stream) -> NDArray
 
 
 def _kth_smallest_hash(num_rows: int, count: int, seed: int, stream: Stream) -> np.uint64:
-    """Find the count-th smallest hash in two passes: a histogram of the top 16 bits, then one bin's hashes."""
+    """Find the count-th smallest hash: a histogram of the top 16 bits, then the hashes of one bin."""
     histogram = np.zeros(1 << 16, np.int64)
     starts = range(0, num_rows, _ROWS_AT_ONCE)
     pieces = [range(start, min(start + _ROWS_AT_ONCE, num_rows)) for start in starts]

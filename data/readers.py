@@ -1,0 +1,95 @@
+"""Readers of a converted corpus: cells by row number, from mapped Arrow files or Parquet behind fsspec."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.columns import RaggedColumn, RowTable
+from data.corpus import CorpusInfo
+from data.errors import DataError
+from data.mapped_shards import MappedShards
+from data.parquet_shards import ParquetShards
+
+_CELL_COLUMNS = ("source", "total", "n_genes")
+
+
+class RaggedBatch(NamedTuple):
+    """Hold some cells: their expressed genes with counts, and one number a cell for each other column."""
+
+    offsets: NDArray[np.int64]  # [B + 1]
+    genes: NDArray[np.int32]  # [nnz], increasing inside a cell
+    counts: NDArray[Any]  # [nnz]
+    columns: dict[str, NDArray[Any]]  # [B] each
+
+    def __len__(self) -> int:
+        """Count the cells."""
+        return len(self.offsets) - 1
+
+
+class CorpusReader:
+    """Read cells of a corpus in any order; the same cells whatever the storage."""
+
+    def __init__(self, info: CorpusInfo, table: RowTable) -> None:
+        """Read the cells that `info` describes from a table of its columns."""
+        self.info = info
+        self.table = table
+        self.num_rows = table.num_rows
+
+    def read(self, rows: NDArray[np.int64]) -> RaggedBatch:
+        """Return the cells of these rows, in their order."""
+        columns = dict(self.table.gather(rows))
+        genes = cast(RaggedColumn, columns.pop("genes"))
+        counts = cast(RaggedColumn, columns.pop("counts"))
+        if not np.array_equal(genes.offsets, counts.offsets):
+            raise DataError(
+                f"{self.info.path}: a cell among rows {rows.min()} to {rows.max()} has more or fewer "
+                "counts than genes; the corpus is damaged, convert the files again"
+            )
+        return RaggedBatch(genes.offsets, genes.values, counts.values, cast(dict[str, NDArray[Any]], columns))
+
+    def expect(self, rows: NDArray[np.int64]) -> None:
+        """Prepare for rows that will be read soon; no rows: drop what was prepared and stop reading."""
+        self.table.expect(rows)
+
+
+class ArrowReader(CorpusReader):
+    """Read a corpus of Arrow shards on a local disk through memory maps."""
+
+    def __init__(self, info: CorpusInfo, columns: Sequence[str] | None = None) -> None:
+        """Prepare the maps; `columns` are those wanted beside genes and counts, all by default."""
+        protocol = info.filesystem.protocol
+        if "file" not in ((protocol,) if isinstance(protocol, str) else protocol):
+            raise DataError(
+                f"{info.path}: Arrow shards are mapped from a local disk; convert with --format parquet to "
+                "read from elsewhere, or copy the folder"
+            )
+        counts = [shard.rows for shard in info.manifest.shards]
+        super().__init__(info, MappedShards(info.shard_paths, counts, _names(info, columns)))
+
+
+class ParquetReader(CorpusReader):
+    """Read a corpus of Parquet shards from anywhere that fsspec reaches."""
+
+    def __init__(self, info: CorpusInfo, columns: Sequence[str] | None = None, groups_kept: int = 8) -> None:
+        """Prepare reading; nothing is fetched before the first cells are asked for or announced."""
+        counts = [shard.rows for shard in info.manifest.shards]
+        names = _names(info, columns)
+        super().__init__(
+            info, ParquetShards(info.filesystem, info.shard_paths, counts, names, groups_kept=groups_kept)
+        )
+
+
+def open_reader(info: CorpusInfo, columns: Sequence[str] | None = None) -> CorpusReader:
+    """Return the reader for the corpus's storage."""
+    return (ArrowReader if info.manifest.storage == "arrow" else ParquetReader)(info, columns)
+
+
+def _names(info: CorpusInfo, columns: Sequence[str] | None) -> list[str]:
+    known = [*info.columns, *_CELL_COLUMNS]
+    wanted = known if columns is None else list(columns)
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        raise DataError(f"{info.path}: no column {', '.join(missing)}; it has: {', '.join(known)}")
+    return ["genes", "counts", *wanted]
