@@ -1,0 +1,122 @@
+"""A tiny model and tiny loaders of a user's own, for tests that train; named in configs as `toy.<name>`."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
+
+NUM_TOKENS = 6
+
+
+@dataclass
+class ToyConfig:
+    width: int = 8
+    dropout: float = 0.0
+    n_technical_batches: int = 0
+
+
+class ToyModel(nn.Module):
+    """Predict the sum of a cell's tokens; writes which cells each rank sees to $TOY_LOG.<rank> where that is set."""
+
+    def __init__(self, config=None, **arguments):
+        super().__init__()
+        self.config = config or ToyConfig(**arguments)
+        self.embedding = nn.Embedding(32, self.config.width)
+        self.batch_embedding = nn.Embedding(max(1, self.config.n_technical_batches), self.config.width)
+        self.body = nn.Sequential(
+            nn.Linear(self.config.width, self.config.width), nn.GELU(), nn.Dropout(self.config.dropout)
+        )
+        self.head = nn.Linear(self.config.width, 1)
+
+    def forward(self, batch):
+        if self.training and "TOY_LOG" in os.environ and "cell_index" in batch:
+            with open(f"{os.environ['TOY_LOG']}.{os.environ.get('RANK', '0')}", "a") as file:
+                file.write(json.dumps(batch["cell_index"].tolist()) + "\n")
+        hidden = self.embedding(batch["tokens"]).mean(dim=1) + self.batch_embedding(batch["batch_idx"])
+        return self.head(self.body(hidden)).squeeze(-1)
+
+    def compute_loss(self, batch):
+        return (self(batch) - batch["tokens"].float().mean(dim=1) / 10).square().mean()
+
+
+class ToyCells(Dataset):
+    def __init__(self, num_cells=48, seed=0, unique_batches=None):
+        self.tokens = torch.randint(
+            0, 32, (num_cells, NUM_TOKENS), generator=torch.Generator().manual_seed(seed)
+        )
+        if unique_batches is not None:
+            self.unique_batches = unique_batches
+
+    def __len__(self):
+        return len(self.tokens)
+
+    def __getitem__(self, index):
+        return {"tokens": self.tokens[index], "cell_index": torch.tensor(index)}
+
+
+class NoisyCells(ToyCells):
+    """Augment with the global random state, as users' data sets do."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "tokens": (sample["tokens"] + torch.randint(0, 3, (NUM_TOKENS,))) % 32}
+
+
+class StreamedCells(IterableDataset):
+    def __init__(self, num_cells=48, first=0, every=1):
+        self.cells, self.first, self.every = ToyCells(num_cells), first, every
+
+    def __iter__(self):
+        for index in range(self.first, len(self.cells), self.every):
+            yield self.cells[index]
+
+
+def map_loader(num_cells=48, batch_size=4, shuffle=True, seed=0, noisy=False, num_workers=0, validation=True):
+    dataset = (NoisyCells if noisy else ToyCells)(num_cells, seed)
+    loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers)
+    if validation:
+        loader.val_dataset = ToyCells(10, seed + 1)
+    return dataset, loader
+
+
+def tensor_loader(num_cells=24, batch_size=4):
+    """Yield plain tensors [B, N]."""
+    return DataLoader([row for row in ToyCells(num_cells).tokens], batch_size=batch_size, shuffle=True)
+
+
+def stream_loader(num_cells=48, batch_size=4):
+    return DataLoader(StreamedCells(num_cells), batch_size=batch_size)
+
+
+def sharded_loader(num_cells=48, batch_size=4, *, rank, world_size):
+    return DataLoader(StreamedCells(num_cells, rank, world_size), batch_size=batch_size)
+
+
+def weighted_loader(num_cells=48, batch_size=4):
+    sampler = WeightedRandomSampler([1.0 + i % 3 for i in range(num_cells)], num_cells)
+    return DataLoader(ToyCells(num_cells), batch_size=batch_size, sampler=sampler)
+
+
+def exploding_loss(model, batch):
+    raise AssertionError("not reached")
+
+
+class SometimesNan:
+    """Give a non-finite loss at the steps it is told."""
+
+    def __init__(self, steps):
+        self.steps = set(steps)
+
+    def compute_loss(self, model, batch, phase_step):
+        loss = model.compute_loss(batch)
+        return loss * float("nan") if phase_step in self.steps else loss
+
+
+def seen_cells(log: Path) -> list[list[int]]:
+    """Return the cells of every forward pass that the ranks logged, rank after rank."""
+    files = sorted(log.parent.glob(f"{log.name}.*"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]

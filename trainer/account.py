@@ -1,0 +1,114 @@
+"""Fill the start-up account: what a run will do, said before its first step."""
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from trainer.config.schema import PhaseConfig, RunConfig
+from trainer.console import PhaseAccount, StartupAccount
+from trainer.distributed import autocast_precision
+from trainer.loop import Run
+from trainer.phases import DataFacts, Phase
+from trainer.schedule import base_learning_rates
+
+PACKAGES = ("torch", "accelerate", "datasets", "numpy")
+
+
+def build_account(
+    run: Run,
+    facts: DataFacts,
+    *,
+    run_folder: str,
+    resumed_from: str | None,
+    notes: list[str],
+) -> StartupAccount:
+    """Collect what the start-up account says."""
+    config, module, phases = run.config, run.module, run.phases
+    parameters = list(module.parameters())
+    batches = ", ".join(list(facts.technical_batches)[:6])
+    more = len(facts.technical_batches) - 6
+    padded = (
+        ""
+        if facts.n_technical_batches == len(facts.technical_batches)
+        else f" (padded to {facts.n_technical_batches})"
+    )
+    facts_note = f"{len(facts.technical_batches)} technical batches{padded}: {batches}" + (
+        f" and {more} more" if more > 0 else ""
+    )
+    genes = (
+        []
+        if facts.gene_space is None
+        else [f"gene space of {len(facts.gene_space):,} genes, {facts.gene_space.sha256[:12]}"]
+    )
+    return StartupAccount(
+        run_name=config.run_name,
+        run_folder=run_folder,
+        device=describe_device(run.strategy.device, run.ranks.count),
+        precision=describe_precision(config, run.strategy.device),
+        num_parameters=sum(parameter.numel() for parameter in parameters),
+        num_trainable_parameters=sum(
+            parameter.numel() for parameter in parameters if parameter.requires_grad
+        ),
+        num_threads=torch.get_num_threads(),
+        seed=config.seed,
+        versions={"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        phases=[_phase_account(run, phase) for phase in phases],
+        trackers=[tracker.name for tracker in config.trackers],
+        resumed_from=resumed_from,
+        notes=[
+            f"loss: {module.route}",
+            facts_note,
+            *genes,
+            *(n for phase in phases for n in phase.notices),
+            *notes,
+        ],
+    )
+
+
+def describe_device(device: torch.device, world_size: int) -> str:
+    """Name the devices of all ranks."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return name if world_size == 1 else f"{world_size} x {name} (DDP)"
+
+
+def describe_precision(config: RunConfig, device: torch.device) -> str:
+    """Say the precision, and who chose it."""
+    if config.precision is None:
+        chosen = {"no": "fp32", "bf16": "bf16"}[autocast_precision(config, device.type == "cpu")]
+        return f"{chosen} (the default on this device)"
+    if config.precision == "fp8":
+        return f"fp8 ({config.fp8.recipe}, {config.fp8.backend})" if config.fp8 is not None else "fp8"
+    return config.precision
+
+
+def describe_schedule(phase: PhaseConfig, has_scheduler: bool) -> str:
+    """Say a phase's schedule in words."""
+    if has_scheduler:
+        return "scheduler_class"
+    warmup = f", {phase.warmup_steps} warmup steps" if phase.warmup_steps else ""
+    return f"{phase.schedule}{warmup}"
+
+
+def _phase_account(run: Run, phase: Phase) -> PhaseAccount:
+    groups = run.strategy.optimizer.param_groups
+    rates = base_learning_rates(phase.config, groups)
+    named: dict[str, Any] = {"": rates[0]}
+    if len(set(rates)) > 1:
+        named = {
+            str(group.get("name", index)): rate
+            for index, (group, rate) in enumerate(zip(groups, rates, strict=True))
+        }
+    return PhaseAccount(
+        name=phase.name,
+        num_cells=phase.loader.num_cells,
+        num_validation_cells=None if phase.validation is None else phase.validation.num_cells,
+        num_epochs=phase.config.epochs,
+        num_steps=phase.total_steps or 0,
+        learning_rates=named,
+        schedule=describe_schedule(phase.config, run.scheduler is not None),
+        micro_batch_size=phase.plan.micro_batch_size,
+        accumulation=phase.plan.accumulation,
+        world_size=run.ranks.count,
+    )

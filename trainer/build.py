@@ -1,0 +1,245 @@
+"""From a configuration to a finished run, in reading order: the spine.
+
+config -> data -> facts from the data -> model -> optimizer -> prepare -> resume -> phases loop.
+"""
+
+import inspect
+import random
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.errors import DataError
+from trainer import distributed, runfolder
+from trainer.account import build_account
+from trainer.checkpoint import CheckpointWriter, Retention, open_checkpoint
+from trainer.config.load import dump_yaml
+from trainer.config.schema import RunConfig
+from trainer.console import startup_account as print_account
+from trainer.distributed import Ranks, Strategy
+from trainer.dotted import check_dotted_paths, resolve
+from trainer.errors import ConfigError, UserError
+from trainer.loop import Run, rehearse, train
+from trainer.losses import LossModule, build_loss
+from trainer.optim import UserScheduler, build_optimizer, mark_trainable
+from trainer.phases import DataFacts, Phase, open_phases
+from trainer.progress import Progress
+from trainer.recorder import Recorder
+from trainer.run_state import Saver, restore, seed_dropout
+from trainer.schedule import base_learning_rates, learning_rate_factor
+from trainer.trackers import check_trackers
+from trainer.weights import initialise_weights, restore_reference_checkpoint
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What rank 0 decided about resuming, known to every rank."""
+
+    kind: str
+    """`fresh`, `run` (go on in a run folder) or `weights_file` (a `.pt` file of the original phases trainer)."""
+    run_folder: Path | None = None
+    checkpoint: Path | None = None
+    notices: tuple[str, ...] = ()
+
+
+def run(config: RunConfig, *, dry_run: bool = False) -> int:
+    """Carry out a run, or with `dry_run` only rehearse its first step, and return the exit code.
+
+    Raises:
+        UserError, DataError: a mistake of the user's; raised on every rank.
+    """
+    accelerator, ranks = distributed.start(config)
+    try:
+        check_dotted_paths(config)
+        check_trackers(config.trackers)
+        resume = decide_resume(config, ranks)
+        seed_everything(config.seed)
+        phases, facts = open_phases(config, ranks, pin_memory=accelerator.device.type == "cuda")
+        seed_everything(config.seed)
+        model = build_model(config, facts)
+        module = LossModule(model, build_loss(config.loss))
+        mark_trainable(config, module)
+        notes = list(resume.notices)
+        if resume.kind == "fresh":
+            notes += initialise_weights(config, model, phases, facts)
+        optimizer = build_optimizer(config, model, module)
+        check_rates(phases, optimizer)
+        strategy = Strategy(accelerator, module, optimizer)
+        scheduler = (
+            None if config.optimizer.scheduler_class is None else UserScheduler(config.optimizer, optimizer)
+        )
+        seed_dropout(config.seed, ranks.index, 0)
+        state = Run(config, ranks, strategy, module, phases, Progress(), Recorder(), None, scheduler)
+        if dry_run:
+            account = build_account(state, facts, run_folder="none (dry run)", resumed_from=None, notes=notes)
+            print_account(account)
+            rehearse(state)
+            return 0
+        return carry_out(state, facts, resume, notes)
+    finally:
+        distributed.shut_down()
+
+
+def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> int:
+    """Open the run folder, put the run back to its checkpoint if it has one, and train."""
+    config, ranks = run.config, run.ranks
+    folder, lease = open_run_folder(config, ranks, resume)
+    exit_code, reason = 1, "stopped by an error"
+    try:
+        saved = (
+            None if resume.checkpoint is None or resume.kind != "run" else open_checkpoint(resume.checkpoint)
+        )
+        if saved is not None:
+            notes += restore(run, saved, config, facts)
+        elif resume.kind == "weights_file":
+            assert resume.checkpoint is not None
+            notes += restore_reference_checkpoint(resume.checkpoint, run)
+        step = None if saved is None else saved.step
+        if ranks.is_main:
+            trackers = {} if saved is None else saved.shared("run_state.safetensors")["trackers"]
+            run.recorder = Recorder.open(config, folder, step, trackers)
+        resumed_from = (
+            None if resume.checkpoint is None else f"{resume.checkpoint} (step {run.progress.global_step})"
+        )
+        print_account(
+            build_account(run, facts, run_folder=str(folder), resumed_from=resumed_from, notes=notes)
+        )
+        with build_writer(config, ranks, folder) as writer:
+            run.saver = Saver(writer, config, facts, step)
+            train(run)
+        exit_code, reason = 0, "done"
+        return 0
+    except (UserError, DataError) as error:
+        exit_code, reason = 2, str(error)
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        run.recorder.close(exit_code)
+        if ranks.is_main:
+            runfolder.write_exit_status(folder, exit_code, reason)
+        if lease is not None:
+            lease.release()
+
+
+def build_writer(config: RunConfig, ranks: Ranks, folder: Path) -> CheckpointWriter:
+    """Build what writes the run's checkpoints; every rank has one."""
+    settings = config.checkpoint
+    return CheckpointWriter(
+        folder,
+        rank=ranks.index,
+        world_size=ranks.count,
+        retention=Retention(settings.keep_last, settings.keep_every_steps, settings.keep_best),
+        attempt=ranks.broadcast(secrets.token_hex(4)),
+        asynchronous=settings.asynchronous,
+        timeout_seconds=config.distributed_timeout_seconds,
+    )
+
+
+def open_run_folder(
+    config: RunConfig, ranks: Ranks, resume: Resume
+) -> tuple[Path, runfolder.RunLease | None]:
+    """Let rank 0 make or take over the run folder, and hold its lease, before any rank writes."""
+    lease, error, path = None, None, ""
+    if ranks.is_main:
+        try:
+            if resume.run_folder is not None and resume.kind == "run":
+                folder = resume.run_folder
+                lease = runfolder.RunLease(folder)
+                runfolder.adopt(folder, resume.checkpoint)
+            else:
+                folder = runfolder.create_run_folder(config.output_dir, config.run_name)
+                lease = runfolder.RunLease(folder)
+            (folder / "config.yaml").write_text(dump_yaml(config))
+            path = str(folder)
+        except (UserError, OSError) as failure:
+            error = failure
+    ranks.agree_on_error(error)
+    return Path(ranks.broadcast(path)), lease
+
+
+def decide_resume(config: RunConfig, ranks: Ranks) -> Resume:
+    """Let rank 0 look for what `resume_from` names, and tell every rank what it found."""
+    found: dict[str, Any] = {}
+    error: Exception | None = None
+    if ranks.is_main:
+        try:
+            plan = runfolder.resolve_resume(config.resume_from, config.output_dir, config.run_name)
+            found = {
+                "kind": plan.kind,
+                "run_folder": None if plan.run_folder is None else str(plan.run_folder),
+                "checkpoint": None if plan.checkpoint is None else str(plan.checkpoint),
+                "notices": list(plan.skipped),
+            }
+        except (UserError, OSError) as failure:
+            error = failure
+    ranks.agree_on_error(error)
+    found = ranks.broadcast(found)
+    paths = {key: None if found[key] is None else Path(found[key]) for key in ("run_folder", "checkpoint")}
+    return Resume(kind=found["kind"], notices=tuple(found["notices"]), **paths)
+
+
+def build_model(config: RunConfig, facts: DataFacts) -> nn.Module:
+    """Construct the model, its sizes taken from the data where the user leaves them out.
+
+    Raises:
+        ConfigError: a size that the user set contradicts the data's.
+    """
+    settings = config.model
+    factory = resolve(settings.model_class, "model.model_class")
+    if settings.config_class is not None:
+        config_class = resolve(settings.config_class, "model.config_class")
+        arguments = with_data_sizes(config_class, settings.config_args, facts, "model.config_args")
+        model = factory(config_class(**arguments), **settings.model_args)
+    else:
+        model = factory(**with_data_sizes(factory, settings.model_args, facts, "model.model_args"))
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"model.model_class: {settings.model_class} made a {type(model).__name__}, not a torch.nn.Module"
+        )
+    if not hasattr(model, "config"):
+        model.config = SimpleNamespace()  # type: ignore[assignment]
+    if getattr(model.config, "n_technical_batches", None) != facts.n_technical_batches:
+        # A config class without the field, which some models read all the same; frozen ones included.
+        object.__setattr__(model.config, "n_technical_batches", facts.n_technical_batches)
+    return model
+
+
+def with_data_sizes(factory: Any, given: dict[str, Any], facts: DataFacts, where: str) -> dict[str, Any]:
+    """Add to a constructor's arguments the sizes that it names and the data knows."""
+    sizes = {"n_technical_batches": facts.n_technical_batches, **facts.sizes}
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+    arguments = dict(given)
+    for name, size in sizes.items():
+        if given.get(name) is None:
+            if name in parameters or (takes_any and name == "n_technical_batches"):
+                arguments[name] = size
+            continue
+        # A larger vocabulary or bin count leaves rows unused; a smaller one, or another batch count, is a mistake.
+        if given[name] < size or (name == "n_technical_batches" and given[name] != size):
+            raise ConfigError(
+                f"{where}.{name}: {given[name]} was given, but the data needs {size}; leave it out to take the data's"
+            )
+    return arguments
+
+
+def check_rates(phases: list[Phase], optimizer: torch.optim.Optimizer) -> None:
+    """Find what is wrong with any phase's learning rates before the first one starts."""
+    for phase in phases:
+        base_learning_rates(phase.config, optimizer.param_groups)
+        learning_rate_factor(phase.config, phase.config.warmup_steps, phase.total_steps)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank: all build the same data and the same model."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

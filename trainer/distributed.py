@@ -1,0 +1,199 @@
+"""Processes: the one place that creates the Accelerator, and where the differences between strategies end.
+
+The rest of the trainer sees `Ranks` (who am I, sums over all ranks) and `Strategy` (backward, clip, step).
+"""
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from torch import Tensor, nn
+
+from trainer.config.schema import RunConfig
+from trainer.errors import ConfigError, UserError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Say which rank this process is, and agree on numbers with the others through host memory."""
+
+    index: int
+    count: int
+    group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Tell whether this is rank 0."""
+        return self.index == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Return the sums over all ranks, the same on each; every rank must call it."""
+        return self._reduce(values, torch.distributed.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """Return the maxima over all ranks, the same on each; every rank must call it."""
+        return self._reduce(values, torch.distributed.ReduceOp.MAX)
+
+    def broadcast(self, value: Any) -> Any:
+        """Return rank 0's value (anything that JSON holds) on every rank."""
+        if self.count == 1:
+            return value
+        data = json.dumps(value).encode() if self.is_main else b""
+        size = int(self.max([len(data)])[0])
+        buffer = torch.zeros(size, dtype=torch.uint8)
+        if self.is_main:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        torch.distributed.broadcast(buffer, src=0, group=self.group)
+        return json.loads(bytes(buffer.tolist()))
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.sum([0.0])
+
+    def agree_on_error(self, error: Exception | None) -> None:
+        """Raise on every rank when any rank failed, so that none waits for another for ever."""
+        messages = self.gather_text("" if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        failed = [(rank, message) for rank, message in enumerate(messages) if message]
+        if failed:
+            raise UserError(f"rank {failed[0][0]} failed: {failed[0][1]}")
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return every rank's text, in the order of ranks."""
+        if self.count == 1:
+            return [text]
+        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        size = int(self.max([len(data)])[0])
+        padded = torch.zeros(size, dtype=torch.uint8)
+        padded[: len(data)] = data
+        parts = [torch.zeros_like(padded) for _ in range(self.count)]
+        torch.distributed.all_gather(parts, padded, group=self.group)
+        return [bytes(part.tolist()).rstrip(b"\0").decode() for part in parts]
+
+    def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
+        if self.count == 1:
+            return [float(value) for value in values]
+        tensor = torch.tensor(list(values), dtype=torch.float64)
+        torch.distributed.all_reduce(tensor, op=operation, group=self.group)
+        return tensor.tolist()
+
+
+class Strategy:
+    """Run backward passes and optimizer steps of a prepared model: one process, or DDP.
+
+    The loop owns the accumulation boundary: gradients are summed over micro-batches and averaged over ranks on
+    the last one, with no division by the number of micro-batches.
+    """
+
+    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Prepare the module and its optimizer; call once."""
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.module, self.optimizer = accelerator.prepare(module, optimizer)
+
+    @property
+    def gradient_scaler(self) -> torch.amp.GradScaler | None:
+        """Return the loss scaler of fp16, None otherwise."""
+        return self.accelerator.scaler
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one micro-batch's gradient."""
+        self.accelerator.backward(loss)
+
+    @contextlib.contextmanager
+    def accumulation(self, is_last: bool) -> Iterator[None]:
+        """Wrap a micro-batch's forward and backward; gradients cross ranks in the last one only."""
+        with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
+            yield
+
+    def drop_gradients(self, names: Iterable[str]) -> None:
+        """Forget the gradients of these parameters, so that neither moments nor decay nor update touch them."""
+        for name in names:
+            self.parameters[name].grad = None
+
+    def clip_gradients(self, max_norm: float | None) -> Tensor:
+        """Scale the gradients to at most `max_norm` (None: leave them) and return their global L2 norm before."""
+        self.accelerator.unscale_gradients()
+        return nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if max_norm is None else max_norm)
+
+    def step(self) -> None:
+        """Update the parameters."""
+        self.optimizer.step()
+
+    def discard(self) -> None:
+        """Leave out this update; fp16's loss scaler, which leaves it out itself, still learns of it."""
+        if self.gradient_scaler is not None:
+            self.optimizer.step()
+
+    def zero_gradients(self) -> None:
+        """Drop the gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def start(config: RunConfig) -> tuple[Accelerator, Ranks]:
+    """Create the Accelerator, before any model exists, and say which rank this process is.
+
+    Raises:
+        ConfigError: a device or precision was asked for that this machine cannot give.
+    """
+    has_gpu = torch.cuda.is_available()
+    if config.device == "cuda" and not has_gpu:
+        raise ConfigError(
+            "device: cuda was asked for, but torch sees no CUDA device; use device: auto or cpu"
+        )
+    on_cpu = config.device == "cpu" or not has_gpu
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    # Without a search for unused parameters DDP rebuilds its buckets after the first backward pass, and a resumed
+    # process would sum gradients in another order than one that ran through.
+    handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=True)]
+    if "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        timeout = timedelta(seconds=config.distributed_timeout_seconds)
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision=autocast_precision(config, on_cpu),
+        # The loop owns the accumulation boundary; Accelerate must not divide or count.
+        gradient_accumulation_steps=1,
+        kwargs_handlers=handlers,
+    )
+    if accelerator.distributed_type not in (
+        DistributedType.NO,
+        DistributedType.MULTI_CPU,
+        DistributedType.MULTI_GPU,
+    ):
+        raise ConfigError(
+            f"the launcher asks for {accelerator.distributed_type}, which this version does not run; "
+            "launch one process, or several with plain data parallelism (MULTI_CPU, MULTI_GPU)"
+        )
+    group = None
+    if accelerator.num_processes > 1 and not on_cpu:
+        # Numbers that the host needs travel through host memory: asking the GPU for them would stop its queue.
+        group = torch.distributed.new_group(backend="gloo")
+    return accelerator, Ranks(accelerator.process_index, accelerator.num_processes, group)
+
+
+def autocast_precision(config: RunConfig, on_cpu: bool) -> str:
+    """Return what Accelerate calls the run's precision: `no`, `bf16` or `fp16`."""
+    precision = config.precision or ("fp32" if on_cpu else "bf16")
+    if precision == "fp16" and on_cpu:
+        raise ConfigError("precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    # Under FP8 everything around the FP8 layers is bf16.
+    return {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}[precision]
+
+
+def shut_down() -> None:
+    """Leave the process group, without waiting for other ranks."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

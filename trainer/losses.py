@@ -1,0 +1,154 @@
+"""Find a run's loss in one of the ways a config or model can offer it, and give it one shape.
+
+In this order: the configured `loss.loss_class`; `model.diffusion.compute_loss`; `model.compute_loss`;
+`model.criterion` on the model's output. All of them run inside one module's forward, so that the hooks of
+DDP and ZeRO see every forward pass.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.outputs import LossOutput
+from trainer.config.schema import LossConfig
+from trainer.dotted import resolve
+from trainer.errors import ConfigError
+
+
+class LossModule(nn.Module):
+    """Hold the model and its loss; the forward pass takes a batch and returns the loss."""
+
+    def __init__(self, model: nn.Module, loss: Any = None) -> None:
+        """Take the model and the object built from `loss.loss_class`, if one was configured."""
+        super().__init__()
+        self.model = model
+        self.loss = loss
+        self.route, self._compute, owner = _find_loss(model, loss)
+        weigh = getattr(owner, "loss_weight", None)
+        self._weigh: Callable[[dict[str, Any]], Any] | None = weigh if callable(weigh) else None
+
+    def weight(self, batch: dict[str, Any]) -> float:
+        """Return what a batch's loss will be divided by (its cells, unless the loss says otherwise)."""
+        if self._weigh is not None:
+            return float(self._weigh(batch))
+        return float(batch["tokens"].shape[0])
+
+    def forward(self, batch: dict[str, Any], phase_step: int, total_steps: int | None) -> LossOutput:
+        """Compute the loss of one micro-batch as a sum over what `weight` counts."""
+        result = self._compute(batch, phase_step, total_steps)
+        return self._normalise(result, batch)
+
+    def _normalise(self, result: Any, batch: dict[str, Any]) -> LossOutput:
+        metrics: dict[str, Tensor] = {}
+        if isinstance(result, LossOutput):
+            if self._weigh is None:
+                raise ConfigError(
+                    f"the loss ({self.route}) returns LossOutput, whose weight must be known before the forward pass; "
+                    "give the same object a method loss_weight(batch) that returns it"
+                )
+            self._check_weight(result.weight, batch)
+            return LossOutput(result.sum, result.weight, {k: v.detach() for k, v in result.metrics.items()})
+        if isinstance(result, tuple) and result and isinstance(result[0], Tensor):
+            # The pair (loss, raw loss) of the original phases trainer.
+            if len(result) > 1 and isinstance(result[1], Tensor) and result[1].ndim == 0:
+                metrics["raw_loss"] = result[1].detach()
+            result = result[0]
+        if not isinstance(result, Tensor) or result.ndim != 0:
+            shape = (
+                f"a tensor of shape {list(result.shape)}"
+                if isinstance(result, Tensor)
+                else type(result).__name__
+            )
+            raise ConfigError(
+                f"the loss ({self.route}) returns {shape}; it must return a scalar tensor, a pair of scalars "
+                "(loss, raw loss), or models.outputs.LossOutput"
+            )
+        weight = self.weight(batch)
+        return LossOutput(result * weight, weight, {name: value * weight for name, value in metrics.items()})
+
+    def _check_weight(self, weight: Any, batch: dict[str, Any]) -> None:
+        """Compare the loss's weight with the one announced, where that needs no wait for the device."""
+        if isinstance(weight, Tensor) and weight.device.type != "cpu":
+            return
+        announced = self.weight(batch)
+        if float(weight) != announced:
+            raise ConfigError(
+                f"the loss ({self.route}) returned weight {float(weight)}, but its loss_weight(batch) said "
+                f"{announced}; the two must agree, because gradients are scaled by the announced one"
+            )
+
+
+def build_loss(settings: LossConfig | None) -> Any:
+    """Build the object of `loss.loss_class`, or return None."""
+    if settings is None:
+        return None
+    return resolve(settings.loss_class, "loss.loss_class")(**settings.loss_args)
+
+
+def _find_loss(model: nn.Module, loss: Any) -> tuple[str, Callable[..., Any], Any]:
+    """Return the route's name, a function (batch, phase_step, total_steps) -> result, and who knows the weight."""
+    if loss is not None:
+        return _configured(model, loss)
+    diffusion = getattr(model, "diffusion", None)
+    if callable(getattr(diffusion, "compute_loss", None)):
+        return "model.diffusion.compute_loss", _diffusion(model, diffusion), diffusion
+    compute = getattr(model, "compute_loss", None)
+    if callable(compute):
+        return "model.compute_loss", lambda batch, step, total: compute(batch), model
+    criterion = getattr(model, "criterion", None)
+    if callable(criterion):
+        return "model.criterion", lambda batch, step, total: criterion(model(batch), batch), criterion
+    raise ConfigError(
+        f"model.model_class: {type(model).__name__} offers no loss: configure loss.loss_class, or give the model "
+        "diffusion.compute_loss(...), compute_loss(batch) or criterion(output, batch)"
+    )
+
+
+def _configured(model: nn.Module, loss: Any) -> tuple[str, Callable[..., Any], Any]:
+    name = f"loss.loss_class {type(loss).__name__}"
+    compute = getattr(loss, "compute_loss", None)
+    if callable(compute):
+        wanted = _accepted(compute, {"phase_step", "step", "total_phase_steps", "total_steps"})
+
+        def with_method(batch: dict[str, Any], step: int, total: int | None) -> Any:
+            given = {"phase_step": step, "step": step, "total_phase_steps": total, "total_steps": total}
+            return compute(model, batch, **{key: given[key] for key in wanted})
+
+        return f"{name}.compute_loss", with_method, loss
+    if callable(loss):
+        return name, lambda batch, step, total: loss(model(batch), batch), loss
+    raise ConfigError(
+        f"loss.loss_class: {type(loss).__name__} has neither compute_loss(model, batch) nor a call (output, batch)"
+    )
+
+
+def _diffusion(model: nn.Module, diffusion: Any) -> Callable[..., Any]:
+    def compute(batch: dict[str, Any], step: int, total: int | None) -> Any:
+        return diffusion.compute_loss(
+            model,
+            batch["tokens"],
+            control_set=batch.get("control"),
+            target_gene_idx=batch.get("target_gene_idx"),
+            batch_idx=batch.get("batch_idx"),
+            step=step,
+        )
+
+    return compute
+
+
+def _accepted(function: Callable[..., Any], names: set[str]) -> set[str]:
+    parameters = inspect.signature(function).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return names
+    return names & parameters.keys()
+
+
+def move_to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copy a batch's tensors to the device, without waiting where the memory is pinned."""
+    return {
+        key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+        for key, value in batch.items()
+    }

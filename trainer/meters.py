@@ -1,0 +1,114 @@
+"""Measure a run: losses summed on the device, read by the host only when they are written, and where time goes."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.distributed import Ranks
+
+
+class LossSum:
+    """Add up the losses and metrics of micro-batches, without waiting for the device."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, loss: Tensor, metrics: dict[str, Tensor], counts: bool) -> None:
+        """Add one micro-batch's sums; one that does not count (a rank without cells) only names them."""
+        for name, value in {"loss": loss, **metrics}.items():
+            value = (
+                value.detach().double()
+                if counts
+                else torch.zeros((), dtype=torch.float64, device=loss.device)
+            )
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    @property
+    def names(self) -> list[str]:
+        """Return the names of what was added, `loss` first."""
+        return list(self._sums)
+
+    def to_host(self) -> list[float]:
+        """Return the sums as numbers; waits for the device."""
+        return torch.stack(list(self._sums.values())).cpu().tolist() if self._sums else []
+
+
+@dataclass
+class _Pending:
+    record: dict[str, Any]
+    sums: LossSum
+    weight: float
+    gradient_norm: Tensor | None
+
+
+@dataclass
+class Meters:
+    """Collect the records of optimizer steps until they are written."""
+
+    ranks: Ranks
+    started: float = field(default_factory=time.perf_counter)
+    _pending: list[_Pending] = field(default_factory=list)
+    _step_started: float = field(default_factory=time.perf_counter)
+    _waited: float = 0.0
+
+    def next_of(self, iterator: Iterator[Any]) -> Any:
+        """Return the iterator's next item (None at its end), and count the time that it took as waiting for data."""
+        before = time.perf_counter()
+        item = next(iterator, None)
+        self._waited += time.perf_counter() - before
+        return item
+
+    def restart_clock(self) -> None:
+        """Begin the next step's time now: evaluation and saving belong to no step."""
+        self._step_started, self._waited = time.perf_counter(), 0.0
+
+    def add_step(
+        self,
+        record: dict[str, Any],
+        *,
+        sums: LossSum,
+        weight: float,
+        gradient_norm: Tensor | None,
+        cells: float,
+        tokens: float,
+    ) -> None:
+        """Keep one optimizer step's record; `weight`, `cells` and `tokens` are totals over all ranks."""
+        now = time.perf_counter()
+        seconds = max(now - self._step_started, 1e-9)
+        record |= {
+            "cells": int(cells),
+            "tokens": int(tokens),
+            "step_seconds": seconds,
+            "cells_per_second": cells / seconds,
+            "tokens_per_second": tokens / seconds,
+            "data_wait_fraction": min(1.0, self._waited / seconds),
+            "elapsed_seconds": now - self.started,
+        }
+        self._pending.append(_Pending(record, sums, weight, gradient_norm))
+        self._step_started, self._waited = now, 0.0
+
+    def take(self) -> list[dict[str, Any]]:
+        """Return the finished records since the last call: sums over all ranks divided by their weights.
+
+        Every rank must call it at the same step.
+        """
+        pending, self._pending = self._pending, []
+        totals = self.ranks.sum([value for item in pending for value in item.sums.to_host()])
+        records = []
+        for item in pending:
+            names = item.sums.names
+            values, totals = totals[: len(names)], totals[len(names) :]
+            metrics = (
+                {name: value / item.weight for name, value in zip(names, values, strict=True)}
+                if item.weight
+                else {}
+            )
+            norm = None if item.gradient_norm is None else float(item.gradient_norm)
+            loss = metrics.pop("loss", None)
+            records.append({**item.record, "loss": loss, "grad_norm": norm, **metrics})
+        return records

@@ -1,0 +1,253 @@
+"""The phases of a run, opened: their loaders, lengths and batch arithmetic, and the facts of their data."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.loader import StepLoader
+
+from data import technical_batches
+from data.order import GlobalOrder
+from data.stream import StreamLoader
+from data.technical_batches import BatchIndexer, IndexedSource
+from trainer.config.schema import BatchPlan, PhaseConfig, RunConfig
+from trainer.distributed import Ranks
+from trainer.errors import ConfigError
+from trainer.phase_data import Cells, PhaseData, open_phase_data
+
+FP8_MULTIPLE = 16
+"""What FP8 matrix products need their dimensions to be multiples of."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What the data knows and a model's sizes depend on; saved in every checkpoint."""
+
+    technical_batches: dict[str, int]
+    """Index of each technical batch name, over all phases."""
+    n_technical_batches: int
+    """Their number, rounded up to a multiple of 16 under FP8."""
+    gene_space: Any = None
+    """The genes that token ids stand for (`data.genes.GeneSpace`), the same in every phase; None for foreign data."""
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Sizes by the name that a constructor may ask for: `vocab_size`, `n_bins`, `max_length`."""
+
+
+@dataclass
+class Phase:
+    """One entry of `datasets`, opened."""
+
+    index: int
+    config: PhaseConfig
+    plan: BatchPlan
+    loader: Any
+    """`StepLoader` or `StreamLoader` over the training cells."""
+    validation: Any
+    """The same over the validation cells, or None."""
+    batch_names: list[str]
+    notices: list[str]
+
+    @property
+    def name(self) -> str:
+        """Return the phase's name."""
+        return self.config.name
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Return the optimizer steps of one epoch, `max_steps_per_epoch` considered; None where nothing tells."""
+        known = [n for n in (self.loader.steps_per_epoch, self.config.max_steps_per_epoch) if n is not None]
+        return min(known) if known else None
+
+    @property
+    def total_steps(self) -> int | None:
+        """Return the optimizer steps that the phase will run at most; None where nothing tells."""
+        per_epoch = self.steps_per_epoch
+        limits = [] if per_epoch is None else [per_epoch * self.config.epochs]
+        if self.config.max_steps is not None:
+            limits.append(self.config.max_steps)
+        return min(limits) if limits else None
+
+    def close(self) -> None:
+        """Stop the loaders' threads and processes."""
+        for loader in (self.loader, self.validation):
+            if loader is not None:
+                loader.close()
+
+
+def open_phases(config: RunConfig, ranks: Ranks, *, pin_memory: bool) -> tuple[list[Phase], DataFacts]:
+    """Open every phase's data in order, merge what it knows, and put each loader under the batch contract.
+
+    A factory that names `facts` gets what the phases before it know.
+    """
+    opened: list[PhaseData] = []
+    known: dict[str, Any] = {}
+    for index, phase in enumerate(config.datasets):
+        offered = {"rank": ranks.index, "world_size": ranks.count, "seed": config.seed, "facts": dict(known)}
+        opened.append(open_phase_data(index, phase, ranks, offered))
+        known |= {key: value for key, value in opened[-1].training.facts().items() if value is not None}
+    names = [
+        sorted({name for cells in data.parts for name in cells.batch_names()}) or [phase.name]
+        for phase, data in zip(config.datasets, opened, strict=True)
+    ]
+    mapping = technical_batches.merge_names(names)
+    for data in opened:
+        for cells in data.parts:
+            technical_batches.attach_mapping(mapping, *cells.objects)
+    multiple = FP8_MULTIPLE if config.precision == "fp8" else 1
+    facts = DataFacts(
+        technical_batches=mapping,
+        n_technical_batches=technical_batches.padded_count(len(mapping), multiple),
+        gene_space=_common_gene_space(config, opened),
+        sizes=_largest_sizes(opened),
+    )
+    phases = [
+        _build_phase(
+            config,
+            index,
+            data,
+            BatchIndexer(mapping, names[index], config.datasets[index].name),
+            ranks,
+            pin_memory,
+        )
+        for index, data in enumerate(opened)
+    ]
+    return phases, facts
+
+
+def _build_phase(
+    config: RunConfig, index: int, data: PhaseData, indexer: BatchIndexer, ranks: Ranks, pin_memory: bool
+) -> Phase:
+    phase = config.datasets[index]
+    plan = config.batch_plan(phase, ranks.count, _micro_batch_size(config, index, data.training.batch_size))
+    build = _LoaderBuilder(config.seed, index, plan, indexer, ranks, pin_memory)
+    result = Phase(
+        index=index,
+        config=phase,
+        plan=plan,
+        loader=build.training(data.training),
+        validation=None if data.validation is None else build.validation(data.validation),
+        batch_names=indexer.phase_names,
+        notices=[notice for cells in data.parts for notice in cells.notices],
+    )
+    if result.total_steps is None:
+        raise ConfigError(
+            f"datasets.{index}: the loader of phase '{phase.name}' does not tell its length, so nothing would end the "
+            "phase or its schedule; set max_steps or max_steps_per_epoch"
+        )
+    return result
+
+
+@dataclass
+class _LoaderBuilder:
+    """Build a phase's loaders over rows or a stream."""
+
+    seed: int
+    index: int
+    plan: BatchPlan
+    indexer: BatchIndexer
+    ranks: Ranks
+    pin_memory: bool
+
+    def training(self, cells: Cells) -> StepLoader | StreamLoader:
+        """Build the training loader: one item holds the micro-batches of one optimizer step."""
+        if cells.stream is not None:
+            return self._stream(cells, self.plan.accumulation)
+        return self._steps(cells, cells.shuffle, self.plan.global_batch_size, self.plan.micro_batch_size)
+
+    def validation(self, cells: Cells) -> StepLoader | StreamLoader:
+        """Build the validation loader: in order, one micro-batch for each rank in an item."""
+        if cells.stream is not None:
+            return self._stream(cells, 1)
+        micro = cells.batch_size or self.plan.micro_batch_size
+        return self._steps(cells, False, micro * self.ranks.count, micro)
+
+    def _steps(
+        self, cells: Cells, shuffle: bool, global_batch_size: int, micro_batch_size: int
+    ) -> StepLoader:
+        order = GlobalOrder(
+            len(cells.rows),
+            seed=self.seed,
+            phase=self.index,
+            shuffle=shuffle,
+            selected=getattr(cells.rows, "row_mask", None),
+        )
+        return StepLoader(
+            IndexedSource(cells.rows, self.indexer),
+            order,
+            draw_seed=self.seed,
+            phase=self.index,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=self.ranks.index,
+            world_size=self.ranks.count,
+            num_workers=cells.num_workers,
+            drop_last=cells.drop_last,
+            pin_memory=self.pin_memory,
+        )
+
+    def _stream(self, cells: Cells, accumulation: int) -> StreamLoader:
+        assert cells.stream is not None
+        length = _stream_length(cells.stream)
+        longest = int(self.ranks.max([length])[0])
+        return StreamLoader(
+            cells.stream,
+            self.indexer,
+            accumulation=accumulation,
+            seed=self.seed,
+            phase=self.index,
+            rank=self.ranks.index,
+            num_micro_batches=None if longest < 0 else longest,
+        )
+
+
+def _stream_length(loader: Any) -> int:
+    """Return the micro-batches of this rank's stream, -1 where it does not tell."""
+    try:
+        return len(loader)
+    except TypeError:
+        return -1
+
+
+def _micro_batch_size(config: RunConfig, index: int, of_loader: int | None) -> int:
+    """Return the micro-batch: what the user's loader yields, or the configured one, which must not differ."""
+    phase = config.datasets[index]
+    wanted = phase.micro_batch_size if phase.micro_batch_size is not None else config.micro_batch_size
+    if of_loader is None and wanted is None:
+        raise ConfigError(
+            f"datasets.{index}: micro_batch_size (cells per rank in one forward pass) is missing, and the loader of "
+            f"phase '{phase.name}' does not tell its batch size"
+        )
+    if of_loader is not None and wanted is not None and wanted != of_loader:
+        raise ConfigError(
+            f"datasets.{index}: micro_batch_size is {wanted}, but the loader of phase '{phase.name}' yields batches of "
+            f"{of_loader}; leave micro_batch_size out or make the two equal"
+        )
+    return int(of_loader if of_loader is not None else wanted)  # type: ignore[arg-type]
+
+
+def _common_gene_space(config: RunConfig, opened: list[PhaseData]) -> Any:
+    """Return the phases' gene space; two different ones are an error."""
+    space, owner = None, ""
+    for phase, data in zip(config.datasets, opened, strict=True):
+        for cells in data.parts:
+            found = cells.facts().get("gene_space")
+            if found is None:
+                continue
+            if space is not None and found.sha256 != space.sha256:
+                raise ConfigError(
+                    f"datasets '{owner}' and '{phase.name}' are in different gene spaces ({len(space)} and "
+                    f"{len(found)} genes), so one token id would mean two genes; convert both with the same --genes FILE, or "
+                    "together with --per-file"
+                )
+            space, owner = found, phase.name
+    return space
+
+
+def _largest_sizes(opened: list[PhaseData]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for data in opened:
+        for cells in data.parts:
+            facts = cells.facts()
+            for key in ("vocab_size", "n_bins", "max_length"):
+                if facts.get(key) is not None:
+                    sizes[key] = max(sizes.get(key, 0), int(facts[key]))
+    return sizes

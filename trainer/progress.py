@@ -1,0 +1,54 @@
+"""Where a run stands: the handful of integers that resuming needs."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from trainer.errors import CheckpointError
+
+
+@dataclass
+class Progress:
+    """Count what a run has done; saved in every checkpoint, changed by the loop alone."""
+
+    global_step: int = 0
+    """Optimizer steps of the whole run, skipped ones included."""
+    phase_index: int = 0
+    """The phase that is being trained, or the number of phases when the run is done."""
+    phase_step: int = 0
+    """Optimizer steps in this phase."""
+    epoch: int = 0
+    """Finished epochs of this phase."""
+    epoch_step: int = 0
+    """Optimizer steps in this epoch: with `epoch` the position in the order of cells."""
+    cells: int = 0
+    """Cells trained on, counted once for each time they were seen."""
+    tokens: int = 0
+    """Tokens trained on, padding left out."""
+    skipped_steps: int = 0
+    """Steps whose update was left out: a non-finite loss or gradient, or nothing to learn from."""
+    skipped_in_a_row: int = 0
+    """Such steps since the last good one."""
+
+    def next_epoch(self) -> None:
+        """Move to the start of the phase's next epoch."""
+        self.epoch += 1
+        self.epoch_step = 0
+
+    def next_phase(self) -> None:
+        """Move to the start of the next phase."""
+        self.phase_index += 1
+        self.phase_step = self.epoch = self.epoch_step = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the counters as a plain dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "Progress":
+        """Restore the counters; a missing or unknown one is an error."""
+        names = {field.name for field in fields(cls)}
+        if state.keys() != names:
+            raise CheckpointError(
+                f"the checkpoint's progress has the counters {sorted(state)}; this version expects {sorted(names)}"
+            )
+        return cls(**{name: int(state[name]) for name in names})

@@ -1,0 +1,105 @@
+"""What rank 0 writes and says of a run: metrics.jsonl, trackers, and the terminal."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.config.schema import RunConfig
+from trainer.console import ProgressLine, checkpoint_line, evaluation_line, notice
+from trainer.metrics_file import MetricsFile
+from trainer.phases import Phase
+from trainer.progress import Progress
+from trainer.trackers import Trackers, build_trackers
+
+NOT_METRICS = frozenset({"kind", "global_step", "phase", "phase_step", "epoch", "cells"})
+
+
+class Recorder:
+    """Write a run's records; on every rank but the first, and in a rehearsal, do nothing."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """Record into a run folder; None records nothing."""
+        self._folder = folder
+        self._metrics: MetricsFile | None = None
+        self._trackers: Trackers | None = None
+        self._line: ProgressLine | None = None
+        self._clock = time.perf_counter()
+        self.validation: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def open(
+        cls, config: RunConfig, folder: Path, resume_step: int | None, tracker_state: dict[str, Any]
+    ) -> "Recorder":
+        """Open the run's files; a resumed run drops the records after its checkpoint's step."""
+        recorder = cls(folder)
+        recorder._metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step)
+        recorder._trackers = build_trackers(
+            config.trackers,
+            run_folder=folder,
+            run_name=config.run_name,
+            config=config.model_dump(mode="json"),
+            resume_state=tracker_state,
+        )
+        return recorder
+
+    def phase_begins(self, phase: Phase, progress: Progress) -> None:
+        """Start a phase's progress line."""
+        if self._metrics is None:
+            return
+        if self._line is not None:
+            self._line.close()
+        if phase.config.epochs == 0:
+            notice(f"phase '{phase.name}' is skipped: epochs is 0")
+            return
+        self._line = ProgressLine(
+            phase.name,
+            phase.total_steps,
+            first_step=progress.phase_step,
+            log_every_steps=phase.config.log_every_steps,
+        )
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write the records of optimizer steps."""
+        if self._metrics is None:
+            return
+        assert self._trackers is not None and self._line is not None
+        for record in records:
+            self._metrics.append(record)
+            self._trackers.log(record, record["global_step"])
+            self._line.update(record)
+        self._clock = time.perf_counter()
+
+    def evaluated(self, phase: Phase, record: dict[str, Any]) -> None:
+        """Write an evaluation's record."""
+        self.validation[phase.name] = record
+        if self._metrics is None:
+            return
+        assert self._trackers is not None
+        self._metrics.append(record)
+        self._trackers.log(record, record["global_step"])
+        values = {name: value for name, value in record.items() if name not in NOT_METRICS}
+        evaluation_line(phase.name, record["global_step"], values, time.perf_counter() - self._clock)
+
+    def saved(self, step: int, folder: str, seconds: float) -> None:
+        """Say that a checkpoint has been handed to the writer."""
+        if self._metrics is not None:
+            checkpoint_line(step, folder, seconds)
+
+    def sync(self) -> None:
+        """Bring the records to the disk, before a checkpoint that counts on them."""
+        if self._metrics is not None:
+            self._metrics.flush(sync=True)
+
+    def tracker_state(self) -> dict[str, Any]:
+        """Return what the trackers need to go on after a resume."""
+        return {} if self._trackers is None else self._trackers.state()
+
+    def close(self, exit_code: int) -> None:
+        """Finish the trackers and the terminal's line."""
+        if self._line is not None:
+            self._line.close()
+        if self._trackers is not None:
+            self._trackers.finish(exit_code)
+        if self._metrics is not None:
+            self._metrics.close()
