@@ -322,6 +322,6 @@ def _first_line(error: Exception) -> str:
     text = str(error).splitlines()[0]
     variable = re.search(r"Environment variable '([^']*)' not found", text)
     if variable:
-        return f"the environment variable {variable[1]} is not set; set it, or write "
-        f"${{oc.env:{variable[1]},DEFAULT}}"
+        name = variable[1]
+        return f"the environment variable {name} is not set; set it, or write ${{oc.env:{name},DEFAULT}}"
     return text

@@ -157,7 +157,7 @@ def _stand_in(location: list[str | int]) -> Any:
     if field is None:
         return None
     if location[0] == "trackers":
-        return {"name": "csv"}
+        return "csv" if location[-1] == "name" else {"name": "csv"}
     if is_list(field) and not isinstance(location[-1], int):
         return [_stand_in([*location, 0])]
     return "stand.in" if inner_section(field.annotation) is None else {}

@@ -117,6 +117,9 @@ def _syntax_message(error: yaml.YAMLError, source: str) -> str:
         return f"{source}: not valid YAML: {error}"
     mark = error.problem_mark
     snippet = (mark.get_snippet(indent=2) or "").rstrip()
-    parts = [part for part in (error.context, error.problem) if part]
+    context = error.context
+    if context and error.context_mark is not None and error.context_mark.line != mark.line:
+        context += f" from line {error.context_mark.line + 1}"
+    parts = [part for part in (context, error.problem) if part]
     where = f"{source}: line {mark.line + 1}, column {mark.column + 1}"
     return f"{where}: not valid YAML: {', '.join(parts)}" + (f"\n{snippet}" if snippet else "")

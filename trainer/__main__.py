@@ -1,0 +1,38 @@
+"""The command line: `python -m trainer COMMAND ...`."""
+
+import importlib
+import sys
+from typing import NamedTuple
+
+from trainer.exits import USER_MISTAKE, is_main_process, run_command
+
+
+class Command(NamedTuple):
+    """Name the module whose `main(argv) -> int` is a command, and what the command does."""
+
+    module: str
+    about: str
+
+
+COMMANDS = {
+    "train": Command("trainer.train", "train from a YAML file"),
+    "convert": Command("trainer.convert_h5ad", "convert h5ad files into a corpus"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return run_command(lambda: importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:]))
+    is_help = bool(argv) and argv[0] in ("-h", "--help")
+    if is_main_process():
+        lines = [f"  {name:<10} {command.about}" for name, command in COMMANDS.items()]
+        usage = "\n".join(["usage: python -m trainer COMMAND ...", "", "commands:", *lines])
+        mistake = "" if is_help or not argv else f"error: unknown command '{argv[0]}'\n"
+        print(f"{mistake}{usage}", file=sys.stdout if is_help else sys.stderr)
+    return 0 if is_help else USER_MISTAKE
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,100 @@
+"""Train from one YAML file: `accelerate launch trainer/train.py --config FILE [key=value ...]`."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: put the repository root, not trainer/, on sys.path
+    _HERE = Path(__file__).resolve().parent
+    sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if p != str(_HERE))]
+
+import argparse
+import contextlib
+import importlib
+import os
+
+from trainer.config import dump_yaml, load_run_config
+from trainer.errors import ConfigError
+from trainer.exits import is_main_process, run_command
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; return 0 when done, 2 for the user's mistake, 75 if preempted, 1 for anything else."""
+    return run_command(lambda: _train(argv))
+
+
+def _train(argv: list[str] | None) -> int:
+    arguments = _parse(sys.argv[1:] if argv is None else argv)
+    if isinstance(arguments, int):
+        return arguments
+    # At the end: a user's modules beside the config are found, and shadow neither ours nor installed ones.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        config = load_run_config(arguments.config, arguments.overrides)
+    except ConfigError:
+        if arguments.check:
+            _say("stage 1, configuration: failed; stage 2, dotted paths: not reached")
+        raise
+    if arguments.print_config:
+        _say(dump_yaml(config).rstrip())
+        return 0
+    if arguments.check:
+        phases = f"{len(config.datasets)} {'phase' if len(config.datasets) == 1 else 'phases'}"
+        _say(f"stage 1, configuration: ok ({phases})")
+    from trainer.dotted import check_dotted_paths
+
+    try:
+        paths = check_dotted_paths(config)
+    except ConfigError:
+        if arguments.check:
+            _say("stage 2, dotted paths and their arguments: failed")
+        raise
+    if arguments.check:
+        _say(f"stage 2, dotted paths and their arguments: ok ({len(paths)} resolved)")
+        return 0
+    return importlib.import_module("trainer.build").run(config, dry_run=arguments.dry_run)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace | int:
+    """Return the parsed command line, or the exit code where argparse has said all there is to say."""
+    parser = argparse.ArgumentParser(
+        prog="train",
+        allow_abbrev=False,
+        description="Train the model that a YAML file describes.",
+        epilog="Exit codes: 0 done, 2 a mistake in the command or its files, 75 preempted, 1 anything else.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="set one value (datasets.0.lr=1e-4), or pick a preset (group=name) from a folder beside FILE",
+    )
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument(
+        "--check", action="store_true", help="check the file and its dotted paths; touch no data"
+    )
+    mode.add_argument("--print-config", action="store_true", help="print the resolved configuration as YAML")
+    mode.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, one forward and backward pass, no optimizer step",
+    )
+    with contextlib.ExitStack() as stack:
+        if not is_main_process():
+            silence = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stderr(silence))
+            stack.enter_context(contextlib.redirect_stdout(silence))
+        try:
+            return parser.parse_intermixed_args(argv)
+        except SystemExit as done:
+            return int(done.code or 0)
+
+
+def _say(text: str) -> None:
+    if is_main_process():
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
