@@ -120,3 +120,18 @@ def seen_cells(log: Path) -> list[list[int]]:
     """Return the cells of every forward pass that the ranks logged, rank after rank."""
     files = sorted(log.parent.glob(f"{log.name}.*"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def named_loader(names, num_cells=48, batch_size=4):
+    """Tell technical batches by name: the data set lists them, and each batch names its cells'."""
+    dataset = ToyCells(num_cells, unique_batches=names)
+
+    def collate(samples):
+        batch = torch.utils.data.default_collate(samples)
+        return {**batch, "batch_name": [names[int(index) % len(names)] for index in batch["cell_index"]]}
+
+    return dataset, DataLoader(dataset, batch_size=batch_size, shuffle=True, collate_fn=collate)
+
+
+def wrong_loader(batch_size=4):
+    return DataLoader([{"input": torch.zeros(2)} for _ in range(8)], batch_size=batch_size)

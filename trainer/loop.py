@@ -285,7 +285,7 @@ def rehearse(run: Run) -> None:
             run.strategy.backward(output.sum * (run.ranks.count / totals.weight if weight > 0 else 0.0))
         norm = run.strategy.clip_gradients(None)
         run.strategy.zero_gradients()
-        loss = float(output.sum) / weight if weight else float("nan")
+        loss = float(output.sum.detach()) / weight if weight else float("nan")
         notice(
             f"dry run: phase '{phase.name}' loss {loss:.4f}, gradient norm {float(norm):.4f} on one micro-batch"
         )

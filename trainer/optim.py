@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def build_optimizer(config: RunConfig, model: nn.Module, trained: nn.Module) -> 
             something else than an optimizer.
     """
     settings = config.optimizer
-    names = {name: parameter for name, parameter in trained.named_parameters() if parameter.requires_grad}
+    names = {own_name(name): p for name, p in trained.named_parameters() if p.requires_grad}
     if not names:
         raise ConfigError(
             "the model has no parameter that trains in any phase; check model_class and datasets.N.freeze"
@@ -91,7 +92,7 @@ class UserScheduler:
 
 def parameter_names(optimizer: torch.optim.Optimizer, trained: nn.Module) -> list[list[str]]:
     """Return the names of the parameters in each group, in the optimizer's order."""
-    names = {id(parameter): name for name, parameter in trained.named_parameters()}
+    names = {id(parameter): own_name(name) for name, parameter in trained.named_parameters()}
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
@@ -104,7 +105,7 @@ def mark_trainable(config: RunConfig, trained: nn.Module) -> None:
     running = [phase for phase in config.datasets if phase.epochs > 0]
     for phase in running:
         for pattern in phase.freeze:
-            if not any(re.search(pattern, name) for name, _ in trained.named_parameters()):
+            if not any(re.search(pattern, own_name(name)) for name, _ in trained.named_parameters()):
                 raise ConfigError(
                     f"datasets '{phase.name}': freeze pattern {pattern!r} matches no parameter of the model"
                 )
@@ -113,9 +114,14 @@ def mark_trainable(config: RunConfig, trained: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def is_frozen(name: str, patterns: list[str] | tuple[str, ...]) -> bool:
-    """Tell whether one of the regular expressions is found in a parameter's name."""
-    return any(re.search(pattern, name) for pattern in patterns)
+def own_name(name: str) -> str:
+    """Return a parameter's name as its model knows it: `LossModule` holds the model under `model.`."""
+    return name.removeprefix("model.")
+
+
+def is_frozen(name: str, patterns: Iterable[str]) -> bool:
+    """Tell whether one of the regular expressions is found in the name that a parameter's model knows it by."""
+    return any(re.search(pattern, own_name(name)) for pattern in patterns)
 
 
 def _parameter_groups(settings: OptimizerConfig, names: dict[str, nn.Parameter]) -> list[Any]:

@@ -1,0 +1,90 @@
+"""Run whole trainings from tests: in this process (one rank), or as the user's command on several ranks."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from launching import ROOT, launch_ranks
+from safetensors.torch import load_file
+
+from trainer.build import run
+from trainer.config import load_run_config
+from trainer.metrics_file import comparable, read_metrics
+
+TOY: dict[str, Any] = {
+    "run_name": "toy",
+    "device": "cpu",
+    "seed": 3,
+    "model": {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {}},
+    "optimizer": {"optimizer_args": {"lr": 0.01}},
+    "micro_batch_size": 4,
+    "global_batch_size": 24,
+    "checkpoint": {"keep_last": None},
+    "datasets": [{"name": "one", "dataloader_factory": "toy.map_loader"}],
+}
+
+
+def toy(*phases: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return the toy configuration with other phases and top-level keys; a key set to None is left out."""
+    config = {**TOY, **changes}
+    if phases:
+        config["datasets"] = [
+            {"name": f"p{index}", "dataloader_factory": "toy.map_loader", **phase} for index, phase in enumerate(phases)
+        ]
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def write_config(folder: Path, config: dict[str, Any], **changes: Any) -> Path:
+    """Write a configuration whose runs go into `folder`/runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yml"
+    path.write_text(yaml.safe_dump({"output_dir": str(folder / "runs"), **config, **changes}))
+    return path
+
+
+def train(folder: Path, config: dict[str, Any], *, dry_run: bool = False, **changes: Any) -> Path:
+    """Train in this process and return the run folder."""
+    path = write_config(folder, config, **changes)
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    assert run(load_run_config(path), dry_run=dry_run) == 0
+    return newest_run(folder) if not dry_run else folder
+
+
+def train_ranks(num_ranks: int, folder: Path, config: dict[str, Any], *, env=None, expect=0, **changes: Any) -> str:
+    """Train with the user's command on several ranks and return what it printed."""
+    path = write_config(folder, config, **changes)
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]), **(env or {})}
+    return launch_ranks(
+        num_ranks, [ROOT / "trainer" / "train.py", "--config", path], env=environment, expect=expect
+    ).stdout
+
+
+def newest_run(folder: Path) -> Path:
+    """Return the run folder that was made last."""
+    return max((folder / "runs").iterdir(), key=lambda path: (path.stat().st_mtime, path.name))
+
+
+def records(run_folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """Return the records of one kind."""
+    return [record for record in read_metrics(run_folder / "metrics.jsonl") if record["kind"] == kind]
+
+
+def comparable_records(run_folder: Path) -> list[dict[str, Any]]:
+    """Return all records without what depends on the clock."""
+    return [comparable(record) for record in read_metrics(run_folder / "metrics.jsonl")]
+
+
+def final_weights(run_folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the newest checkpoint."""
+    newest = (run_folder / "latest").read_text().strip()
+    return load_file(run_folder / newest / "model.safetensors")
+
+
+def same_weights(first: Path, second: Path) -> bool:
+    """Tell whether two runs ended with the same weights bit for bit."""
+    one, two = final_weights(first), final_weights(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

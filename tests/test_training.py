@@ -1,0 +1,253 @@
+import math
+import shutil
+
+import pytest
+import torch
+from running import comparable_records, final_weights, records, same_weights, toy, train
+from safetensors.torch import load_file
+
+from data.errors import DataError
+from trainer.errors import CheckpointError, ConfigError
+from trainer.loop import TrainingStopped
+from trainer.statefile import load_tree
+
+DROPOUT = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.2}}
+
+
+def losses(folder):
+    return [record["loss"] for record in records(folder)]
+
+
+def test_training_lowers_the_loss_and_validation_falls(tmp_path):
+    folder = train(tmp_path, toy({"epochs": 30, "lr": 0.02}))
+    validation = [record["loss"] for record in records(folder, "validation")]
+    assert losses(folder)[-1] < losses(folder)[0] / 2 and validation[-1] < validation[0] / 2
+
+
+def test_the_same_seed_gives_identical_runs_and_another_seed_does_not(tmp_path):
+    first, second = (train(tmp_path / name, toy({"epochs": 2}), model=DROPOUT) for name in "ab")
+    other = train(tmp_path / "c", toy({"epochs": 2}), model=DROPOUT, seed=4)
+    assert comparable_records(first) == comparable_records(second) and same_weights(first, second)
+    assert losses(first) != losses(other) and not same_weights(first, other)
+
+
+def test_phases_run_in_order_with_their_own_rates_and_limits(tmp_path):
+    config = toy(
+        {"epochs": 2, "lr": 0.5, "warmup_steps": 2},
+        {"epochs": 0, "lr": 9.0},
+        {"epochs": 5, "max_steps": 3, "lr": 0.25, "schedule": "linear"},
+    )
+    steps = records(train(tmp_path, config))
+    assert [(r["phase"], r["phase_step"], r["lr"]) for r in steps] == [
+        ("p0", 1, 0.25),
+        ("p0", 2, 0.5),
+        ("p0", 3, 0.5),
+        ("p0", 4, 0.5),
+        ("p2", 1, 0.25),
+        ("p2", 2, 0.125),
+        ("p2", 3, 0.0),
+    ]
+    assert [r["global_step"] for r in steps] == list(range(1, 8))
+
+
+def test_max_steps_per_epoch_ends_the_epoch_and_counts_in_the_schedule(tmp_path):
+    config = toy({"epochs": 3, "max_steps_per_epoch": 1, "lr": 1.0, "schedule": "linear"})
+    folder = train(tmp_path, config)
+    assert [(r["epoch"], r["lr"]) for r in records(folder)] == [(0, 1.0), (1, 0.5), (2, 0.0)]
+    assert len(records(folder, "validation")) == 3
+
+
+def test_the_first_step_of_an_epoch_cut_short_sees_other_cells_than_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_LOG", str(tmp_path / "log"))
+    train(tmp_path, toy({"epochs": 2, "max_steps_per_epoch": 1}))
+    lines = (tmp_path / "log.0").read_text().splitlines()
+    assert lines[:6] != lines[6:]
+
+
+def test_evaluation_falls_on_its_steps_and_on_the_phases_end(tmp_path):
+    folder = train(tmp_path, toy({"epochs": 2, "eval_every_steps": 3}))
+    assert [record["global_step"] for record in records(folder, "validation")] == [3, 4]
+
+
+def test_accumulation_changes_nothing_but_rounding(tmp_path):
+    whole = train(tmp_path / "a", toy({"dataloader_args": {"batch_size": 24}}), micro_batch_size=24)
+    parts = train(tmp_path / "b", toy({"dataloader_args": {"batch_size": 4}}))
+    assert losses(whole) == pytest.approx(losses(parts), rel=1e-6)
+
+
+def test_a_partial_last_batch_weighs_its_cells(tmp_path):
+    folder = train(tmp_path, toy({"dataloader_args": {"num_cells": 29}}))
+    assert [record["cells"] for record in records(folder)] == [24, 5]
+
+
+def test_accumulation_may_change_between_phases(tmp_path):
+    config = toy({}, {"gradient_accumulation_steps": 2}, {"global_batch_size": 48})
+    folder = train(tmp_path, config)
+    assert [record["cells"] for record in records(folder)] == [24, 24, *[8] * 6, 48]
+
+
+def test_frozen_parameters_do_not_move_and_move_again_in_the_next_phase(tmp_path):
+    folder = train(tmp_path, toy({"freeze": ["^embedding", "batch_embedding"]}, {}), optimizer={"optimizer_args": {"weight_decay": 0.3}})
+    start, end = (load_file(folder / f"checkpoint_{step}" / "model.safetensors") for step in (2, 4))
+    reference = final_weights(train(tmp_path / "none", toy({"lr": 0.0}, {"epochs": 0})))
+    assert torch.equal(start["embedding.weight"], reference["embedding.weight"])
+    assert not torch.equal(start["head.weight"], reference["head.weight"])
+    assert not torch.equal(start["embedding.weight"], end["embedding.weight"])
+
+
+def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
+    loss = {"loss_class": "toy.SometimesNan", "loss_args": {"steps": [1]}}
+    folder = train(tmp_path, toy({"epochs": 2}), loss=loss)
+    assert [record["is_skipped"] for record in records(folder)] == [False, True, False, False]
+    assert math.isnan(losses(folder)[1]) and math.isfinite(losses(folder)[2])
+    progress = load_tree(folder / "checkpoint_4" / "run_state.safetensors")["progress"]
+    assert progress["skipped_steps"] == 1 and progress["skipped_in_a_row"] == 0
+
+
+def test_too_many_non_finite_steps_stop_the_run_with_an_account(tmp_path):
+    loss = {"loss_class": "toy.SometimesNan", "loss_args": {"steps": [1, 2, 3]}}
+    with pytest.raises(TrainingStopped, match="3 steps in a row"):
+        train(tmp_path, toy({"epochs": 4}), loss=loss, max_nonfinite_steps=3)
+
+
+def test_a_users_scheduler_is_stepped_once_an_optimizer_step(tmp_path):
+    optimizer = {
+        "optimizer_args": {"lr": 1.0},
+        "scheduler_class": "torch.optim.lr_scheduler.StepLR",
+        "scheduler_args": {"step_size": 1, "gamma": 0.5},
+    }
+    folder = train(tmp_path, toy({"epochs": 2}, {"lr": 0.3}), optimizer=optimizer)
+    assert [record["lr"] for record in records(folder)] == [1.0, 0.5, 0.25, 0.125, 0.3, 0.15]
+
+
+def test_technical_batches_of_all_phases_size_the_model_and_are_saved(tmp_path):
+    phases = (
+        {"dataloader_args": {"validation": False}},
+        {"dataloader_factory": "toy.named_loader", "dataloader_args": {"names": ["lane_b", "lane_a"]}},
+    )
+    folder = train(tmp_path, toy(*phases))
+    state = load_tree(folder / "checkpoint_4" / "run_state.safetensors")
+    assert state["technical_batches"] == {"lane_a": 0, "lane_b": 1, "p0": 2}
+    assert final_weights(folder)["batch_embedding.weight"].shape[0] == 3
+
+
+def test_a_technical_batch_count_that_differs_is_an_error_with_both_numbers(tmp_path):
+    model = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"n_technical_batches": 7}}
+    with pytest.raises(ConfigError, match="n_technical_batches: 7 was given, but the data needs 1"):
+        train(tmp_path, toy(), model=model)
+
+
+def test_a_loader_of_plain_tensors_trains(tmp_path):
+    folder = train(tmp_path, toy({"dataloader_factory": "toy.tensor_loader"}))
+    assert [record["cells"] for record in records(folder)] == [24]
+
+
+def test_evaluation_without_validation_data_is_an_error(tmp_path):
+    phase = {"dataloader_factory": "toy.tensor_loader", "eval_every_steps": 2}
+    with pytest.raises(ConfigError, match="datasets.0: evaluation is asked for .* has no validation data"):
+        train(tmp_path, toy(phase))
+
+
+def test_a_loader_without_a_length_needs_max_steps(tmp_path):
+    with pytest.raises(ConfigError, match="does not tell its length.*set max_steps"):
+        train(tmp_path, toy({"dataloader_factory": "toy.stream_loader"}))
+
+
+def test_a_micro_batch_that_differs_from_the_loaders_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="micro_batch_size is 4, but the loader of phase 'p0' yields batches of 6"):
+        train(tmp_path, toy({"dataloader_args": {"batch_size": 6}}))
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    train(tmp_path, toy(), dry_run=True)
+    assert not (tmp_path / "runs").exists()
+
+
+def cut_back(folder, step):
+    """Leave a run as if it had been killed after the checkpoint of a step was complete."""
+    for checkpoint in folder.glob("checkpoint_*"):
+        if int(checkpoint.name.removeprefix("checkpoint_")) > step:
+            shutil.rmtree(checkpoint)
+
+
+RESUMABLE = {
+    "map_style": {"dataloader_args": {"num_cells": 53, "noisy": True}},
+    "replayed_stream": {"dataloader_factory": "toy.stream_loader", "max_steps": 9},
+    "own_sampler": {"dataloader_factory": "toy.weighted_loader"},
+}
+
+
+@pytest.mark.parametrize("kind", RESUMABLE)
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, kind, step):
+    config = toy({"epochs": 3, "save_every_steps": 1, "schedule": "cosine", **RESUMABLE[kind]}, {"lr": 0.003}, model=DROPOUT)
+    reference = train(tmp_path / "a", config)
+    folder = train(tmp_path / "b", config)
+    cut_back(folder, step)
+    assert train(tmp_path / "b", config, resume_from="latest") == folder
+    assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
+
+
+def test_a_resumed_scheduler_goes_on(tmp_path):
+    optimizer = {
+        "scheduler_class": "torch.optim.lr_scheduler.CosineAnnealingLR",
+        "scheduler_args": {"T_max": 6},
+    }
+    config = toy({"epochs": 3, "save_every_steps": 1}, optimizer=optimizer)
+    reference, folder = (train(tmp_path / name, config) for name in "ab")
+    cut_back(folder, 3)
+    train(tmp_path / "b", config, resume_from="latest")
+    assert comparable_records(folder) == comparable_records(reference)
+
+
+def test_resume_auto_starts_afresh_where_there_is_nothing(tmp_path):
+    assert losses(train(tmp_path, toy(), resume_from="auto"))
+
+
+def test_resume_latest_without_a_checkpoint_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="toy"):
+        train(tmp_path, toy(), resume_from="latest")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 9}, "seed was 3 and is 9"),
+        ({"global_batch_size": 48}, "global_batch_size was 24 and is 48"),
+        ({"optimizer": {"groups": [{"name": "head", "match": ["head"]}]}}, "resume with the optimizer and freezing"),
+        ({"model": {**DROPOUT, "config_args": {"width": 16}}}, "does not fit the model"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_the_reason(tmp_path, change, message):
+    config = toy({"epochs": 2, "save_every_steps": 1})
+    folder = train(tmp_path, config)
+    cut_back(folder, 1)
+    with pytest.raises(CheckpointError, match=message):
+        train(tmp_path, {**config, **change}, resume_from="latest")
+
+
+def test_init_from_takes_weights_alone_and_starts_afresh(tmp_path):
+    source = train(tmp_path / "a", toy({"epochs": 2}))
+    folder = train(tmp_path / "b", toy({"lr": 0.0}), init_from=str(source / "checkpoint_4"))
+    assert same_weights(source, folder) and records(folder)[0]["global_step"] == 1
+
+
+def test_an_original_pt_checkpoint_is_restored_with_an_account(tmp_path, capsys):
+    source = train(tmp_path / "a", toy({"epochs": 2}))
+    file = tmp_path / "checkpoint_ep1_step4.pt"
+    torch.save({"model_state_dict": final_weights(source), "state": {"global_step": 4, "global_epoch": 2}}, file)
+    folder = train(tmp_path / "b", toy({"lr": 0.0}), resume_from=str(file))
+    assert same_weights(source, folder) and records(folder)[0]["global_step"] == 5
+    assert "lacks:" in capsys.readouterr().out
+
+
+def test_an_original_pt_checkpoint_that_does_not_fit_is_refused(tmp_path):
+    file = tmp_path / "checkpoint.pt"
+    torch.save({"model_state_dict": {"head.weight": torch.zeros(1, 8)}}, file)
+    with pytest.raises(CheckpointError, match="it lacks .*batch_embedding.weight"):
+        train(tmp_path, toy(), resume_from=str(file))
+
+
+def test_a_batch_of_a_wrong_kind_is_an_error_before_training(tmp_path):
+    with pytest.raises(DataError, match="must yield a tensor"):
+        train(tmp_path, toy({"dataloader_factory": "toy.wrong_loader"}))
