@@ -32,6 +32,11 @@ class Configured:
         pass
 
 
+class ConfiguredWithSize:
+    def __init__(self, settings, vocab_size):
+        pass
+
+
 def make_loader(path, batch_size=8, seed=0, rank=0, world_size=1):
     pass
 
@@ -216,6 +221,14 @@ def test_optimizers_and_schedulers_of_torch_pass():
 def test_sizes_that_follow_from_the_data_need_not_be_given():
     model = {"model_class": f"{MODULE}.Configured", "config_class": f"{MODULE}.OwnConfig"}
     check_dotted_paths(run_config(model=model))
+
+
+def test_with_a_config_class_the_sizes_go_into_the_config_only():
+    model = {"model_class": f"{MODULE}.ConfiguredWithSize", "config_class": f"{MODULE}.OwnConfig"}
+    with pytest.raises(
+        ConfigError, match=r"model\.model_args\.vocab_size: is required by ConfiguredWithSize"
+    ):
+        check_dotted_paths(run_config(model=model))
 
 
 def test_a_loader_factory_is_given_ranks_by_the_trainer_only():

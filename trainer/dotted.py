@@ -126,12 +126,11 @@ def check_dotted_paths(config: RunConfig) -> list[str]:
     """
     check = _Check()
     model, optimizer = config.model, config.optimizer
-    if model.config_class is not None:
+    if model.config_class is None:
+        check.add("model.model_class", model.model_class, "model.model_args", model.model_args, FROM_DATA)
+    else:
         check.add("model.config_class", model.config_class, "model.config_args", model.config_args, FROM_DATA)
-    leading = 0 if model.config_class is None else 1
-    check.add(
-        "model.model_class", model.model_class, "model.model_args", model.model_args, FROM_DATA, leading
-    )
+        check.add("model.model_class", model.model_class, "model.model_args", model.model_args, (), 1)
     # A factory of optimizers may ask for the model beside the parameters; a class gets the parameters only.
     check.add(
         "optimizer.optimizer_class",
