@@ -1,0 +1,299 @@
+"""Run folders, `<output_dir>/<run_name>_<timestamp>/`: who may write into one, and where a run goes on."""
+
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from trainer.atomicfile import replace_text
+from trainer.checkpoint_folder import (
+    MANIFEST,
+    SUPERSEDED,
+    checkpoint_step,
+    find_newest,
+    list_checkpoints,
+    named_checkpoints,
+    read_manifest,
+    set_aside,
+    verify_checkpoint,
+)
+from trainer.errors import CheckpointError, UserError
+
+_WEIGHTS_FILE_SUFFIXES = (".pt", ".pth", ".ckpt")
+_MOST_LISTED = 8
+
+
+@dataclass(frozen=True)
+class ResumePlan:
+    """Say what a run starts from."""
+
+    kind: Literal["fresh", "run", "weights_file"]
+    run_folder: Path | None = None
+    """The folder that the run goes on in; None: it makes its own."""
+    checkpoint: Path | None = None
+    """A verified checkpoint folder of `run_folder`, or the file with weights."""
+    skipped: tuple[str, ...] = ()
+    """Newer checkpoints that were passed over, and why."""
+
+
+def create_run_folder(output_dir: str | Path, run_name: str, now: datetime | None = None) -> Path:
+    """Make the folder of a new run; a second run of the same second gets the suffix `_2`."""
+    stem = f"{run_name}_{(now or datetime.now()).strftime('%Y%m%d_%H%M%S')}"
+    if not run_name or Path(stem).name != stem:
+        raise UserError(f"run_name is {run_name!r}; it is the start of a folder's name, without '/'")
+    folder, number = Path(output_dir) / stem, 2
+    while True:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder
+        except FileExistsError as error:
+            if not folder.parent.is_dir():
+                raise UserError(f"output_dir: {error.filename} exists and is not a folder") from error
+            folder, number = folder.with_name(f"{stem}_{number}"), number + 1
+        except OSError as error:
+            raise UserError(f"output_dir: cannot make the run folder {folder} ({error.strerror})") from error
+
+
+def find_runs(output_dir: str | Path, run_name: str) -> list[Path]:
+    """Return the run folders of exactly this run name, oldest first."""
+    pattern = re.compile(re.escape(run_name) + r"_([0-9]{8}_[0-9]{6})(?:_([0-9]+))?")
+    found = []
+    try:
+        for entry in os.scandir(output_dir):
+            match = pattern.fullmatch(entry.name)
+            if match and entry.is_dir():
+                found.append((match[1], int(match[2] or 1), Path(entry.path)))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [folder for _, _, folder in sorted(found)]
+
+
+def resolve_resume(resume_from: str | None, output_dir: str | Path, run_name: str) -> ResumePlan:
+    """Find what `resume_from` names and verify it.
+
+    `latest` is the newest checkpoint of the run of this name that was saved last. `auto` is the same, but
+    goes back over damaged checkpoints with an account, and is a fresh start where there is no checkpoint.
+
+    Raises:
+        CheckpointError: it is not there or damaged; a damaged checkpoint is never a fresh start.
+    """
+    if resume_from is None:
+        return ResumePlan("fresh")
+    if resume_from in ("latest", "auto"):
+        runs = [run for run in find_runs(output_dir, run_name) if named_checkpoints(run)]
+        if runs:
+            return _newest_of_run(max(runs, key=_last_saved), resume_from)
+        if resume_from == "auto":
+            return ResumePlan("fresh")
+        raise CheckpointError(_nothing_to_resume(Path(output_dir), run_name))
+    path = Path(resume_from).expanduser()
+    if not path.exists():
+        raise CheckpointError(
+            f"resume_from: {resume_from} does not exist; give latest, auto, or the path of a run folder, of "
+            f"a checkpoint folder or of a .pt file. {_what_is_there(Path(output_dir))}"
+        )
+    path = path.resolve()
+    if path.is_file():
+        return _weights_file(path)
+    if checkpoint_step(path) is not None or (path / MANIFEST).is_file():
+        return _named_checkpoint(path)
+    return _newest_of_run(path, resume_from)
+
+
+def adopt(run_folder: str | Path, checkpoint: str | Path) -> list[Path]:
+    """Make `checkpoint` the newest of its run: newer ones, and a copy of the metrics, go to `superseded/`.
+
+    Called by the process that holds the lease, before anything is written. Returns the new places.
+    """
+    run_folder, checkpoint = Path(run_folder), Path(checkpoint)
+    step = checkpoint_step(checkpoint)
+    if step is None or checkpoint.resolve().parent != run_folder.resolve():
+        raise ValueError(f"{checkpoint} is not a checkpoint of {run_folder}")
+    newer = [folder for folder in named_checkpoints(run_folder) if (checkpoint_step(folder) or 0) > step]
+    moved = [set_aside(folder) for folder in reversed(newer)]
+    metrics = run_folder / "metrics.jsonl"
+    if moved and metrics.exists():
+        shutil.copy2(metrics, moved[0].with_name(f"metrics_until_{moved[0].name}.jsonl"))
+    replace_text(run_folder / "latest", f"{checkpoint.name}\n")
+    return moved
+
+
+def write_exit_status(run_folder: str | Path, code: int, reason: str) -> None:
+    """Write `exit_status.json`, from which launch scripts learn what launchers' exit codes do not tell."""
+    status = {"exit_code": code, "reason": reason, "time": datetime.now(UTC).isoformat()}
+    replace_text(Path(run_folder) / "exit_status.json", json.dumps(status) + "\n")
+
+
+class RunLease:
+    """Hold the right to write into a run folder until `release`, or until the process dies in whatever way.
+
+    The kernel keeps the lock and frees it with the process. Child processes do not inherit it, so a worker
+    that outlives its parent does not block the next start.
+    """
+
+    def __init__(self, run_folder: str | Path) -> None:
+        """Take the lease.
+
+        Raises:
+            UserError: another process has it, or the folder cannot be locked.
+        """
+        self.path = Path(run_folder) / "run.lock"
+        self._process = os.getpid()
+        self._descriptor: int | None = _lock(self.path)
+        _held_descriptors.add(self._descriptor)
+        holder = {
+            "host": socket.gethostname(),
+            "pid": self._process,
+            "started": datetime.now(UTC).isoformat(),
+        }
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+
+    def __enter__(self) -> Self:
+        """Return the lease."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the lease back."""
+        self.release()
+
+    def release(self) -> None:
+        """Give the lease back; further calls, and calls in a forked child, do nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is None or os.getpid() != self._process:
+            return
+        os.ftruncate(descriptor, 0)
+        _held_descriptors.discard(descriptor)
+        os.close(descriptor)
+
+
+_held_descriptors: set[int] = set()
+
+
+def _close_in_child() -> None:
+    # A lock of flock lives until every copy of its descriptor is closed, and fork makes copies.
+    for descriptor in _held_descriptors:
+        os.close(descriptor)
+    _held_descriptors.clear()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _lock(path: Path) -> int:
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(f"{path.parent}: the run folder cannot be written ({error.strerror})") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise UserError(_occupied(path)) from error
+            raise UserError(
+                f"{path}: this file system does not lock files ({error.strerror}), so two jobs could write "
+                "into one run folder unnoticed; choose an output_dir on one that does"
+            ) from error
+        os.close(descriptor)  # somebody deleted the file meanwhile: the lock is on a file that nobody sees
+
+
+def _occupied(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+        who = f"process {holder['pid']} on {holder['host']}, running since {holder['started']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        who = "another process"
+    return (
+        f"{path.parent} is in use by {who}; two jobs on one run folder would mix their checkpoints. "
+        "Stop that one, or start a new run"
+    )
+
+
+def _newest_of_run(run_folder: Path, resume_from: str) -> ResumePlan:
+    try:
+        checkpoint, skipped = find_newest(run_folder, fall_back=resume_from == "auto")
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"resume_from: {resume_from}: {error}. Name an earlier checkpoint, or give auto to go on from "
+            "the last good one"
+        ) from error
+    if checkpoint is not None:
+        return ResumePlan("run", run_folder, checkpoint, tuple(skipped))
+    if skipped:
+        raise CheckpointError(
+            f"resume_from: {resume_from}: no checkpoint of {run_folder} can be used: {'; '.join(skipped)}. "
+            "resume_from: null starts afresh"
+        )
+    found = sorted(entry.name for entry in os.scandir(run_folder))
+    raise CheckpointError(
+        f"resume_from: {resume_from} holds no checkpoint (it is neither a run folder with one nor a "
+        f"checkpoint folder); there is {_listed(found)} in it"
+    )
+
+
+def _named_checkpoint(folder: Path) -> ResumePlan:
+    try:
+        verify_checkpoint(folder)
+    except CheckpointError as error:
+        others = [other.name for other in list_checkpoints(folder.parent) if other != folder]
+        raise CheckpointError(f"resume_from: {error}. Beside it: {_listed(others)}") from error
+    if folder.parent.name == SUPERSEDED:
+        raise CheckpointError(
+            f"resume_from: {folder} was set aside when its run went on from an earlier checkpoint; move it "
+            f"back into {folder.parent.parent} to go on from it"
+        )
+    return ResumePlan("run", folder.parent, folder)
+
+
+def _weights_file(path: Path) -> ResumePlan:
+    if path.suffix not in _WEIGHTS_FILE_SUFFIXES:
+        raise CheckpointError(
+            f"resume_from: {path} is a file; give a run folder, a checkpoint folder, or a file that ends "
+            f"with {', '.join(_WEIGHTS_FILE_SUFFIXES)}"
+        )
+    return ResumePlan("weights_file", None, path)
+
+
+def _last_saved(run_folder: Path) -> tuple[str, Path]:
+    """Return when the newest checkpoint of a run was written."""
+    newest = named_checkpoints(run_folder)[-1]
+    try:
+        return read_manifest(newest).get("time", ""), run_folder
+    except CheckpointError:
+        return datetime.fromtimestamp(newest.stat().st_mtime, UTC).isoformat(), run_folder
+
+
+def _nothing_to_resume(output_dir: Path, run_name: str) -> str:
+    runs = [run.name for run in find_runs(output_dir, run_name)]
+    if runs:
+        where = f"the run folders {_listed(runs)} in {output_dir.absolute()} hold none"
+    else:
+        where = _what_is_there(output_dir)
+    return f"resume_from: latest: there is no complete checkpoint of run {run_name!r}: {where}"
+
+
+def _what_is_there(output_dir: Path) -> str:
+    where = output_dir.absolute()
+    if not output_dir.is_dir():
+        return f"output_dir {where} does not exist"
+    return f"output_dir {where} holds {_listed(sorted(entry.name for entry in os.scandir(output_dir)))}"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return ", ".join(names[:_MOST_LISTED]) + more if names else "nothing"
