@@ -143,7 +143,7 @@ def startup_account(account: StartupAccount) -> None:
     notice(render_startup(account))
 
 
-def evaluation_line(phase: str, step: int, metrics: Mapping[str, float], seconds: float) -> None:
+def evaluation_line(phase: str, step: int, metrics: Mapping[str, float | None], seconds: float) -> None:
     """Say what an evaluation found.
 
     Args:
@@ -218,8 +218,7 @@ class ProgressLine:
         step = record["phase_step"]
         if step % self._log_every_steps and step != self._num_steps:
             return
-        loss = "none" if record["loss"] is None else _short(record["loss"])
-        values = [f"loss {loss}", f"lr {record['lr']:.2e}"]
+        values = [f"loss {_short(record['loss'])}", f"lr {record['lr']:.2e}"]
         if self._seconds > 0:
             values.append(f"{self._cells / self._seconds:,.0f} cells/s")
             values.append(f"data wait {self._wait_seconds / self._seconds:.0%}")
@@ -288,8 +287,10 @@ def _aligned(text: str, width: int, to_the_right: bool) -> str:
     return text.rjust(width) if to_the_right else text.ljust(width)
 
 
-def _short(value: float) -> str:
+def _short(value: float | None) -> str:
     """Return a number with four decimals, or in powers of ten where those would hide it."""
+    if value is None:
+        return "none"
     return f"{value:.4f}" if value == 0 or 1e-3 <= abs(value) < 1e6 else f"{value:.3e}"
 
 
