@@ -114,7 +114,7 @@ def crash_at_every_call(folder: Path) -> dict[str, Any]:
             outcomes.add(tuple(steps))
             save(alone(run, "next"), 4, 2)
             assert 4 in check(run)
-            left = [name for name in os.listdir(run) if name.startswith(".checkpoint")]
+            left = [name for name in os.listdir(run) if name.startswith(".")]
             assert left == [], left
             shutil.rmtree(run)
             if code == 0:

@@ -153,7 +153,7 @@ def test_a_rank_that_writes_nothing_is_named_when_time_is_up(tmp_path: Path) -> 
     for writer in writers:
         save(writer, 5)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint_5 is given up: rank 1, 3 of 4 did not finish .* 0\.3 s"
+        CheckpointError, match=r"checkpoint_5 is given up: rank 1, 3 of 4 did not finish .* for 0\.3 s"
     ):
         writers[0].wait()
     with pytest.raises(CheckpointError, match=r"rank 0 failed to save: .*rank 1, 3 of 4 did not finish"):
@@ -203,13 +203,13 @@ def test_the_error_of_one_rank_is_raised_on_all_and_the_next_save_succeeds(
         CheckpointError,
         match=r"rank 1 failed to save: .*disk or the quota is full.*last complete checkpoint is checkpoint_1",
     ):
-        pair[0].save(3, {}, {})
+        save(pair[0], 3)
     with pytest.raises(
         CheckpointError, match=f"{tmp_path}: saving checkpoint_2 failed: the disk or the quota is full"
     ):
-        pair[1].wait()
-    leftovers = [name for name in names(tmp_path) if name.endswith(".tmp")]
-    assert [names(tmp_path / name) for name in leftovers] == [["rank00001.failed.json"]]
+        save(pair[1], 3)
+    leftovers = [file for name in names(tmp_path) if name.endswith(".tmp") for file in names(tmp_path / name)]
+    assert leftovers and all(file.endswith(".failed.json") for file in leftovers)
     monkeypatch.setattr(checkpoint, "write_tree", write_tree)
     for writer in pair:
         save(writer, 4)
@@ -270,6 +270,45 @@ def test_a_real_full_disk_is_named(tmp_path: Path) -> None:
             writer.wait()
     save(writer, 3, synchronous=True)
     assert names(tmp_path) == ["checkpoint_1", "checkpoint_3", "latest"]
+
+
+def test_an_error_of_rank_0_after_completion_reaches_the_others_at_their_next_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: list[Any]
+) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(checkpoint, "delete_expired", refuse)
+    for writer in pair:
+        save(writer, 1)
+    with pytest.raises(
+        CheckpointError, match=r"not writable .* The last complete checkpoint is checkpoint_1\."
+    ):
+        save(pair[0], 2)
+    save(pair[1], 2)
+    with pytest.raises(CheckpointError, match=r"rank 0 failed to save: .*not writable"):
+        pair[1].wait()
+    assert steps(tmp_path) == [1]
+
+
+def test_a_slow_rank_has_time_as_long_as_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tree = checkpoint.write_tree
+
+    def write_slowly(sink: Any, tree: Any) -> None:
+        if tree == {"rank": 1, "step": 1}:
+            for _ in range(8):
+                sink.write(b"x")
+                sink._file.flush()
+                time.sleep(0.1)
+        write_tree(sink, tree)
+
+    monkeypatch.setattr(checkpoint, "write_tree", write_slowly)
+    pair = [make_writer(tmp_path, rank, 2, timeout_seconds=0.3) for rank in range(2)]
+    for writer in pair:
+        save(writer, 1)
+    for writer in pair:
+        writer.close()
+    assert steps(tmp_path) == [1]
 
 
 def test_state_that_cannot_be_saved_is_an_error_of_save_itself_and_reaches_the_other_ranks(

@@ -63,6 +63,7 @@ __all__ = [
 
 _Found = TypeVar("_Found")
 _TEMPORARY = re.compile(r"\.checkpoint_[0-9]+\.(?P<attempt>[A-Za-z0-9]+)-(?P<number>[0-9]+)(\.deleted)?\.tmp")
+_HALF_WRITTEN_HINT = re.compile(r"\.latest\.[0-9a-f]+\.tmp")
 _FAILED_NOTE = re.compile(r"rank[0-9]+\.failed\.json")
 _STOP_SECONDS = 10.0
 
@@ -95,7 +96,7 @@ class _PeerFailedError(CheckpointError):
 
 
 class CheckpointWriter:
-    """Write the checkpoints of one run; every rank has one and calls `save` at the same steps.
+    """Write the checkpoints of one run; every rank has one and makes the same calls in the same order.
 
     An error in the background is raised by the next `save`, `wait` or `close`; the checkpoints that were
     complete before are untouched by it. Leaving a `with` block by an exception gives up the save in flight.
@@ -121,7 +122,8 @@ class CheckpointWriter:
             attempt: Letters and digits, the same on all ranks and new for every start of the program.
             retention: Which checkpoints stay; None keeps all.
             asynchronous: Write in a thread; otherwise `save` returns when the checkpoint is complete.
-            timeout_seconds: How long rank 0 waits for the files of the others after it has written its own.
+            timeout_seconds: For how long nothing may be written before rank 0, done with its own files,
+                gives up the others.
         """
         if not re.fullmatch(r"[A-Za-z0-9]+", attempt):
             raise ValueError(f"attempt is {attempt!r}; it consists of letters and digits")
@@ -190,9 +192,9 @@ class CheckpointWriter:
         started = time.monotonic()
         if self._stopping.is_set():
             raise ValueError("this writer is closed")
-        self.wait()
         self._number += 1
         try:
+            self.wait()
             save = self._take(step, rank_files, shared_files, metric, summary or {})
         except Exception as error:
             with suppress(OSError):
@@ -301,13 +303,13 @@ class CheckpointWriter:
 
     def _commit(self, save: _Save, folder: Path) -> None:
         """Wait for all ranks, then make the folder a checkpoint."""
-        notes = self._poll(self.timeout_seconds, lambda: self._done_notes(folder))
+        notes = self._poll(self.timeout_seconds, folder, lambda: self._done_notes(folder))
         if notes is None:
             missing = ", ".join(str(rank) for rank in self._missing_ranks(folder))
             raise CheckpointError(
                 f"{self.run_folder}: {checkpoint_name(save.step)} is given up: rank {missing} of "
-                f"{self.world_size} did not finish its part within {self.timeout_seconds:g} s. Is it alive, "
-                "and does it see the same file system?"
+                f"{self.world_size} did not finish its part, and nothing was written for "
+                f"{self.timeout_seconds:g} s. Is it alive, and does it see the same file system?"
             )
         files = {name: FileFacts(*facts) for note in notes for name, facts in note["files"].items()}
         for name, facts in files.items():
@@ -342,7 +344,7 @@ class CheckpointWriter:
         seconds = (
             2 * self.timeout_seconds
         )  # rank 0 starts to wait for the others when it has written its files
-        if self._poll(seconds, committed) is None:
+        if self._poll(seconds, folder, committed) is None:
             raise CheckpointError(
                 f"{self.run_folder}: rank 0 has not completed {checkpoint_name(save.step)} within "
                 f"{seconds:g} s; is it alive, and does rank {self.rank} see the same file system?"
@@ -354,6 +356,8 @@ class CheckpointWriter:
             match = _TEMPORARY.fullmatch(name)
             if match and (match["attempt"] != self._attempt or int(match["number"]) < self._number):
                 shutil.rmtree(self.run_folder / name, ignore_errors=True)
+            elif _HALF_WRITTEN_HINT.fullmatch(name):
+                (self.run_folder / name).unlink(missing_ok=True)
 
     def _done_notes(self, folder: Path) -> list[dict[str, Any]] | None:
         self._raise_failure_of_others(folder)
@@ -385,12 +389,15 @@ class CheckpointWriter:
     def _temporary(self, step: int) -> Path:
         return self.run_folder / f".{checkpoint_name(step)}.{self._identity}.tmp"
 
-    def _poll(self, seconds: float, check: Callable[[], _Found | None]) -> _Found | None:
-        """Return what `check` finds, or None when time is up."""
-        deadline, pause = time.monotonic() + seconds, 0.005
+    def _poll(self, seconds: float, folder: Path, check: Callable[[], _Found | None]) -> _Found | None:
+        """Return what `check` finds, or None when nobody has written anything for so long."""
+        deadline, pause, sizes = time.monotonic() + seconds, 0.005, _file_sizes(folder)
         while (found := check()) is None:
             if time.monotonic() > deadline:
-                return None
+                before, sizes = sizes, _file_sizes(folder)
+                if before == sizes:
+                    return None
+                deadline = time.monotonic() + seconds
             if self._stopping.wait(pause):
                 raise _StoppedError
             pause = min(2 * pause, 0.5)
@@ -465,6 +472,15 @@ def _strict_json(summary: Mapping[str, Any]) -> dict[str, Any]:
         return json.loads(json.dumps(strict(summary), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise UserError(f"the summary of a checkpoint holds JSON values: {error}") from error
+
+
+def _file_sizes(folder: Path) -> dict[str, int]:
+    sizes = {}
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(folder):
+            with suppress(FileNotFoundError):
+                sizes[entry.name] = entry.stat().st_size
+    return sizes
 
 
 def _read_note(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -239,23 +240,29 @@ def set_aside(folder: Path) -> Path:
 
 
 def _check_files(folder: Path, files: Mapping[str, Any], *, hashes: bool) -> None:
-    problems = []
-    for name, facts in files.items():
-        path = folder / name
-        try:
-            size = path.stat().st_size
-            if size != facts["num_bytes"]:
-                problems.append(f"{name} has {size:,} bytes instead of {facts['num_bytes']:,}")
-            elif hashes:
-                with open(path, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != facts["sha256"]:
-                        problems.append(f"{name} has changed since it was written (its SHA-256 differs)")
-        except FileNotFoundError:
-            problems.append(f"{name} is missing")
-        except OSError as error:
-            problems.append(f"{name} cannot be read ({error.strerror})")
+    def check(name: str) -> str | None:
+        return _problem(folder / name, FileFacts(**files[name]), hashes)
+
+    with ThreadPoolExecutor(max_workers=8) as pool:  # hashing leaves the interpreter free
+        problems = [problem for problem in pool.map(check, files) if problem]
     if problems:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(problems)}")
+
+
+def _problem(path: Path, facts: FileFacts, hashes: bool) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != facts.num_bytes:
+            return f"{path.name} has {size:,} bytes instead of {facts.num_bytes:,}"
+        if hashes:
+            with open(path, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != facts.sha256:
+                    return f"{path.name} has changed since it was written (its SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{path.name} is missing"
+    except OSError as error:
+        return f"{path.name} cannot be read ({error.strerror})"
+    return None
 
 
 def _is_well_formed(manifest: Mapping[str, Any]) -> bool:

@@ -119,10 +119,13 @@ def adopt(run_folder: str | Path, checkpoint: str | Path) -> list[Path]:
     if step is None or checkpoint.resolve().parent != run_folder.resolve():
         raise ValueError(f"{checkpoint} is not a checkpoint of {run_folder}")
     newer = [folder for folder in named_checkpoints(run_folder) if (checkpoint_step(folder) or 0) > step]
-    moved = [set_aside(folder) for folder in reversed(newer)]
     metrics = run_folder / "metrics.jsonl"
-    if moved and metrics.exists():
-        shutil.copy2(metrics, moved[0].with_name(f"metrics_until_{moved[0].name}.jsonl"))
+    if newer and metrics.exists():
+        shelf = run_folder / SUPERSEDED
+        shelf.mkdir(exist_ok=True)
+        stamp = datetime.now().strftime("%Y%m%d_%H%M%S")
+        shutil.copy2(metrics, shelf / f"metrics_until_{newer[-1].name}_{stamp}.jsonl")
+    moved = [set_aside(folder) for folder in reversed(newer)]
     replace_text(run_folder / "latest", f"{checkpoint.name}\n")
     return moved
 
