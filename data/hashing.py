@@ -5,7 +5,7 @@ release; NumPy's own generators promise neither across versions.
 """
 
 from enum import IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,19 @@ class Stream(IntEnum):
     RANDOM_GENE = 8
     GENE_SELECTION = 9
     SAMPLE_SEED = 10
+
+
+class DrawKey(NamedTuple):
+    """Name what masks, gene selections and noise are drawn from, together with the cell's row."""
+
+    seed: int
+    phase: int
+    epoch: int
+    """-1 in validation, whose masks are the same in every epoch."""
+
+    def cell_hashes(self, stream: Stream, rows: NDArray[np.integer]) -> NDArray[np.uint64]:
+        """Give each cell its hash for one purpose."""
+        return stateless_hash(self.seed, self.phase, self.epoch, stream, index=rows)
 
 
 def mix(value: int) -> int:
@@ -122,9 +135,10 @@ def to_uniform(hashes: NDArray[np.uint64]) -> NDArray[np.float64]:
     return (hashes >> np.uint64(11)).astype(np.float64) * (1.0 / (1 << 53))
 
 
-def to_range(hashes: NDArray[np.uint64], limit: int) -> NDArray[np.int64]:
-    """Turn hashes into integers in [0, limit); the bias is below limit / 2**32."""
-    return (((hashes >> np.uint64(32)) * np.uint64(limit)) >> np.uint64(32)).astype(np.int64)
+def to_range(hashes: NDArray[np.uint64] | NDArray[np.uint32], limit: int) -> NDArray[np.int64]:
+    """Turn 64-bit or 32-bit hashes into integers in [0, limit); the bias is below limit / 2**32."""
+    high = hashes >> np.uint64(32) if hashes.dtype == np.uint64 else hashes.astype(np.uint64)
+    return ((high * np.uint64(limit)) >> np.uint64(32)).astype(np.int64)
 
 
 def _finalise(value: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> None:

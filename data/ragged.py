@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _LONG_ROW = 64
+_ALL_BITS = (1 << 32) - 1
 
 
 def offsets_of(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
@@ -95,17 +96,28 @@ def choose_smallest(
     """
     lengths = np.diff(offsets)
     counts = np.minimum(counts, lengths)
-    margin = counts + 6 * np.sqrt(counts) + 12
-    limits = np.minimum(margin / np.maximum(lengths, 1), 1.0) * float((1 << 32) - 1)
+    # Where more than half is chosen, the largest that are not are looked for instead: flipped bits turn the
+    # order around.
+    is_flipped = counts > lengths // 2
+    fewer = np.where(is_flipped, lengths - counts, counts)
+    flips = np.where(is_flipped, np.uint32(_ALL_BITS), np.uint32(0))
+    if is_flipped.any():
+        hashes = hashes ^ np.repeat(flips, lengths)
+    margin = fewer + 6 * np.sqrt(fewer) + 12
+    limits = np.minimum(margin / np.maximum(lengths, 1), 1.0) * float(_ALL_BITS)
+    limits[fewer == 0] = 0
     while True:
         candidates = np.flatnonzero(hashes <= np.repeat(limits.astype(np.uint32), lengths))
         bounds = np.searchsorted(candidates, offsets)
         found = np.diff(bounds)
-        is_short = found < counts
+        is_short = found < fewer
         if not is_short.any():
             break
-        limits[is_short] = float((1 << 32) - 1)
-    keys = (hashes[candidates].astype(np.uint64) << np.uint64(32)) | candidates.astype(np.uint64)
-    ordered = sort_rows(keys, bounds)
-    chosen = ordered[positions(bounds) < np.repeat(counts, found)] & np.uint64((1 << 32) - 1)
-    return np.sort(chosen.astype(np.int64))
+        limits[is_short] = float(_ALL_BITS)
+    places = np.repeat(flips, found)
+    keys = (hashes[candidates].astype(np.uint64) << np.uint64(32)) | (candidates.astype(np.uint32) ^ places)
+    ordered = sort_rows(keys, bounds).astype(np.uint32) ^ places
+    is_chosen = np.repeat(is_flipped, lengths)
+    is_first = positions(bounds) < np.repeat(fewer, found)
+    is_chosen[ordered[is_first]] = np.repeat(~is_flipped, fewer)
+    return np.flatnonzero(is_chosen)

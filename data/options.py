@@ -1,0 +1,79 @@
+"""Read option tables from YAML: every wrong key and value is reported at once."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from data.errors import DataError
+
+
+class Options:
+    """Take typed values out of a table, collecting mistakes until `finish`."""
+
+    def __init__(self, table: Mapping[str, Any], where: str) -> None:
+        """Read `table`; `where` is its place in the YAML file, such as `tokenizer`."""
+        if not isinstance(table, Mapping):
+            raise DataError(f"{where}: got {table!r}; it must be a table of options")
+        self._table = dict(table)
+        self._where = where
+        self._known: list[str] = []
+        self._mistakes: list[str] = []
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether the user gave this option."""
+        return name in self._table
+
+    def choice(self, name: str, allowed: Iterable[str | None], default: str | None) -> Any:
+        """Take one of a few words; None among the allowed ones is YAML's null."""
+        words = list(allowed)
+        return self._take(
+            name, default, words.__contains__, " | ".join("null" if w is None else w for w in words)
+        )
+
+    def flag(self, name: str, default: bool) -> bool:
+        """Take true or false."""
+        return self._take(name, default, lambda value: isinstance(value, bool), "true or false")
+
+    def count(self, name: str, default: int, minimum: int) -> int:
+        """Take a whole number."""
+        return self._take(
+            name,
+            default,
+            lambda value: type(value) is int and value >= minimum,
+            f"a whole number, at least {minimum}",
+        )
+
+    def number(
+        self, name: str, default: float, low: float, high: float = float("inf"), above: bool = False
+    ) -> float:
+        """Take a number in [low, high], or in (low, high] with `above`."""
+
+        def is_valid(value: Any) -> bool:
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            return is_number and low <= value <= high and not (above and value == low)
+
+        bounds = f"{'above' if above else 'at least'} {low:g}" + (
+            f", at most {high:g}" if high < float("inf") else ""
+        )
+        return float(self._take(name, default, is_valid, f"a number {bounds}"))
+
+    def wrong(self, name: str, reason: str) -> None:
+        """Note that an option cannot be used here."""
+        self._mistakes.append(f"{self._where}.{name}: {reason}")
+
+    def finish(self) -> None:
+        """Raise one error with all mistakes, options that nothing took among them."""
+        for name in self._table:
+            if name not in self._known:
+                self.wrong(name, f"not an option here; there are: {', '.join(self._known)}")
+        if self._mistakes:
+            raise DataError("; ".join(self._mistakes))
+
+    def _take(self, name: str, default: Any, is_valid: Any, allowed: str) -> Any:
+        self._known.append(name)
+        if name not in self._table:
+            return default
+        value = self._table[name]
+        if not is_valid(value):
+            self.wrong(name, f"got {value!r}; it must be {allowed}")
+            return default
+        return value
