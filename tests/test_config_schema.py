@@ -274,19 +274,10 @@ def test_fields_that_contradict_each_other_are_refused(load, updates, message):
         load(changed(**updates))
 
 
-def test_neither_batch_size_nor_accumulation_is_refused_once(load):
-    raw = without(changed(datasets__1__epochs=1), "gradient_accumulation_steps")
-    with pytest.raises(
-        ConfigError, match=r"global_batch_size: not given, and gradient_accumulation_steps neither"
-    ) as error:
-        load(raw)
-    assert str(error.value).count("not given") == 1
-
-
-def test_one_phase_without_either_is_named(load):
-    raw = without(changed(datasets__1__global_batch_size=8), "gradient_accumulation_steps")
-    with pytest.raises(ConfigError, match=r"datasets\.0\.global_batch_size: not given"):
-        load(raw)
+def test_without_batch_settings_every_micro_batch_is_a_step(load):
+    config = load(without(changed(), "gradient_accumulation_steps"))
+    plan = config.batch_plan(0, world_size=2, micro_batch_size=4)
+    assert (plan.accumulation, plan.global_batch_size) == (1, 8)
 
 
 def test_auto_resume_may_take_initial_weights(load):

@@ -109,23 +109,10 @@ def _batches(config: RunConfig) -> Iterator[Problem]:
             yield Problem(
                 f"{prefix}global_batch_size",
                 f"{section.global_batch_size} and {prefix}gradient_accumulation_steps "
-                f"{section.gradient_accumulation_steps} are both set; keep exactly one, the other follows",
+                f"{section.gradient_accumulation_steps} are both set; keep one, the other follows",
                 (f"{prefix}gradient_accumulation_steps",),
             )
     settings = [config.batch_settings(phase) for phase in config.datasets]
-    missing = [
-        index
-        for index, batch in enumerate(settings)
-        if batch.global_batch_size is None and batch.gradient_accumulation_steps is None
-    ]
-    for index in [None] if len(missing) == len(settings) else missing:
-        prefix = "" if index is None else f"datasets.{index}."
-        yield Problem(
-            f"{prefix}global_batch_size",
-            "not given, and gradient_accumulation_steps neither; set exactly one "
-            "(gradient_accumulation_steps: 1 for an optimizer step after every micro-batch)",
-            (*_PAIR, *(f"{prefix}{key}" for key in _PAIR)),
-        )
     told: set[str] = set()
     for index, batch in enumerate(settings):
         total, micro = batch.global_batch_size, batch.micro_batch_size

@@ -297,12 +297,12 @@ class RunConfig(Section):
     )
     global_batch_size: PositiveCount | None = Field(
         default=None,
-        description="Cells per optimizer step over all ranks; exactly one of this and "
-        "gradient_accumulation_steps",
+        description="Cells per optimizer step over all ranks; gradient_accumulation_steps follows from it",
     )
     gradient_accumulation_steps: PositiveCount | None = Field(
         default=None,
-        description="Micro-batches per rank and optimizer step; exactly one of this and global_batch_size",
+        description="Micro-batches per rank and optimizer step, from which global_batch_size follows; "
+        "1 where neither is given",
     )
     micro_batch_size: PositiveCount | None = Field(
         default=None, description="Cells per rank and forward pass; null: what a loader of your own yields"
@@ -373,10 +373,10 @@ class RunConfig(Section):
         return self
 
     def batch_settings(self, phase: PhaseConfig) -> BatchSettings:
-        """Return a phase's batch settings: its own pair or the run's, never a mixture."""
+        """Return a phase's batch settings: its own pair or the run's, never a mixture; neither: no accumulation."""
         own = (phase.global_batch_size, phase.gradient_accumulation_steps)
         pair = own if own != (None, None) else (self.global_batch_size, self.gradient_accumulation_steps)
-        return BatchSettings(*pair, phase.micro_batch_size or self.micro_batch_size)
+        return BatchSettings(*(pair if pair != (None, None) else (None, 1)), phase.micro_batch_size or self.micro_batch_size)
 
     def batch_plan(
         self, phase: PhaseConfig | int, world_size: int, micro_batch_size: int | None = None
