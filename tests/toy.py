@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,8 @@ class ToyModel(nn.Module):
 
 
 class ToyCells(Dataset):
-    def __init__(self, num_cells=48, seed=0, unique_batches=None):
+    def __init__(self, num_cells=48, seed=0, unique_batches=None, seconds_per_cell=0.0):
+        self.seconds_per_cell = seconds_per_cell
         self.tokens = torch.randint(
             0, 32, (num_cells, NUM_TOKENS), generator=torch.Generator().manual_seed(seed)
         )
@@ -55,6 +57,7 @@ class ToyCells(Dataset):
         return len(self.tokens)
 
     def __getitem__(self, index):
+        time.sleep(self.seconds_per_cell)
         return {"tokens": self.tokens[index], "cell_index": torch.tensor(index)}
 
 
@@ -75,8 +78,10 @@ class StreamedCells(IterableDataset):
             yield self.cells[index]
 
 
-def map_loader(num_cells=48, batch_size=4, shuffle=True, seed=0, noisy=False, num_workers=0, validation=True):
-    dataset = (NoisyCells if noisy else ToyCells)(num_cells, seed)
+def map_loader(
+    num_cells=48, batch_size=4, shuffle=True, seed=0, noisy=False, num_workers=0, validation=True, seconds_per_cell=0.0
+):
+    dataset = (NoisyCells if noisy else ToyCells)(num_cells, seed, seconds_per_cell=seconds_per_cell)
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers)
     if validation:
         loader.val_dataset = ToyCells(10, seed + 1)
