@@ -7,6 +7,7 @@ config asks for it, and only rank 0 builds trackers.
 import csv
 import importlib
 import inspect
+import io
 import netrc
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -332,7 +333,7 @@ _KINDS = {
 def _read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     """Return the header and the rows, without a last row that was being written."""
     text = path.read_text(encoding="utf-8")
-    rows = list(csv.reader(text[: text.rfind("\n") + 1].splitlines()))
+    rows = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
     return (rows[0], rows[1:]) if rows else ([], [])
 
 
