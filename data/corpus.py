@@ -120,7 +120,7 @@ def open_corpus(path: str | Path) -> CorpusInfo:
     return CorpusInfo(str(path), filesystem, root, manifest, gene_space)
 
 
-def _read_or_none(filesystem: fsspec.AbstractFileSystem, path: str) -> bytes | None:
+def _read_or_none(filesystem: fsspec.AbstractFileSystem, path: str) -> str | bytes | None:
     try:
         with filesystem.open(path, "rb") as file:
             return file.read()

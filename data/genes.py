@@ -96,9 +96,12 @@ class GeneSpace:
 
     def to_json(self) -> str:
         """Return the text of `genes.json`."""
-        genes = [{"id": gene, "symbol": symbol} for gene, symbol in zip(self.ids, self.symbols, strict=True)]
+        text = json.encoder.encode_basestring_ascii
         head = json.dumps({"format": 1, "key": self.key, "sha256": self.sha256})[:-1]
-        lines = ",\n".join(json.dumps(gene) for gene in genes)
+        lines = ",\n".join(
+            f'{{"id": {text(gene)}, "symbol": {"null" if symbol is None else text(symbol)}}}'
+            for gene, symbol in zip(self.ids, self.symbols, strict=True)
+        )
         return f'{head}, "genes": [\n{lines}\n]}}\n'
 
     @classmethod
@@ -159,7 +162,7 @@ def strip_version(name: str) -> str:
 
 def check_gene_names(names: Sequence[str], where: str) -> None:
     """Raise where a name is empty or occurs twice, listing positions or names."""
-    empty = [str(index) for index, name in enumerate(names) if not name.strip()]
+    empty = [str(index) for index, name in enumerate(names) if not name or name.isspace()]
     if empty:
         raise DataError(f"{where}: {len(empty)} genes have an empty name, at positions {_listed(empty)}")
     if len(set(names)) != len(names):

@@ -250,7 +250,7 @@ def test_sections_with_nothing_under_them_are_the_defaults(load):
         ),
         (
             {"global_batch_size": 8},
-            r"global_batch_size: 8 and gradient_accumulation_steps 1 are both set; keep exactly one",
+            r"global_batch_size: 8 and gradient_accumulation_steps 1 are both set; keep one",
         ),
         (
             {"datasets__0__global_batch_size": 8, "datasets__0__gradient_accumulation_steps": 2},
