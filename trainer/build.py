@@ -197,9 +197,11 @@ def build_model(config: RunConfig, facts: DataFacts) -> nn.Module:
     if settings.config_class is not None:
         config_class = resolve(settings.config_class, "model.config_class")
         arguments = with_data_sizes(config_class, settings.config_args, facts, "model.config_args")
+        arguments |= fp8_arguments(config, config_class, "model.config_class")
         model = factory(config_class(**arguments), **settings.model_args)
     else:
-        model = factory(**with_data_sizes(factory, settings.model_args, facts, "model.model_args"))
+        arguments = with_data_sizes(factory, settings.model_args, facts, "model.model_args")
+        model = factory(**arguments, **fp8_arguments(config, factory, "model.model_class"))
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"model.model_class: {settings.model_class} made a {type(model).__name__}, not a torch.nn.Module"
@@ -229,6 +231,28 @@ def with_data_sizes(factory: Any, given: dict[str, Any], facts: DataFacts, where
                 f"{where}.{name}: {given[name]} was given, but the data needs {size}; leave it out to take the data's"
             )
     return arguments
+
+
+def fp8_arguments(config: RunConfig, factory: Any, where: str) -> dict[str, Any]:
+    """Return what tells a model to build its layers for FP8, empty for any other precision.
+
+    Raises:
+        ConfigError: FP8 was asked for and cannot be had.
+    """
+    if config.precision != "fp8":
+        return {}
+    assert config.fp8 is not None
+    if config.fp8.backend == "te":
+        raise ConfigError(
+            "fp8.backend: te asks for Transformer Engine's layers, which this version does not build yet; use "
+            "precision: bf16, or fp8.backend: emulate, which rounds like FP8 and computes in fp32"
+        )
+    if "layer_backend" not in inspect.signature(factory).parameters:
+        raise ConfigError(
+            f"precision: fp8 needs a model whose layers can be FP8, but {where} takes no argument layer_backend; use "
+            "precision: bf16, or a model built on models.layers"
+        )
+    return {"layer_backend": config.fp8.backend, "exclude_layers": config.fp8.exclude_layers}
 
 
 def check_rates(phases: list[Phase], optimizer: torch.optim.Optimizer) -> None:
