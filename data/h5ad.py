@@ -1,0 +1,349 @@
+"""Read h5ad files with h5py, in current and old encodings: their matrices, genes and obs columns."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import h5py
+import numpy as np
+import pyarrow as pa
+
+from data.errors import DataError
+from data.genes import ID_COLUMNS, SYMBOL_COLUMNS, SourceGenes, looks_like_ensembl, strip_version
+from data.h5ad_matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix, read
+
+ROWS_PER_OBS_READ = 1 << 16
+_CHUNK_CACHE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class LabelChunk:
+    """Hold the labels of consecutive cells as positions in a list of names; -1 where a cell has none."""
+
+    codes: np.ndarray
+    names: list[str]
+
+
+class H5adFile:
+    """Open one h5ad file for reading, as a context manager."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open the file and check that it is an h5ad file."""
+        self.path = Path(path)
+        self.name = self.path.name
+        self.handle = _open_hdf5(self.path)
+        try:
+            for part in ("obs", "var"):
+                if part not in self.handle:
+                    raise DataError(f"{self.path}: not an h5ad file: {self._what_it_is(part)}")
+            self.obs = Frame(f"{self.path}: obs", self.handle["obs"], self.handle.get("uns"))
+            self.num_cells = self.obs.num_rows
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "H5adFile":
+        """Return the file."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; what was taken from it cannot be read any more."""
+        self.handle.close()
+
+    def matrix_names(self) -> list[str]:
+        """List the matrices: `layers/NAME`, `raw.X`, `X`."""
+        layers = self.handle.get("layers")
+        names = [f"layers/{name}" for name in layers] if isinstance(layers, h5py.Group) else []
+        return [*names, *(["raw.X"] if self._raw("X") else []), *(["X"] if "X" in self.handle else [])]
+
+    def matrix(self, name: str) -> Matrix:
+        """Return a reader of one of `matrix_names`, or raise listing them."""
+        if name not in self.matrix_names():
+            there = ", ".join(self.matrix_names()) or "none"
+            raise DataError(f"{self.path}: no matrix {name!r}; it has: {there}")
+        item = self.handle[self._raw("X") if name == "raw.X" else name]
+        where = f"{self.path}: {name}"
+        matrix = _open_matrix(where, item)
+        num_genes = self._var(name).num_rows
+        if matrix.shape != (self.num_cells, num_genes):
+            found = f"{matrix.shape[0]} cells x {matrix.shape[1]} genes"
+            raise DataError(f"{where} is {found}, but obs and var have {self.num_cells} and {num_genes} rows")
+        return matrix
+
+    def genes(self, matrix: str, column: str | None = None) -> SourceGenes:
+        """Return the gene names that belong to a matrix, read from `column` of var where one is named.
+
+        Without one, Ensembl ids are looked for in the index and in columns of the usual names, then in any
+        text column; symbols likewise.
+        """
+        var = self._var(matrix)
+        if column is not None:
+            names = var.text(column)
+            if looks_like_ensembl(names):
+                symbols = _first_text(var, SYMBOL_COLUMNS, is_ensembl=False)
+                return SourceGenes(f"{var.where}[{column!r}]", _stripped(names), symbols)
+            return SourceGenes(f"{var.where}[{column!r}]", None, names)
+        index = var.text(var.index_name)
+        others = [name for name in var.columns() if name not in ID_COLUMNS and var.is_text(name)]
+        if looks_like_ensembl(index):
+            ids, symbols = index, _first_text(var, SYMBOL_COLUMNS, is_ensembl=False)
+        else:
+            ids = _first_text(var, (*ID_COLUMNS, *others), is_ensembl=True)
+            symbols = index
+            if all(name.isdigit() for name in index):
+                symbols = _first_text(var, SYMBOL_COLUMNS, is_ensembl=False) or index
+        return SourceGenes(var.where, None if ids is None else _stripped(ids), symbols)
+
+    def gene_names(self, matrix: str) -> tuple[str, ...]:
+        """Return the index of var as text, for messages."""
+        var = self._var(matrix)
+        return var.text(var.index_name)
+
+    def cell_name(self, row: int) -> str:
+        """Return the index of obs at a row, for messages."""
+        return self.obs.text(self.obs.index_name, row, row + 1)[0]
+
+    def _var(self, matrix: str) -> "Frame":
+        if matrix != "raw.X":
+            return Frame(f"{self.path}: var", self.handle["var"], self.handle.get("uns"))
+        path = self._raw("var")
+        if path is None:
+            raise DataError(f"{self.path}: raw.X has no raw.var that names its genes")
+        return Frame(f"{self.path}: raw.var", self.handle[path], self.handle.get("uns"))
+
+    def _raw(self, part: str) -> str | None:
+        """Return the path of raw's X or var: `raw/X`, in old files `raw.X`."""
+        return next((path for path in (f"raw/{part}", f"raw.{part}") if path in self.handle), None)
+
+    def _what_it_is(self, missing: str) -> str:
+        if "matrix" in self.handle and "barcodes" in self.handle["matrix"]:  # type: ignore[operator]
+            return "it is a 10x Genomics matrix; make one with scanpy.read_10x_h5(FILE).write_h5ad(OUT)"
+        return f"it has no {missing!r}; its top level holds: {', '.join(self.handle) or 'nothing'}"
+
+
+class Frame:
+    """Read obs or var: a group of columns, or (before anndata 0.7) one compound dataset."""
+
+    def __init__(self, where: str, item: Any, uns: Any) -> None:
+        """Take the HDF5 object; `uns` holds the categories of the old encoding."""
+        self.where = where
+        self.item = item
+        self.uns = uns
+        if isinstance(item, h5py.Dataset):
+            if item.dtype.names is None:
+                raise DataError(f"{where}: not a table")
+            self.index_name = item.dtype.names[0]
+            self.num_rows = len(item)
+        else:
+            name = item.attrs.get("_index", "_index")
+            self.index_name = name.decode() if isinstance(name, bytes) else str(name)
+            if self.index_name not in item:
+                raise DataError(f"{where}: it has no index column {self.index_name!r}")
+            self.num_rows = _length(item[self.index_name])
+
+    def columns(self) -> list[str]:
+        """List the columns, without the index."""
+        if isinstance(self.item, h5py.Dataset):
+            return [name for name in self.item.dtype.names if name != self.index_name]
+        return [name for name in self.item if name not in (self.index_name, "__categories")]
+
+    def require(self, column: str) -> str:
+        """Return the stored name of a column (`index` is the index), or raise listing those there are."""
+        if column in self.columns() or column == self.index_name:
+            return column
+        if column == "index":
+            return self.index_name
+        raise DataError(
+            f"{self.where} has no column {column!r}; it has: {', '.join(self.columns()) or 'none'}"
+        )
+
+    def is_text(self, column: str) -> bool:
+        """Tell whether a column holds text or categories of text."""
+        categories = self._categories(column)
+        if categories is not None:
+            return _is_text_type(categories.dtype)
+        return _is_text_type(self._dtype(column))
+
+    def text(self, column: str, start: int = 0, stop: int | None = None) -> tuple[str, ...]:
+        """Return a column as text, empty where it holds none."""
+        column, stop = self.require(column), self.num_rows if stop is None else stop
+        if self._categories(column) is None:
+            values, mask = self._values(column, start, stop)
+            if mask is None and values.dtype.kind in "OS":
+                return tuple(_as_names(values, self.where))
+        chunk = self.labels(column, start, stop)
+        names = np.array([*chunk.names, ""], dtype=object)
+        return tuple(names[chunk.codes].tolist())
+
+    def kind(self, column: str) -> Literal["class", "number"]:
+        """Tell whether a column holds labels (text, categories, booleans) or numbers."""
+        column = self.require(column)
+        if self._categories(column) is not None or self._dtype(column).kind not in "iuf":
+            return "class"
+        return "number"
+
+    def number_type(self, column: str) -> str:
+        """Return the type that a number column is kept in: int64, float32 or float64."""
+        dtype = self._dtype(self.require(column))
+        return "int64" if dtype.kind in "iu" else "float32" if dtype.itemsize <= 4 else "float64"
+
+    def numbers(self, column: str, start: int, stop: int) -> np.ndarray:
+        """Return the values of a number column in its `number_type`."""
+        column = self.require(column)
+        values, mask = self._values(column, start, stop)
+        dtype = np.dtype(self.number_type(column))
+        if mask is not None and mask.any():
+            if dtype.kind == "i":
+                row = start + int(np.argmax(mask))
+                raise DataError(f"{self.where}[{column!r}]: row {row} has no value; drop or fill such rows")
+            values = np.where(mask, np.nan, values)
+        return values.astype(dtype)
+
+    def labels(self, column: str, start: int, stop: int) -> LabelChunk:
+        """Return the labels of rows [start, stop); an empty text or a missing value is no label."""
+        column = self.require(column)
+        values, mask = self._values(column, start, stop)
+        categories = self._categories(column)
+        if categories is not None:
+            names = _as_names(categories[:], f"{self.where}[{column!r}]")
+            codes = values.astype(np.int64)
+            if len(codes) and codes.max() >= len(names):
+                raise DataError(
+                    f"{self.where}[{column!r}]: damaged: a code lies outside its {len(names)} categories"
+                )
+        else:
+            codes, names = _encode(values, f"{self.where}[{column!r}]")
+        if mask is not None:
+            codes = np.where(mask, -1, codes)
+        if "" in names:
+            codes = np.where(codes == names.index(""), -1, codes)
+        return LabelChunk(np.maximum(codes, -1), names)
+
+    def label_chunks(self, column: str) -> Iterator[LabelChunk]:
+        """Yield the labels of all rows, a bounded number at a time."""
+        for start in range(0, self.num_rows, ROWS_PER_OBS_READ):
+            yield self.labels(column, start, min(start + ROWS_PER_OBS_READ, self.num_rows))
+
+    def _item(self, column: str) -> Any:
+        return self.item if isinstance(self.item, h5py.Dataset) else self.item[column]
+
+    def _dtype(self, column: str) -> np.dtype:
+        item = self._item(column)
+        if isinstance(self.item, h5py.Dataset):
+            return item.dtype[column]
+        if not isinstance(item, h5py.Group):
+            return item.dtype
+        stored: Any = item.get("values")
+        if stored is None:
+            raise DataError(f"{self.where}[{column!r}]: a column in an encoding that is not known here")
+        return stored.dtype
+
+    def _categories(self, column: str) -> Any:
+        """Return the categories' dataset of a categorical column in any of the three encodings."""
+        if isinstance(self.item, h5py.Dataset):
+            found = self.uns.get(f"{column}_categories") if isinstance(self.uns, h5py.Group) else None
+            return found if isinstance(found, h5py.Dataset) and self._dtype(column).kind in "iu" else None
+        item = self.item[column]
+        if isinstance(item, h5py.Group):
+            return item.get("categories")
+        reference = item.attrs.get("categories")
+        return item.file[reference] if isinstance(reference, h5py.Reference) else None
+
+    def _values(self, column: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Return codes or values of rows [start, stop), and which are masked where the encoding says so."""
+        item = self._item(column)
+        if isinstance(self.item, h5py.Dataset):
+            return read(self.where, item.fields(column), start, stop), None
+        if isinstance(item, h5py.Dataset):
+            return _read_column(self.where, item, start, stop), None
+        if "codes" in item:
+            return read(self.where, item["codes"], start, stop), None
+        if "values" in item:
+            mask = read(self.where, item["mask"], start, stop).astype(bool) if "mask" in item else None
+            return _read_column(self.where, item["values"], start, stop), mask
+        raise DataError(f"{self.where}[{column!r}]: a column in an encoding that is not known here")
+
+
+def _open_hdf5(path: Path) -> h5py.File:
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    if path.is_dir():
+        raise DataError(f"{path}: a folder, not an h5ad file")
+    try:
+        if not h5py.is_hdf5(path):
+            raise DataError(f"{path}: not an HDF5 file, so not an h5ad file")
+        return h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE_BYTES)
+    except OSError as error:
+        what = "the file is truncated" if "truncated" in str(error) else "it cannot be opened"
+        raise DataError(f"{path}: {what} ({error})") from error
+
+
+def _open_matrix(where: str, item: Any) -> Matrix:
+    if isinstance(item, h5py.Dataset):
+        return DenseMatrix(where, item)
+    layout = item.attrs.get("encoding-type", item.attrs.get("h5sparse_format", ""))
+    layout = layout.decode() if isinstance(layout, bytes) else str(layout)
+    kinds = {"csr_matrix": CsrMatrix, "csr": CsrMatrix, "csc_matrix": CscMatrix, "csc": CscMatrix}
+    if layout not in kinds or not all(part in item for part in ("data", "indices", "indptr")):
+        raise DataError(f"{where}: its encoding {layout!r} is not one of dense array, csr_matrix, csc_matrix")
+    rows, columns = item.attrs.get("shape", item.attrs.get("h5sparse_shape"))
+    return kinds[layout](where, (int(rows), int(columns)), item["data"], item["indices"], item["indptr"])
+
+
+def _length(item: Any) -> int:
+    stored: Any = item.get("values") if isinstance(item, h5py.Group) else item
+    return len(stored)
+
+
+def _is_text_type(dtype: np.dtype) -> bool:
+    return dtype.kind == "S" or h5py.check_string_dtype(dtype) is not None
+
+
+def _read_column(where: str, item: h5py.Dataset, start: int, stop: int) -> np.ndarray:
+    return read(where, item.asstr() if _is_text_type(item.dtype) else item, start, stop)
+
+
+def _encode(values: np.ndarray, where: str) -> tuple[np.ndarray, list[str]]:
+    """Return each value's position in the list of distinct names; -1 for NaN."""
+    if values.dtype.kind in "OS":
+        encoded = pa.array(_as_names(values, where), pa.string()).dictionary_encode()
+        return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+    unique, codes = np.unique(values, return_inverse=True)
+    names = _as_names(unique, where)
+    missing = np.isnan(unique)[codes] if unique.dtype.kind == "f" else np.zeros(len(codes), bool)
+    return np.where(missing, -1, codes), names
+
+
+def _as_names(values: np.ndarray, where: str) -> list[str]:
+    """Return distinct values as names; whole floating-point numbers lose their `.0`."""
+    if values.dtype.kind == "f":
+        finite = values[np.isfinite(values)]
+        if (finite != np.floor(finite)).any():
+            raise DataError(f"{where}: fractional numbers cannot be labels; keep the column as a number")
+        return [str(int(value)) if np.isfinite(value) else "" for value in values]
+    if values.dtype.kind in "iub":
+        return [str(value) for value in values.tolist()]
+    names = values.tolist()
+    return [name.decode() if isinstance(name, bytes) else name for name in names]
+
+
+def _stripped(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(strip_version(name) for name in names)
+
+
+def _first_text(frame: Frame, columns: tuple[str, ...], *, is_ensembl: bool) -> tuple[str, ...] | None:
+    """Return the first of the columns that is there, is text, and holds (or does not hold) Ensembl ids."""
+    for name in columns:
+        if name in frame.columns() and frame.is_text(name):
+            names = frame.text(name)
+            if looks_like_ensembl(names) == is_ensembl:
+                return names
+    return None

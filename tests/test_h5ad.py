@@ -1,0 +1,348 @@
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse
+
+import data.h5ad_matrix
+from data.cell_rows import BadValueError, cell_rows, exact_counts, exact_lognorm, judge_values, sort_rows
+from data.errors import DataError
+from data.h5ad import H5adFile
+from data.h5ad_matrix import CscMatrix, MatrixChunk
+from tests.h5ad_files import SAMPLES, anndata_values, random_counts, read_with_anndata, write_h5ad
+
+
+def read_rows(file, name, tmp_path, start=0, stop=None):
+    """Return the rows of a matrix put together from its chunks, and the number of chunks."""
+    matrix = file.matrix(name)
+    if isinstance(matrix, CscMatrix):
+        matrix.transpose_to(tmp_path / "rows")
+        matrix = matrix.open_transposed(tmp_path / "rows")
+    stop = matrix.shape[0] if stop is None else stop
+    values = np.zeros((stop - start, matrix.shape[1]), np.float64)
+    row, num_chunks = start, 0
+    for chunk in matrix.chunks(start, stop):
+        assert chunk.first_row == row
+        lengths = np.diff(chunk.offsets)
+        at = np.repeat(np.arange(len(lengths)), lengths) + row - start
+        values[at, chunk.columns] = chunk.values
+        row += len(lengths)
+        num_chunks += 1
+    assert row == stop
+    return values, num_chunks
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64", "uint16"])
+def test_every_layout_and_type_is_read_as_anndata_reads_it(tmp_path, monkeypatch, layout, dtype):
+    monkeypatch.setattr(data.h5ad_matrix, "VALUES_PER_CHUNK", 100)
+    monkeypatch.setattr(data.h5ad_matrix, "_CSC_VALUES_PER_BUCKET", 64)
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(60, 30), layout=layout, dtype=dtype)
+    with H5adFile(path) as file:
+        values, num_chunks = read_rows(file, "X", tmp_path)
+        assert np.array_equal(values, anndata_values(path)[0])
+        assert num_chunks > 1
+        part, _ = read_rows(file, "X", tmp_path, 7, 41)
+        assert np.array_equal(part, values[7:41])
+
+
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+def test_compressed_files_are_read(tmp_path, layout):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(50, 20), layout=layout, compression="gzip")
+    with H5adFile(path) as file:
+        assert np.array_equal(read_rows(file, "X", tmp_path)[0], anndata_values(path)[0])
+
+
+def test_dense_blocks_follow_the_chunks_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.h5ad_matrix, "VALUES_PER_CHUNK", 20)
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(50, 20), layout="dense")
+    with h5py.File(path, "r+") as file:
+        values = file["X"][:]
+        del file["X"]
+        file.create_dataset("X", data=values, chunks=(16, 5))
+    with H5adFile(path) as file:
+        rows = [(chunk.first_row, len(chunk.offsets) - 1) for chunk in file.matrix("X").chunks(5, 50)]
+        assert rows == [(5, 11), (16, 16), (32, 16), (48, 2)]
+        assert np.array_equal(read_rows(file, "X", tmp_path)[0], values)
+
+
+def test_a_row_longer_than_a_chunk_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.h5ad_matrix, "VALUES_PER_CHUNK", 4)
+    path = write_h5ad(tmp_path / "a.h5ad", np.ones((3, 10)))
+    with H5adFile(path) as file:
+        values, num_chunks = read_rows(file, "X", tmp_path)
+        assert (values == 1).all()
+        assert num_chunks == 3
+
+
+def test_layers_and_raw_are_found_beside_x(tmp_path):
+    counts = random_counts(20, 8)
+    path = write_h5ad(
+        tmp_path / "a.h5ad", counts * 0.5, layers={"counts": counts, "other": counts}, raw=counts * 2
+    )
+    with H5adFile(path) as file:
+        assert file.matrix_names() == ["layers/counts", "layers/other", "raw.X", "X"]
+        for name in file.matrix_names():
+            assert np.array_equal(read_rows(file, name, tmp_path)[0], anndata_values(path, name)[0])
+        with pytest.raises(
+            DataError, match="no matrix 'layers/none'; it has: layers/counts, layers/other, raw.X, X"
+        ):
+            file.matrix("layers/none")
+
+
+def test_the_oldest_encoding_is_read_as_anndata_reads_it(tmp_path):
+    path = SAMPLES / "10x_pbmc68k_reduced.h5ad"
+    expected = read_with_anndata(path)
+    with H5adFile(path) as file:
+        assert np.array_equal(read_rows(file, "raw.X", tmp_path)[0], expected.raw.X.toarray())
+        assert np.array_equal(read_rows(file, "X", tmp_path)[0], expected.X)
+        assert file.genes("raw.X").symbols == tuple(expected.raw.var_names)
+        assert file.obs.text("bulk_labels") == tuple(expected.obs["bulk_labels"])
+        assert file.obs.text("index") == tuple(expected.obs_names)
+        assert np.array_equal(file.obs.numbers("percent_mito", 3, 9), expected.obs["percent_mito"][3:9])
+        assert file.obs.kind("n_genes") == "number"
+        assert file.obs.kind("bulk_labels") == "class"
+        assert file.cell_name(2) == expected.obs_names[2]
+
+
+def test_categories_of_anndata_0_7_are_read(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(4, 3))
+    with h5py.File(path, "r+") as file:
+        obs = file["obs"]
+        obs.create_dataset("__categories/batch", data=["x", "y"], dtype=h5py.string_dtype())
+        obs["batch"] = np.array([1, 0, -1, 1], np.int8)
+        obs["batch"].attrs["categories"] = obs["__categories/batch"].ref
+    with H5adFile(path) as file:
+        assert file.obs.columns() == ["batch"]
+        assert file.obs.text("batch") == ("y", "x", "", "y")
+
+
+def test_obs_columns_of_every_type_are_read(tmp_path):
+    obs = {
+        "category": pd.Categorical(["b", None, "a", "b"], categories=["a", "b", "unused"]),
+        "text": ["x", "", "y", "x"],
+        "flag": [True, False, True, True],
+        "whole": [3, 1, 2, 3],
+        "real": np.array([0.5, np.nan, 1.5, 2.0]),
+        "single": np.array([0.5, 1, 1, 2], np.float32),
+        "lane": np.array([1.0, 2.0, np.nan, 1.0]),
+        "nullable": pd.array([1, None, 3, 1], dtype="Int64"),
+        "number_category": pd.Categorical([10, 2, 10, 2]),
+    }
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(4, 3), obs=obs)
+    with H5adFile(path) as file:
+        assert file.obs.text("category") == ("b", "", "a", "b")
+        assert file.obs.text("text") == ("x", "", "y", "x")
+        assert file.obs.text("flag") == ("True", "False", "True", "True")
+        assert file.obs.text("whole") == ("3", "1", "2", "3")
+        assert file.obs.text("lane") == ("1", "2", "", "1")
+        assert file.obs.text("nullable") == ("1", "", "3", "1")
+        assert file.obs.text("number_category", 1, 3) == ("2", "10")
+        kinds = {name: file.obs.kind(name) for name in obs}
+        assert [name for name, kind in kinds.items() if kind == "class"] == [
+            "category", "text", "flag", "number_category",
+        ]  # fmt: skip
+        assert file.obs.number_type("whole") == "int64"
+        assert file.obs.number_type("single") == "float32"
+        assert file.obs.numbers("real", 0, 4).dtype == np.float64
+        with pytest.raises(DataError, match=r"'nullable'\]: row 1 has no value"):
+            file.obs.numbers("nullable", 0, 4)
+        with pytest.raises(DataError, match="fractional numbers cannot be labels"):
+            file.obs.text("real")
+        with pytest.raises(DataError, match="has no column 'none'; it has: .*category"):
+            file.obs.labels("none", 0, 4)
+
+
+def test_ensembl_ids_are_found_by_content_and_stripped_of_versions(tmp_path):
+    ids = ["ENSG00000000003.15", "ENSG00000000005.6"]
+    strip = tuple(name.split(".")[0] for name in ids)
+    values = np.ones((2, 2))
+    as_column = write_h5ad(tmp_path / "a.h5ad", values, genes=["TSPAN6", "TNMD"], var={"gene_ids": ids})
+    as_index = write_h5ad(tmp_path / "b.h5ad", values, genes=ids, var={"feature_name": ["TSPAN6", "TNMD"]})
+    odd_column = write_h5ad(tmp_path / "c.h5ad", values, genes=["TSPAN6", "TNMD"], var={"accession": ids})
+    for path in (as_column, as_index, odd_column):
+        with H5adFile(path) as file:
+            genes = file.genes("X")
+        assert genes.ids == strip
+        assert genes.symbols == ("TSPAN6", "TNMD")
+    with H5adFile(as_column) as file:
+        assert file.genes("X", "index").ids is None
+        assert file.genes("X", "gene_ids").ids == strip
+        with pytest.raises(DataError, match="var has no column 'ensembl_id'; it has: gene_ids"):
+            file.genes("X", "ensembl_id")
+
+
+def test_a_numbered_index_gives_way_to_a_column_of_symbols(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", np.ones((2, 2)), genes=["0", "1"], var={"gene_name": ["A", "B"]})
+    with H5adFile(path) as file:
+        assert file.genes("X").symbols == ("A", "B")
+
+
+def test_files_that_are_not_h5ad_files_are_refused(tmp_path):
+    text = tmp_path / "text.h5ad"
+    text.write_text("cell,gene\n")
+    with pytest.raises(DataError, match=r"text.h5ad: not an HDF5 file"):
+        H5adFile(text)
+    with pytest.raises(DataError, match="no such file"):
+        H5adFile(tmp_path / "absent.h5ad")
+    with pytest.raises(DataError, match="a folder, not an h5ad file"):
+        H5adFile(tmp_path)
+    with h5py.File(tmp_path / "other.h5ad", "w") as file:
+        file["X"] = np.ones((2, 2))
+    with pytest.raises(DataError, match="it has no 'obs'; its top level holds: X"):
+        H5adFile(tmp_path / "other.h5ad")
+    with h5py.File(tmp_path / "tenx.h5", "w") as file:
+        file["matrix/barcodes"] = np.ones(2)
+    with pytest.raises(DataError, match="10x Genomics matrix.*read_10x_h5"):
+        H5adFile(tmp_path / "tenx.h5")
+
+
+def test_a_truncated_file_is_refused(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(300, 40))
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(DataError, match=r"a.h5ad: the file is truncated"):
+        H5adFile(path)
+
+
+def damage(path, name, change):
+    with h5py.File(path, "r+") as file:
+        values = change(file[name][:])
+        del file[name]
+        file[name] = values
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("X/indptr", lambda a: a[::-1], "row pointers are not increasing"),
+        ("X/indptr", lambda a: a[:-1], "arrays do not fit its shape"),
+        ("X/indices", lambda a: a + 100, "names genes outside its 8"),
+        ("X/data", lambda a: a[:-1], "arrays do not fit its shape"),
+        ("X/data", lambda a: a.astype("S3"), "not a number type"),
+    ],
+)
+def test_damaged_csr_arrays_are_refused(tmp_path, name, change, message):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8))
+    damage(path, name, change)
+    with H5adFile(path) as file, pytest.raises(DataError, match=message):
+        read_rows(file, "X", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("X/indptr", lambda a: a[::-1], "column pointers are not increasing"),
+        ("X/indices", lambda a: a + 100, "names cells outside its 20"),
+    ],
+)
+def test_damaged_csc_arrays_are_refused(tmp_path, name, change, message):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8), layout="csc")
+    damage(path, name, change)
+    with H5adFile(path) as file, pytest.raises(DataError, match=message):
+        read_rows(file, "X", tmp_path)
+
+
+def test_a_matrix_that_does_not_fit_obs_and_var_is_refused(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8), layout="dense")
+    damage(path, "X", lambda a: a[:-1])
+    with (
+        H5adFile(path) as file,
+        pytest.raises(DataError, match="19 cells x 8 genes, but obs and var have 20 and 8"),
+    ):
+        file.matrix("X")
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        ([0, 1, 2], "counts"),
+        ([0.0, 3.0, 1.0], "counts"),
+        ([], "counts"),
+        ([0.5, 1.2, 0.0, 1.0], "lognorm"),
+        ([1.0, 2.0, 0.5], "mixed"),
+        ([1.0, -2.0], "negative"),
+        ([1.0, np.nan], "not finite"),
+        ([1.0, np.inf], "not finite"),
+    ],
+)
+def test_values_are_told_apart(values, kind):
+    assert judge_values([np.array(values)]).kind == kind
+
+
+def test_counts_are_exact_or_refused():
+    assert exact_counts(np.array([0.0, 65535.0])).dtype == np.uint16
+    wide = exact_counts(np.array([65536, 2**32 - 1], np.float64))
+    assert wide.dtype == np.uint32
+    assert wide.tolist() == [65536, 2**32 - 1]
+    assert exact_counts(np.array([True, False])).tolist() == [1, 0]
+    for values, position, reason in [
+        ([1, 2**32], 1, "above what the corpus can hold"),
+        ([1, -1, np.nan], 1, "is negative"),
+        ([1, np.nan], 1, "is NaN"),
+        ([np.inf, 1], 0, "is infinite"),
+        ([1, 2, 2.5], 2, "is fractional"),
+        ([70000.5], 0, "is fractional"),
+    ]:
+        with pytest.raises(BadValueError, match=reason) as error:
+            exact_counts(np.array(values))
+        assert error.value.position == position
+
+
+def test_lognorm_values_are_non_negative_and_finite():
+    assert exact_lognorm(np.array([0.1, 2.0])).dtype == np.float32
+    for values, reason in [
+        ([-0.1], "negative"),
+        ([np.nan], "NaN"),
+        ([np.inf], "infinite"),
+        ([1e39], "above"),
+    ]:
+        with pytest.raises(BadValueError, match=reason):
+            exact_lognorm(np.array(values))
+
+
+def chunk(dense):
+    rows = scipy.sparse.csr_array(np.asarray(dense, np.float32))
+    return MatrixChunk(0, rows.indptr.astype(np.int64), rows.indices, rows.data)
+
+
+def test_rows_are_remapped_sorted_and_counted():
+    rows = cell_rows(chunk([[1, 2, 3], [0, 0, 4], [0, 5, 0]]), np.array([2, -1, 0], np.int32), "counts", 1)
+    assert rows.kept.tolist() == [True, True, False]
+    assert rows.offsets.tolist() == [0, 2, 3]
+    assert rows.genes.tolist() == [0, 2, 0]
+    assert rows.counts.tolist() == [3, 1, 4]
+    assert rows.totals.tolist() == [6, 4]
+    assert rows.n_genes.tolist() == [3, 1]
+    assert (rows.sum_all, rows.sum_kept) == (15, 8)
+
+
+def test_stored_zeros_are_no_expressed_genes():
+    stored = MatrixChunk(0, np.array([0, 3]), np.array([0, 1, 2]), np.array([1.0, 0.0, 2.0]))
+    rows = cell_rows(stored, np.arange(3, dtype=np.int32), "counts", 0)
+    assert rows.genes.tolist() == [0, 2]
+    assert rows.n_genes.tolist() == [2]
+
+
+def test_a_gene_stored_twice_in_a_cell_is_refused():
+    stored = MatrixChunk(0, np.array([0, 1, 4]), np.array([0, 1, 2, 1]), np.array([1.0, 3.0, 2.0, 7.0]))
+    with pytest.raises(BadValueError, match="second value of that gene") as error:
+        cell_rows(stored, np.arange(3, dtype=np.int32), "counts", 0)
+    assert (error.value.position, error.value.value) == (3, 7)
+
+
+def test_totals_are_exact_beyond_single_precision_of_the_parts():
+    rows = cell_rows(chunk(np.full((2, 300), 60000)), np.arange(300, dtype=np.int32), "counts", 0)
+    assert rows.totals.tolist() == [18_000_000, 18_000_000]
+
+
+def test_rows_are_sorted_like_numpy_sorts_them():
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 30, 50))])
+    genes = np.concatenate([rng.permutation(40)[:n] for n in np.diff(offsets)]).astype(np.int32)
+    for dtype in (np.uint16, np.uint32, np.float32):
+        counts = rng.integers(1, 60000, len(genes)).astype(dtype)
+        _, ours, our_counts = sort_rows(offsets, genes, counts, 40)
+        order = np.lexsort((genes, np.repeat(np.arange(50), np.diff(offsets))))
+        assert np.array_equal(ours, genes[order])
+        assert np.array_equal(our_counts, counts[order])
+        assert our_counts.dtype == dtype
