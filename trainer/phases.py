@@ -158,7 +158,8 @@ class _LoaderBuilder:
         if cells.stream is not None:
             return self._stream(cells, 1)
         micro = cells.batch_size or self.plan.micro_batch_size
-        return self._steps(cells, False, micro * self.ranks.count, micro)
+        # In a shuffled order a `validation_steps` limit takes cells from everywhere, the same in every evaluation.
+        return self._steps(cells, True, micro * self.ranks.count, micro)
 
     def _steps(
         self, cells: Cells, shuffle: bool, global_batch_size: int, micro_batch_size: int
