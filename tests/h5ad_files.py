@@ -15,10 +15,11 @@ SHARED_DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 
 
 def random_counts(num_cells: int, num_genes: int, seed: int = 0, high: int = 50) -> np.ndarray:
-    """Return mostly zero counts; the first cell has a gene, the last one none."""
+    """Return mostly zero counts: every cell has the first gene but the last one, which has none."""
     rng = np.random.default_rng(seed)
     counts = rng.integers(1, high, (num_cells, num_genes)) * (rng.random((num_cells, num_genes)) < 0.3)
-    counts[0, 0], counts[-1] = 3, 0
+    counts[:, 0] += 1
+    counts[0, 1], counts[-1] = high - 1, 0
     return counts
 
 

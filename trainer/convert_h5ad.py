@@ -135,10 +135,8 @@ def convert(arguments: argparse.Namespace) -> None:
     for plan in plans:
         check_output(plan, mode)
     for plan in plans:
-        num_shards = f"{plan.num_shards} shard{'s' if plan.num_shards > 1 else ''}"
-        print(
-            f"{plan.folder}: {plan.num_cells:,} cells of {len(plan.sources)} files, {num_shards} ({plan.storage})"
-        )
+        files, shards = _number(len(plan.sources), "file"), _number(plan.num_shards, "shard")
+        print(f"{plan.folder}: {plan.num_cells:,} cells of {files} in {shards} ({plan.storage})")
     if arguments.dry_run:
         print("dry run: nothing was written")
         return

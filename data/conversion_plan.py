@@ -1,0 +1,427 @@
+"""Decide what a conversion reads: the matrix of each file, the gene space, and the obs columns."""
+
+import glob
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+
+from data.cell_rows import BadValueError, ValueKind, ValueVerdict, exact_counts, exact_lognorm, judge_values
+from data.conversion import FILE_LABEL, UNLABELLED, ConversionPlan, SourcePlan, bad_value
+from data.errors import DataError
+from data.genes import GeneSpace, SourceGenes, combine_genes, common_key, match_genes, read_gene_list
+from data.h5ad import H5adFile
+from data.h5ad_matrix import CscMatrix
+from data.manifest import LABEL_COLUMNS, RESERVED_COLUMNS, ObsColumn, Storage
+
+OBS_DEFAULTS = {
+    "technical_batch": ("batch", "gem_group"),
+    "target_gene": ("target_gene",),
+    "cell_type": ("cell_type",),
+}
+"""Obs columns that are taken where a file has them and --obs does not say otherwise."""
+MAX_CLASSES = 100_000
+MAX_SOURCES = 2**15
+DEFAULT_CONTROL_LABEL = "non-targeting"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ConversionSettings:
+    """Hold what the user asked of a conversion."""
+
+    genes: str = "union"
+    """`union`, `intersection`, or the path of a gene list."""
+    gene_column: str | None = None
+    layer: str = "auto"
+    obs: tuple[str, ...] = ()
+    """`NAME=COLUMN` for each obs column to keep."""
+    control_label: str | None = None
+    min_genes: int = 1
+    min_match: float = 0.5
+    storage: Storage = "arrow"
+    rows_per_shard: int = 50_000
+
+
+@dataclass(frozen=True)
+class ChosenMatrix:
+    """Name the matrix that is read from a file and what its values are."""
+
+    name: str
+    value_kind: ValueKind
+
+
+def find_inputs(patterns: Sequence[str]) -> list[Path]:
+    """Return the files that paths and glob patterns name, in the order given."""
+    paths: list[Path] = []
+    for pattern in patterns:
+        if Path(pattern).exists() or not glob.has_magic(pattern):
+            paths.append(Path(pattern))
+            continue
+        found = sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise DataError(f"{pattern}: no file matches this pattern")
+        paths.extend(Path(name) for name in found)
+    repeated = [str(path) for path in paths if sum(path.resolve() == each.resolve() for each in paths) > 1]
+    if repeated:
+        raise DataError(f"the same input is given more than once: {', '.join(sorted(set(repeated)))}")
+    if len(paths) > MAX_SOURCES:
+        raise DataError(f"{len(paths)} inputs are more than the {MAX_SOURCES} that one corpus can tell apart")
+    return paths
+
+
+def plan_conversions(
+    inputs: Sequence[Path], output: Path, settings: ConversionSettings, *, is_per_file: bool, say: Say
+) -> list[ConversionPlan]:
+    """Plan one corpus of all inputs, or one for each (`output`/<stem>), all over one gene space."""
+    sources: list[SourcePlan] = []
+    kinds: list[ValueKind] = []
+    genes: list[SourceGenes] = []
+    for path in inputs:
+        with H5adFile(path) as file:
+            chosen = choose_matrix(file, settings.layer, say)
+            shape = file.matrix(chosen.name).shape
+            if 0 in shape:
+                raise DataError(f"{path}: {chosen.name} has no {'cells' if shape[0] == 0 else 'genes'}")
+            kinds.append(chosen.value_kind)
+            genes.append(file.genes(chosen.name, settings.gene_column))
+            sources.append(SourcePlan(path, chosen.name, shape[0], np.empty(0, np.int32), {}))
+    space = choose_gene_space(genes, settings.genes, say)
+    sources = [
+        replace(source, remap=match_source(space, names, settings, say))
+        for source, names in zip(sources, genes, strict=True)
+    ]
+    if is_per_file:
+        plans = _plan_per_file(output, sources, kinds, space, settings, say)
+    else:
+        _require_one_kind(inputs, kinds)
+        plans = [plan_corpus(output, sources, kinds[0], space, settings, say)]
+    if settings.control_label is not None and not any(plan.control_label for plan in plans):
+        raise DataError(
+            f"--control-label {settings.control_label}: no target_gene column is kept; name it with "
+            "--obs target_gene=COLUMN"
+        )
+    return plans
+
+
+def _require_one_kind(inputs: Sequence[Path], kinds: Sequence[ValueKind]) -> None:
+    if len(set(kinds)) > 1:
+        lists = "; ".join(
+            f"{kind}: {', '.join(path.name for path, each in zip(inputs, kinds, strict=True) if each == kind)}"
+            for kind in sorted(set(kinds))
+        )
+        raise DataError(
+            f"one corpus holds one kind of values, but the files hold {lists}; choose matrices of one kind "
+            "with --layer, or make a corpus of each file with --per-file"
+        )
+
+
+def _plan_per_file(
+    output: Path,
+    sources: Sequence[SourcePlan],
+    kinds: Sequence[ValueKind],
+    space: GeneSpace,
+    settings: ConversionSettings,
+    say: Say,
+) -> list[ConversionPlan]:
+    """Plan a corpus of each file; an obs column or control label must be in one of the files at least."""
+    stems = [source.stem for source in sources]
+    if len(set(stems)) != len(stems):
+        raise DataError(f"--per-file names the corpora after the files, but names repeat: {', '.join(stems)}")
+    has_column = {request: False for request in settings.obs}
+    plans = []
+    for source, kind in zip(sources, kinds, strict=True):
+        with H5adFile(source.path) as file:
+            present = {*file.obs.columns(), file.obs.index_name, "index", FILE_LABEL, ""}
+        here = [request for request in settings.obs if request.partition("=")[2] in present]
+        has_column.update(dict.fromkeys(here, True))
+        for request in settings.obs:
+            if request not in here:
+                say(
+                    f"{source.path.name}: --obs {request}: this file has no such column, so it is left out here"
+                )
+        one = replace(settings, obs=tuple(here))
+        plans.append(plan_corpus(output / source.stem, [source], kind, space, one, say))
+    missing = [request for request, found in has_column.items() if not found]
+    if missing:
+        raise DataError(f"--obs {missing[0]}: none of the files has this column: {', '.join(stems)}")
+    return plans
+
+
+def plan_corpus(
+    folder: Path,
+    sources: Sequence[SourcePlan],
+    value_kind: ValueKind,
+    space: GeneSpace,
+    settings: ConversionSettings,
+    say: Say,
+) -> ConversionPlan:
+    """Plan one corpus: decide its obs columns and control label."""
+    requested = parse_obs(settings.obs)
+    chosen = choose_obs(sources, requested, say)
+    columns: dict[str, ObsColumn] = {}
+    for name, per_source in chosen.items():
+        columns[name] = _merge_column(name, sources, per_source, is_requested=name in requested, say=say)
+    return ConversionPlan(
+        folder=folder,
+        sources=tuple(
+            replace(source, obs={name: chosen[name][index] for name in columns})
+            for index, source in enumerate(sources)
+        ),
+        gene_space=space,
+        columns=columns,
+        value_kind=value_kind,
+        control_label=_control_label(columns.get("target_gene"), settings.control_label, say),
+        min_genes=settings.min_genes,
+        storage=settings.storage,
+        rows_per_shard=settings.rows_per_shard,
+    )
+
+
+def choose_matrix(file: H5adFile, layer: str, say: Say) -> ChosenMatrix:
+    """Choose the matrix to read: the one named, or for `auto` the first that holds counts."""
+    if layer == "auto":
+        return _choose_automatically(file, say)
+    names = {"counts": "layers/counts", "raw": "raw.X"}
+    name = (
+        layer
+        if layer in ("X", "raw.X") or layer.startswith("layers/")
+        else names.get(layer, f"layers/{layer}")
+    )
+    verdict = judge_values(file.matrix(name).sample())
+    if verdict.kind == "counts" or (layer == "counts" and verdict.kind in ("mixed", "lognorm")):
+        if verdict.kind != "counts":
+            _refuse_values(file, name, "counts", verdict)
+        say(f"{file.name}: {name} ({verdict.reason}): counts")
+        return ChosenMatrix(name, "counts")
+    if verdict.kind in ("negative", "not finite"):
+        _refuse_values(file, name, "lognorm", verdict)
+    say(f"{file.name}: {name} ({verdict.reason}): taken as log-normalised values")
+    _warn_of_unlogged(file, name, verdict, say)
+    return ChosenMatrix(name, "lognorm")
+
+
+def _choose_automatically(file: H5adFile, say: Say) -> ChosenMatrix:
+    """Take the first of `layers['counts']`, raw.X, X that holds counts, else the first non-negative one."""
+    candidates = [name for name in ("layers/counts", "raw.X", "X") if name in file.matrix_names()]
+    if not candidates:
+        there = ", ".join(file.matrix_names()) or "none"
+        raise DataError(
+            f"{file.path}: none of layers/counts, raw.X, X is there; name a layer with --layer ({there})"
+        )
+    verdicts: dict[str, ValueVerdict] = {}
+    for name in candidates:
+        verdicts[name] = judge_values(file.matrix(name).sample())
+        if verdicts[name].kind == "counts":
+            passed = [f"{other}: {verdicts[other].reason}" for other in verdicts if other != name]
+            why = f"; passed over: {'; '.join(passed)}" if passed else ""
+            say(f"{file.name}: {name} ({verdicts[name].reason}): counts{why}")
+            return ChosenMatrix(name, "counts")
+    reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items())
+    for name, verdict in verdicts.items():
+        if verdict.kind == "lognorm":
+            say(f"{file.name}: {name}: no matrix holds counts; the first non-negative one is taken as "
+                f"log-normalised ({reasons})")  # fmt: skip
+            _warn_of_unlogged(file, name, verdict, say)
+            return ChosenMatrix(name, "lognorm")
+        if verdict.kind == "mixed":
+            hint = f"; if these are normalised values, name the matrix with --layer {name.removeprefix('layers/')}"
+            _refuse_values(file, name, "counts", verdict, hint)
+    name = candidates[0]
+    _refuse_values(file, name, "lognorm", verdicts[name], f" ({reasons})")
+
+
+def _warn_of_unlogged(file: H5adFile, name: str, verdict: ValueVerdict, say: Say) -> None:
+    if verdict.maximum > 50:
+        say(
+            f"{file.name}: {name}: values up to {verdict.maximum:.6g} do not look like logarithms; take log1p first"
+        )
+
+
+def _refuse_values(
+    file: H5adFile, name: str, value_kind: ValueKind, verdict: ValueVerdict, hint: str = ""
+) -> NoReturn:
+    """Raise with the cell and gene of the first value that is not of the kind, where rows can be read."""
+    matrix = file.matrix(name)
+    exact = exact_counts if value_kind == "counts" else exact_lognorm
+    if not isinstance(matrix, CscMatrix):
+        for chunk in matrix.chunks(0, matrix.shape[0]):
+            try:
+                exact(chunk.values)
+            except BadValueError as error:
+                raise DataError(f"{bad_value(file, name, chunk, error, value_kind)}{hint}") from None
+    there = ", ".join(file.matrix_names())
+    raise DataError(
+        f"{file.path}: {name}: {verdict.reason}; name another matrix with --layer (there are: {there}){hint}"
+    )
+
+
+def choose_gene_space(genes: Sequence[SourceGenes], wanted: str, say: Say) -> GeneSpace:
+    """Return the union or intersection of the sources' genes, or the gene list in a file."""
+    how: Literal["union", "intersection"]
+    if wanted not in ("union", "intersection"):
+        space = read_gene_list(wanted)
+        say(f"gene space: {len(space):,} genes of {wanted}, by {space.key}, sha256 {space.sha256[:12]}")
+        return space
+    how = "union" if wanted == "union" else "intersection"
+    key = common_key(genes)
+    without = [source.where for source in genes if source.ids is None]
+    if key == "symbol" and len(without) < len(genes):
+        say(f"genes are matched by symbol: no Ensembl ids in {', '.join(without)}")
+    space = combine_genes(genes, how)
+    files = f"{how} of {len(genes)} files" if len(genes) > 1 else "those of the file"
+    say(f"gene space: {len(space):,} genes ({files}), by {space.key}, sha256 {space.sha256[:12]}")
+    return space
+
+
+def match_source(space: GeneSpace, genes: SourceGenes, settings: ConversionSettings, say: Say) -> np.ndarray:
+    """Return the corpus index of each gene of a source, or raise where too few are matched."""
+    remap, key = match_genes(space, genes)
+    matched = int(np.count_nonzero(remap >= 0))
+    names = genes.names(key)
+    possible = min(len(genes), len(space))
+    share = matched / possible
+    account = f"{matched:,} of {len(genes):,} genes matched by {key}"
+    if matched == 0:
+        raise DataError(
+            f"{genes.where}: no gene in common with the gene space: it names them like "
+            f"{', '.join(names[:3])}, the gene space like {', '.join(space.ids[:3])}; name the right column of "
+            "var with --gene-column, or give --genes a table with the columns id,symbol"
+        )
+    if settings.genes != "intersection" and share < settings.min_match:
+        raise DataError(
+            f"{genes.where}: {account}: {share:.1%} of the {possible:,} possible, under the threshold of "
+            f"{settings.min_match:.0%}; lower it with --min-match, or name another column with --gene-column"
+        )
+    say(f"{genes.where}: {account} ({share:.1%} of the possible; refused under {settings.min_match:.0%})")
+    if key != space.key:
+        shared = [name for name in names if name in space.ambiguous_symbols]
+        if shared:
+            listed = ", ".join(shared[:5])
+            say(f"{genes.where}: {len(shared)} symbols belong to several genes and are dropped: {listed}")
+    return remap
+
+
+def parse_obs(requests: Sequence[str]) -> dict[str, str]:
+    """Read `NAME=COLUMN` requests; an empty column leaves a default out."""
+    parsed: dict[str, str] = {}
+    for request in requests:
+        name, equals, column = request.partition("=")
+        if not equals or not name:
+            raise DataError(f"--obs {request}: not of the form NAME=COLUMN")
+        if name in parsed:
+            raise DataError(f"--obs {request}: {name} is named twice")
+        if not column and name not in OBS_DEFAULTS:
+            raise DataError(
+                f"--obs {request}: only {', '.join(OBS_DEFAULTS)} are kept unasked and can be left out"
+            )
+        if name in RESERVED_COLUMNS:
+            raise DataError(f"--obs {request}: the corpus itself has a column {name}; choose another name")
+        parsed[name] = column
+    return parsed
+
+
+def choose_obs(sources: Sequence[SourcePlan], requested: Mapping[str, str], say: Say) -> dict[str, list[str]]:
+    """Return, for each kept column, the obs column of every source: those requested, then the defaults."""
+    columns_of: list[list[str]] = []
+    for source in sources:
+        with H5adFile(source.path) as file:
+            columns_of.append(file.obs.columns())
+            for name, column in requested.items():
+                if column and column != FILE_LABEL:
+                    _require(file, name, column)
+    chosen: dict[str, list[str]] = {}
+    for name, candidates in OBS_DEFAULTS.items():
+        if name in requested:
+            if requested[name]:
+                chosen[name] = [requested[name]] * len(sources)
+            continue
+        found = [next((each for each in candidates if each in columns), None) for columns in columns_of]
+        taken = [column for column in found if column is not None]
+        if len(taken) == len(sources):
+            chosen[name] = taken
+        elif taken:
+            lacking = [source.path.name for source, each in zip(sources, found, strict=True) if each is None]
+            say(f"{name}: left out, since {', '.join(lacking)} has no column {' or '.join(candidates)}")
+    for name, column in requested.items():
+        if column and name not in chosen:
+            chosen[name] = [column] * len(sources)
+    return chosen
+
+
+def _require(file: H5adFile, name: str, column: str) -> None:
+    try:
+        file.obs.require(column)
+    except DataError as error:
+        raise DataError(f"--obs {name}={column}: {error}") from None
+
+
+def _merge_column(
+    name: str, sources: Sequence[SourcePlan], per_source: Sequence[str], *, is_requested: bool, say: Say
+) -> ObsColumn:
+    """Merge a column of all sources: one list of class names, or one number type."""
+    kinds: set[str] = set()
+    number_types: set[str] = set()
+    names_of: list[set[str]] = []
+    unlabelled = 0
+    for source, column in zip(sources, per_source, strict=True):
+        if column == FILE_LABEL:
+            kinds.add("class")
+            names_of.append({source.stem})
+            continue
+        with H5adFile(source.path) as file:
+            kinds.add("class" if name in LABEL_COLUMNS else file.obs.kind(column))
+            if "number" in kinds:
+                number_types.add(file.obs.number_type(column))
+                continue
+            names: set[str] = set()
+            for chunk in file.obs.label_chunks(column):
+                names |= {chunk.names[code] for code in np.unique(chunk.codes) if code >= 0}
+                unlabelled += int(np.count_nonzero(chunk.codes < 0))
+            names_of.append(names)
+    where = ", ".join(sorted(set(per_source)))
+    if len(kinds) > 1:
+        raise DataError(f"--obs {name}={where}: it holds labels in some files and numbers in others")
+    if kinds == {"number"}:
+        dtype = "float64" if len(number_types) > 1 else number_types.pop()
+        say(f"{name}: numbers ({dtype}) from obs column {where}")
+        return ObsColumn("number", dtype=dtype)
+    if unlabelled and not is_requested:
+        raise DataError(
+            f"obs column {where}: {unlabelled} cells have no label; --obs {name}={where} keeps them as the class "
+            f"{UNLABELLED!r}, --obs {name}= leaves the column out"
+        )
+    classes = set().union(*names_of, {UNLABELLED} if unlabelled else set())
+    if len(classes) > MAX_CLASSES:
+        raise DataError(
+            f"--obs {name}={where}: {len(classes)} different labels; at most {MAX_CLASSES} can be kept"
+        )
+    notice = f"; {unlabelled} cells without a label are {UNLABELLED!r}" if unlabelled else ""
+    say(f"{name}: {len(classes)} class{'es' if len(classes) != 1 else ''} from obs column {where}{notice}")
+    if name == "technical_batch":
+        shared = sorted({label for label in classes if sum(label in names for names in names_of) > 1})
+        if shared:
+            say(
+                f"technical_batch: {', '.join(shared[:5])} occur in several files and count as one technical batch "
+                f"each; --obs technical_batch={FILE_LABEL} takes each file as one"
+            )
+    return ObsColumn("class", names=tuple(sorted(classes)))
+
+
+def _control_label(target_genes: ObsColumn | None, wanted: str | None, say: Say) -> str | None:
+    """Return the label of control cells where target genes are kept and have it."""
+    if target_genes is None:
+        return None
+    label = wanted or DEFAULT_CONTROL_LABEL
+    if label in target_genes.names:
+        return label
+    some = ", ".join(target_genes.names[:10])
+    if wanted is not None:
+        raise DataError(f"--control-label {wanted}: no cell has this target_gene; there are: {some}")
+    say(
+        f"no cell has the target_gene {label!r}, so no control is recorded; --control-label names it ({some})"
+    )
+    return None
