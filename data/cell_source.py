@@ -1,0 +1,219 @@
+"""Cells of a converted corpus as batches of tensors: the source that `data.loader.cell_loader` builds."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.collate import collate
+from data.corpus import ROWS_PER_GROUP, open_corpus
+from data.errors import DataError
+from data.hashing import DrawKey, Stream
+from data.masking import Masking, build_masking
+from data.memory import keep_freed_memory
+from data.order import choose_rows, split_rows
+from data.readers import CorpusReader, open_reader
+from data.tokenizers import NUM_SPECIAL_TOKENS, Tokenizer, build_tokenizer
+
+_LABEL_COLUMNS = ("technical_batch", "target_gene")
+_logger = logging.getLogger(__name__)
+
+
+class CellSource:
+    """Fetch tokenized, masked and padded batches of a corpus by row numbers.
+
+    A batch is a function of its rows and the draw key alone. Its dict holds CPU tensors: `tokens`, `values`,
+    `attention_mask`, `depth`, `cell_index`, the Python number `num_tokens`, and where they apply `bins`,
+    `labels`, `value_labels`, `masked_index`, `batch_idx` and `target_gene_idx`.
+    """
+
+    is_inline = False
+
+    def __init__(
+        self,
+        reader: CorpusReader,
+        tokenizer: Tokenizer,
+        masking: Masking | None,
+        row_mask: NDArray[np.bool_] | None,
+        *,
+        description: Mapping[str, Any],
+        shuffle_block: int = 64,
+        shuffle_window: int = 8192,
+        num_workers: int = 0,
+        is_validation: bool = False,
+    ) -> None:
+        """Take what `cell_loader` opened; `description` is what the fingerprint is made of."""
+        self.reader = reader
+        self.tokenizer = tokenizer
+        self.masking = masking
+        self.row_mask = row_mask
+        self.validation: CellSource | None = None
+        self.shuffle_block = shuffle_block
+        self.shuffle_window = shuffle_window
+        self.num_workers = num_workers
+        self.unique_batches = list(reader.info.manifest.technical_batches)
+        self._description = dict(description)
+        self._is_validation = is_validation
+        self._batch_index = np.arange(len(self.unique_batches))
+        keep_freed_memory()
+
+    def __len__(self) -> int:
+        """Count the rows of the corpus; `row_mask` says which of them take part."""
+        return self.reader.num_rows
+
+    def fetch(self, rows: NDArray[np.int64], draw: DrawKey) -> dict[str, Any]:
+        """Return the batch of these rows; what is random is drawn from `draw` and the row."""
+        return self._fetch(rows, draw, self.masking)
+
+    def fetch_unmasked(self, rows: NDArray[np.int64], draw: DrawKey) -> dict[str, Any]:
+        """Return the batch of these rows without masking."""
+        return self._fetch(rows, draw, None)
+
+    def expect(self, rows: NDArray[np.int64]) -> None:
+        """Read ahead rows that will be fetched soon; no rows: stop reading ahead."""
+        self.reader.expect(rows)
+
+    def set_batch_mapping(self, mapping: Mapping[str, int]) -> None:
+        """Let `batch_idx` hold the run's index of each technical batch, instead of the corpus's own."""
+        missing = [name for name in self.unique_batches if name not in mapping]
+        if missing:
+            raise DataError(
+                f"{self.reader.info.path}: the run's map lacks the technical batch {', '.join(missing)}; it "
+                f"has: {', '.join(mapping)}"
+            )
+        self._batch_index = np.array([mapping[name] for name in self.unique_batches], np.int64)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a model's sizes depend on."""
+        info = self.reader.info
+        has_targets = "target_gene" in info.columns
+        return {
+            "vocab_size": NUM_SPECIAL_TOKENS + len(info.gene_space),
+            "gene_space": info.gene_space,
+            "n_bins": self.tokenizer.n_bins,
+            "max_length": self.tokenizer.max_genes,
+            "value_kind": info.manifest.value_kind,
+            "technical_batch_names": list(self.unique_batches),
+            "target_gene_names": list(info.class_names("target_gene")) if has_targets else [],
+        }
+
+    def fingerprint(self) -> str:
+        """Identify the cells, their split and how they are tokenized and masked."""
+        content = {"corpus": self.reader.info.fingerprint, **self._description}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _fetch(self, rows: NDArray[np.int64], draw: DrawKey, masking: Masking | None) -> dict[str, Any]:
+        if self._is_validation:
+            draw = draw._replace(epoch=-1)
+        cells = self.reader.read(rows)
+        tokenizer = self.tokenizer
+        tokens = tokenizer(cells, rows, draw)
+        masked = None
+        if masking is not None:
+            num_genes = len(self.reader.info.gene_space)
+            masked = masking.apply(tokens, rows, draw, num_genes, tokenizer.n_bins)
+        width = tokenizer.max_genes if tokenizer.padding == "max_genes" else None
+        batch = collate(tokens, masked, prepend_cls=tokenizer.prepend_cls, width=width)
+        batch["depth"] = torch.from_numpy(np.log1p(cells.columns["total"].astype(np.float32)))
+        batch["cell_index"] = torch.from_numpy(rows.astype(np.int64))
+        if "technical_batch" in cells.columns:
+            batch["batch_idx"] = torch.from_numpy(self._batch_index[cells.columns["technical_batch"]])
+        if "target_gene" in cells.columns:
+            batch["target_gene_idx"] = torch.from_numpy(cells.columns["target_gene"].astype(np.int64))
+        return batch
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Prepare a worker process as the main process is."""
+        self.__dict__.update(state)
+        keep_freed_memory()
+
+
+def cell_loader(
+    path: str | Path,
+    *,
+    tokenizer: Mapping[str, Any],
+    masking: Mapping[str, Any] | None = None,
+    val_fraction: float = 0.0,
+    split_seed: int = 0,
+    limit_cells: int | None = None,
+    shuffle_block: int = 64,
+    shuffle_window: int = 8192,
+    num_workers: int = 0,
+) -> CellSource:
+    """Open a converted corpus as a source of batches; `data.loader.cell_loader` in a config.
+
+    Args:
+        path: folder of the corpus, or an fsspec URL of one (Parquet storage).
+        tokenizer: options of the tokenizer, `strategy` among them (see `data.tokenizers`).
+        masking: options of the masking (see `data.masking`); None leaves batches unmasked.
+        val_fraction: share of the cells that is held out for validation.
+        split_seed: seed of the split and of `limit_cells`; not the run's, so that runs share their split.
+        limit_cells: number of cells to take part, a seeded random choice; None takes all.
+        shuffle_block: neighbouring cells that are read together. With Parquet, whole row groups (1024 cells)
+            are decoded for the cells of a block: 1024, with a window of 65536, is then much faster.
+        shuffle_window: cells that are shuffled among each other, a multiple of `shuffle_block`.
+        num_workers: processes that prepare batches; 0 leaves it to one background thread.
+    """
+    if limit_cells is not None and (type(limit_cells) is not int or limit_cells < 1):
+        raise DataError(f"limit_cells: got {limit_cells!r}; it must be a whole number, at least 1, or null")
+    info = open_corpus(path)
+    num_genes = len(info.gene_space)
+    built = build_tokenizer(
+        tokenizer,
+        value_kind=info.manifest.value_kind,
+        measured=[source.measured_mask(num_genes) for source in info.manifest.sources],
+    )
+    if (
+        info.manifest.storage == "parquet"
+        and shuffle_block < ROWS_PER_GROUP
+        and info.num_cells > shuffle_window
+    ):
+        _logger.warning(
+            "%s: Parquet row groups of %d cells are decoded whole for %d cells each; shuffle_block: %d with "
+            "shuffle_window: %d reads them once",
+            path, ROWS_PER_GROUP, shuffle_block, ROWS_PER_GROUP, 64 * ROWS_PER_GROUP,
+        )  # fmt: skip
+    masks = None if masking is None else build_masking(masking)
+    columns = [name for name in _LABEL_COLUMNS if name in info.columns]
+    training, validation = _masks(info.num_cells, val_fraction, split_seed, limit_cells)
+    description = {
+        "tokenizer": dict(tokenizer),
+        "masking": None if masking is None else dict(masking),
+        "split": [val_fraction, split_seed, limit_cells],
+        "shuffle": [shuffle_block, shuffle_window],
+    }
+    common: dict[str, Any] = {
+        "shuffle_block": shuffle_block,
+        "shuffle_window": shuffle_window,
+        "num_workers": num_workers,
+        "description": description,
+    }
+    # Each source has a reader of its own, so that evaluating does not drop what training reads ahead; mapped
+    # files share their pages anyway.
+    names = [*columns, *built.columns]
+    source = CellSource(open_reader(info, names), built, masks, training, **common)
+    if validation is not None:
+        reader = open_reader(info, names)
+        source.validation = CellSource(reader, built, masks, validation, **common, is_validation=True)
+    return source
+
+
+def _masks(
+    num_cells: int, val_fraction: float, split_seed: int, limit_cells: int | None
+) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    """Return which rows are for training and which for validation; None for all of them, or for none."""
+    if limit_cells is None or limit_cells >= num_cells:
+        training, validation = split_rows(num_cells, val_fraction, split_seed)
+        return (training, validation) if validation.any() else (None, None)
+    limited = choose_rows(num_cells, limit_cells, split_seed, Stream.SUBSET)
+    rows = np.flatnonzero(limited)
+    held_out = rows[split_rows(len(rows), val_fraction, split_seed)[1]]
+    validation = np.zeros(num_cells, np.bool_)
+    validation[held_out] = True
+    return limited & ~validation, validation if len(held_out) else None
