@@ -1,0 +1,74 @@
+"""What a token of a cell is made of: gene, expression, depth."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.layers import Linear
+
+
+class Embedding(nn.Embedding):
+    """An embedding table initialised N(0, `init_std`); the row of `padding_idx` stays zero."""
+
+    def __init__(self, num: int, dim: int, *, init_std: float, padding_idx: int | None = None) -> None:
+        """Draw the table."""
+        self.init_std = init_std
+        super().__init__(num, dim, padding_idx=padding_idx)
+
+    def reset_parameters(self) -> None:
+        """Draw the table."""
+        nn.init.normal_(self.weight, std=self.init_std)
+        if self.padding_idx is not None:
+            with torch.no_grad():
+                self.weight[self.padding_idx].zero_()
+
+
+class BinEmbedding(nn.Module):
+    """Scale and shift of a gene's vector for its expression bin; the last row stands for hidden expression."""
+
+    def __init__(self, n_bins: int, dim: int, init_std: float) -> None:
+        """Draw the tables."""
+        super().__init__()
+        self.scale = Embedding(n_bins + 1, dim, init_std=1.0)
+        self.shift = Embedding(n_bins + 1, dim, init_std=init_std)
+
+    def forward(self, gene_vectors: Tensor, bins: Tensor) -> Tensor:
+        """Return [B, N, D] for gene vectors [B, N, D] and bins [B, N]."""
+        # Scaled and not only shifted, so that a sum over genes already tells cells apart.
+        return gene_vectors * (1 + self.scale(bins)) + self.shift(bins)
+
+
+class ValueEmbedding(nn.Module):
+    """Scale and shift of a gene's vector for its continuous expression; learned ones where it is hidden."""
+
+    def __init__(self, dim: int, init_std: float) -> None:
+        """Draw the weights."""
+        super().__init__()
+        self.linear1 = Linear(1, dim, init_std=1.0)
+        self.linear2 = Linear(dim, 2 * dim, init_std=init_std)
+        self.hidden = nn.Parameter(torch.empty(2 * dim).normal_(std=init_std))
+
+    def forward(self, gene_vectors: Tensor, values: Tensor, is_hidden: Tensor) -> Tensor:
+        """Return [B, N, D] for gene vectors [B, N, D] and values [B, N], not looking at hidden ones."""
+        embedded = self.linear2(F.gelu(self.linear1(values.masked_fill(is_hidden, 0.0).unsqueeze(-1))))
+        scale, shift = torch.where(is_hidden.unsqueeze(-1), self.hidden.to(embedded.dtype), embedded).chunk(
+            2, dim=-1
+        )
+        return gene_vectors * (1 + scale) + shift
+
+
+class DepthEmbedding(nn.Module):
+    """Embed log1p of a cell's total as a smooth code of 32 overlapping bumps, one every 0.5."""
+
+    NUM_CENTRES = 32
+    SPACING = 0.5
+
+    def __init__(self, dim: int, init_std: float) -> None:
+        """Draw the weights."""
+        super().__init__()
+        self.linear = Linear(self.NUM_CENTRES, dim, init_std=init_std)
+
+    def forward(self, depth: Tensor) -> Tensor:
+        """Return [B, D] for depth [B]."""
+        centres = self.SPACING * torch.arange(self.NUM_CENTRES, device=depth.device)
+        return self.linear(torch.exp(-(((depth[:, None] - centres) / (2 * self.SPACING)) ** 2)))

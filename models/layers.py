@@ -1,0 +1,270 @@
+"""Layers that transformers are built of; parameter names and shapes are those of Transformer Engine's modules."""
+
+import fnmatch
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.fp8_emulation import fp8_linear
+
+Backend = Literal["torch", "emulate"]
+Normalization = Literal["LayerNorm", "RMSNorm"]
+Activation = Literal["gelu", "relu", "silu", "swiglu"]
+LinearFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+NORM_EPSILON = 1e-5
+FP8_ALIGNMENT = 16  # FP8 matrix units read operands in groups of 16
+
+
+def check_choice(field: str, value: str, choices: object) -> None:
+    """Raise a ValueError naming `field` unless `value` is one of a Literal's choices."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, with Transformer Engine's parameter names."""
+
+    def __init__(self, dim: int, normalization: Normalization = "LayerNorm") -> None:
+        """Start as the plain norm."""
+        super().__init__()
+        check_choice("normalization", normalization, Normalization)
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.bias = nn.Parameter(torch.zeros(dim)) if normalization == "LayerNorm" else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return _normalise(x, self.weight, self.bias)
+
+
+class Linear(nn.Linear):
+    """A linear layer, initialised N(0, `init_std`) with zero bias.
+
+    Weights are drawn here and not by the model that holds the layer: under ZeRO-3 a parameter is already
+    partitioned when the constructor of its own module has returned.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        init_std: float = 0.02,
+        linear_function: LinearFunction = F.linear,
+    ) -> None:
+        """Draw the weight."""
+        self.init_std = init_std
+        super().__init__(in_features, out_features, bias=bias)
+        self.linear_function = linear_function
+
+    def reset_parameters(self) -> None:
+        """Draw the weight and set the bias to zero."""
+        nn.init.normal_(self.weight, std=self.init_std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the layer to the last dimension."""
+        return self.linear_function(input, self.weight, self.bias)
+
+
+class NormLinear(nn.Module):
+    """A norm followed by a linear layer, in one module as Transformer Engine's LayerNormLinear.
+
+    It is no `nn.Linear`: an adapter must act on what `normalise` returns, between the two.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool = True,
+        init_std: float = 0.02,
+        normalization: Normalization = "LayerNorm",
+        linear_function: LinearFunction = F.linear,
+    ) -> None:
+        """Draw the weight; the norm starts plain."""
+        super().__init__()
+        check_choice("normalization", normalization, Normalization)
+        self.in_features, self.out_features = in_features, out_features
+        self.linear_function = linear_function
+        self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
+        self.layer_norm_bias = (
+            nn.Parameter(torch.zeros(in_features)) if normalization == "LayerNorm" else None
+        )
+        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=init_std))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+
+    def normalise(self, x: Tensor) -> Tensor:
+        """Return the input of the linear part."""
+        return _normalise(x, self.layer_norm_weight, self.layer_norm_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise and project the last dimension."""
+        return self.linear_function(self.normalise(x), self.weight, self.bias)
+
+
+class LayerFactory:
+    """Builds the linear layers of a transformer's body with the backend that each one is to have.
+
+    Args:
+        backend: `torch`, or `emulate` for FP8 emulated in fp32.
+        exclude_layers: patterns (`*.out_proj`, `layers.0.*`) of layers that stay in the model's own precision.
+    """
+
+    def __init__(self, backend: Backend = "torch", exclude_layers: tuple[str, ...] = ()) -> None:
+        """Check the choices."""
+        check_choice("backend", backend, Backend)
+        if exclude_layers and backend == "torch":
+            raise ValueError(
+                "exclude_layers names layers kept out of FP8, but backend torch has no FP8 layers"
+            )
+        self.backend = backend
+        self.exclude_layers = tuple(exclude_layers)
+        self.layer_names: list[str] = []
+
+    def linear(self, name: str, in_features: int, out_features: int, *, init_std: float = 0.02) -> Linear:
+        """Build the linear layer called `name` in its model."""
+        function = self._linear_function(name, in_features, out_features)
+        return Linear(in_features, out_features, init_std=init_std, linear_function=function)
+
+    def norm_linear(
+        self,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        init_std: float = 0.02,
+        normalization: Normalization = "LayerNorm",
+    ) -> NormLinear:
+        """Build the norm + linear layer called `name` in its model."""
+        function = self._linear_function(name, in_features, out_features)
+        return NormLinear(
+            in_features,
+            out_features,
+            init_std=init_std,
+            normalization=normalization,
+            linear_function=function,
+        )
+
+    def check_exclusions(self) -> None:
+        """Raise if a pattern of `exclude_layers` fits none of the layers built."""
+        for pattern in self.exclude_layers:
+            if not fnmatch.filter(self.layer_names, pattern):
+                raise ValueError(
+                    f"exclude_layers: {pattern!r} fits no layer; the layers are {', '.join(self.layer_names)}"
+                )
+
+    def _linear_function(self, name: str, in_features: int, out_features: int) -> LinearFunction:
+        self.layer_names.append(name)
+        if self.backend == "torch" or any(fnmatch.fnmatchcase(name, p) for p in self.exclude_layers):
+            return F.linear
+        for what, size in (("inputs", in_features), ("outputs", out_features)):
+            if size % FP8_ALIGNMENT:
+                raise ValueError(
+                    f"layer {name} has {size} {what}; FP8 needs a multiple of {FP8_ALIGNMENT}"
+                    " (change the model's dimensions or name the layer in exclude_layers)"
+                )
+        return fp8_linear
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention of a pre-norm block; `qkv` holds the norm."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        dropout: float = 0.0,
+        init_std: float = 0.02,
+        output_init_std: float | None = None,
+        normalization: Normalization = "LayerNorm",
+        factory: LayerFactory | None = None,
+        name: str = "attention",
+    ) -> None:
+        """Draw the weights; `name` is the layer's place in its model."""
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"width {dim} is not divisible by {num_heads} attention heads")
+        factory = factory or LayerFactory()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.qkv = factory.norm_linear(
+            f"{name}.qkv", dim, 3 * dim, init_std=init_std, normalization=normalization
+        )
+        self.out_proj = factory.linear(
+            f"{name}.out_proj", dim, dim, init_std=init_std if output_init_std is None else output_init_std
+        )
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Attend over the real tokens of each row.
+
+        Args:
+            x: [B, N, D], not normalised.
+            attention_mask: [B, N] bool, True = real token; None where no row is padded.
+        """
+        B, N, D = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        mask = None
+        if attention_mask is not None:
+            # A row without a real token attends to everything: a softmax over nothing is NaN in some kernels.
+            mask = attention_mask | ~attention_mask.any(dim=-1, keepdim=True)
+            mask = mask[:, None, None, :]  # broadcast over heads and queries, never materialised
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+        )
+        return self.out_proj(attended.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    """The feed-forward half of a pre-norm block; `linear1` holds the norm (and, for swiglu, the gate)."""
+
+    def __init__(
+        self,
+        dim: int,
+        ffn_dim: int,
+        *,
+        activation: Activation = "gelu",
+        init_std: float = 0.02,
+        output_init_std: float | None = None,
+        normalization: Normalization = "LayerNorm",
+        factory: LayerFactory | None = None,
+        name: str = "mlp",
+    ) -> None:
+        """Draw the weights; `name` is the layer's place in its model."""
+        super().__init__()
+        check_choice("activation", activation, Activation)
+        factory = factory or LayerFactory()
+        self.activation: Activation = activation
+        inner_dim = 2 * ffn_dim if activation == "swiglu" else ffn_dim
+        self.linear1 = factory.norm_linear(
+            f"{name}.linear1", dim, inner_dim, init_std=init_std, normalization=normalization
+        )
+        self.linear2 = factory.linear(
+            f"{name}.linear2", ffn_dim, dim, init_std=init_std if output_init_std is None else output_init_std
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the MLP to each token of `x`, which is not normalised."""
+        return self.linear2(activate(self.linear1(x), self.activation))
+
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Apply an activation by name; swiglu halves the last dimension (first half gate, second half value)."""
+    if activation == "swiglu":
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}[activation](x)
+
+
+def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return F.rms_norm(x, weight.shape, weight, NORM_EPSILON)
+    return F.layer_norm(x, weight.shape, weight, bias, NORM_EPSILON)

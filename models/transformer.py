@@ -1,0 +1,130 @@
+"""A stack of pre-norm transformer blocks with a final norm."""
+
+import math
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.layers import MLP, Activation, LayerFactory, Norm, Normalization, SelfAttention
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and MLP, each added to its input; dropout acts on what is added."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        ffn_dim: int,
+        *,
+        dropout: float,
+        attention_dropout: float,
+        activation: Activation,
+        normalization: Normalization,
+        init_std: float,
+        output_init_std: float,
+        factory: LayerFactory,
+        name: str,
+    ) -> None:
+        """Draw the weights; `name` is the block's place in its model."""
+        super().__init__()
+        self.attention = SelfAttention(
+            dim,
+            num_heads,
+            dropout=attention_dropout,
+            init_std=init_std,
+            output_init_std=output_init_std,
+            normalization=normalization,
+            factory=factory,
+            name=f"{name}.attention",
+        )
+        self.mlp = MLP(
+            dim,
+            ffn_dim,
+            activation=activation,
+            init_std=init_std,
+            output_init_std=output_init_std,
+            normalization=normalization,
+            factory=factory,
+            name=f"{name}.mlp",
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Return the block's output [B, N, D]."""
+        x = x + self.dropout(self.attention(x, attention_mask))
+        return x + self.dropout(self.mlp(x))
+
+
+class Transformer(nn.Module):
+    """Bidirectional transformer body: `num_layers` blocks and a final norm.
+
+    Weights start as N(0, `init_std`); the two projections of a block that write into the residual stream are
+    scaled down by sqrt(2 * num_layers), so that its variance at the end does not grow with depth.
+
+    Args:
+        dim: width of the residual stream.
+        num_layers: number of blocks.
+        num_heads: attention heads; must divide `dim`.
+        ffn_dim: inner width of the MLP.
+        dropout: probability, on the output of attention and MLP.
+        attention_dropout: probability, on attention weights.
+        activation: of the MLP.
+        normalization: kind of norm.
+        init_std: standard deviation of the initial weights.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        factory: decides the precision of each linear layer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        ffn_dim: int,
+        *,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+        activation: Activation = "gelu",
+        normalization: Normalization = "LayerNorm",
+        init_std: float = 0.02,
+        activation_checkpointing: bool = False,
+        factory: LayerFactory | None = None,
+    ) -> None:
+        """Draw the weights."""
+        super().__init__()
+        factory = factory or LayerFactory()
+        self.activation_checkpointing = activation_checkpointing
+        self.layers = nn.ModuleList(
+            TransformerBlock(
+                dim,
+                num_heads,
+                ffn_dim,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                activation=activation,
+                normalization=normalization,
+                init_std=init_std,
+                output_init_std=init_std / math.sqrt(2 * num_layers),
+                factory=factory,
+                name=f"layers.{index}",
+            )
+            for index in range(num_layers)
+        )
+        self.final_norm = Norm(dim, normalization)
+        factory.check_exclusions()
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Return normalised hidden states.
+
+        Args:
+            x: [B, N, D] token embeddings.
+            attention_mask: [B, N] bool, True = real token; None where no row is padded.
+        """
+        for layer in self.layers:
+            if self.activation_checkpointing and self.training:
+                # The block itself is the argument, so recomputation cannot run another block of the loop.
+                x = checkpoint(layer, x, attention_mask, use_reentrant=False)
+            else:
+                x = layer(x, attention_mask)
+        return self.final_norm(x)

@@ -1,0 +1,467 @@
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from models.encoder import EncoderConfig, MaskedCellEncoder
+from models.gene_embeddings import fit_to_width, load_gene_embeddings
+
+NUM_GENES = 30
+VOCAB = 4 + NUM_GENES
+N_BINS = 5
+
+
+def make_batch(
+    num_cells: int = 3,
+    num_tokens: int = 9,
+    *,
+    masked: int = 3,
+    target: str = "expression",
+    binned: bool = True,
+    padded: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(seed)
+    genes = torch.stack(
+        [torch.randperm(NUM_GENES, generator=generator)[: num_tokens - 1] for _ in range(num_cells)]
+    )
+    tokens = torch.cat([torch.full((num_cells, 1), 3), genes + 4], dim=1)
+    bins = torch.randint(0, N_BINS, tokens.shape, generator=generator)
+    values = bins.float()
+    labels = torch.full_like(tokens, -100)
+    value_labels = torch.full_like(tokens, -100) if binned else torch.full_like(values, torch.nan)
+    places = slice(1, 1 + masked)
+    value_labels[:, places] = (bins if binned else values)[:, places]
+    is_masked = torch.zeros_like(tokens, dtype=torch.bool)
+    is_masked[:, places] = True
+    if target == "gene":
+        labels[:, places] = tokens[:, places]
+        tokens[is_masked] = 2
+    bins[is_masked], values[is_masked] = N_BINS, 0.0
+    bins[:, 0], values[:, 0] = 0, 0.0
+    attention_mask = torch.ones_like(is_masked)
+    if padded:
+        attention_mask[0, -2:] = False
+        tokens[0, -2:], bins[0, -2:], values[0, -2:] = 0, 0, 0.0
+    batch = {
+        "tokens": tokens,
+        "values": values,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "value_labels": value_labels,
+        "masked_index": is_masked.flatten().nonzero().flatten(),
+        "depth": torch.linspace(3, 8, num_cells),
+        "batch_idx": torch.arange(num_cells) % 2,
+        "num_tokens": int(attention_mask.sum()),
+    }
+    return batch | {"bins": bins} if binned else batch
+
+
+def make_model(seed: int = 0, **options: Any) -> MaskedCellEncoder:
+    torch.manual_seed(seed)
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "n_bins": N_BINS,
+        "n_technical_batches": 2,
+        "hidden_dim": 16,
+        "num_layers": 2,
+        "num_heads": 4,
+        "dropout": 0.0,
+        "init_std": 0.2,
+    }
+    return MaskedCellEncoder(EncoderConfig(**settings | options))
+
+
+def pad_longer(batch: dict[str, Any], extra: int) -> dict[str, Any]:
+    longer = dict(batch)
+    width = batch["tokens"].shape[1]
+    for name, fill in (("tokens", 0), ("bins", 0), ("values", 0), ("attention_mask", 0), ("labels", -100)):
+        longer[name] = torch.nn.functional.pad(batch[name], (0, extra), value=fill)
+    longer["value_labels"] = torch.nn.functional.pad(batch["value_labels"], (0, extra), value=-100)
+    index = batch["masked_index"]
+    longer["masked_index"] = index // width * (width + extra) + index % width
+    return longer
+
+
+def permute(batch: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
+    permuted = dict(batch)
+    for name in ("tokens", "bins", "values", "attention_mask", "labels", "value_labels"):
+        permuted[name] = batch[name][:, order]
+    permuted["masked_index"] = (permuted["value_labels"] != -100).flatten().nonzero().flatten()
+    return permuted
+
+
+def test_output_has_hidden_states_of_all_tokens_and_logits_of_masked_ones():
+    output = make_model()(make_batch(target="gene"))
+    assert output.hidden.shape == (3, 9, 16)
+    assert output.gene_logits.shape == (9, VOCAB)
+    assert output.value_logits.shape == (9, N_BINS)
+
+
+def test_continuous_model_predicts_one_number_a_position():
+    model = make_model(n_bins=None)
+    batch = make_batch(binned=False)
+    output = model(batch)
+    assert output.value_logits.shape == (9,)
+    truth = batch["value_labels"].flatten()[batch["masked_index"]]
+    loss = model.compute_loss(batch)
+    torch.testing.assert_close(loss.metrics["expression_loss"], (output.value_logits - truth).square().sum())
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_padding_a_batch_longer_changes_nothing(pooling):
+    model = make_model(pooling=pooling).eval()
+    batch = make_batch()
+    longer = pad_longer(batch, 4)
+    torch.testing.assert_close(model(batch).value_logits, model(longer).value_logits)
+    torch.testing.assert_close(model.encode(batch), model.encode(longer))
+    torch.testing.assert_close(model.compute_loss(batch).sum, model.compute_loss(longer).sum)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_order_of_genes_does_not_matter_without_positions(pooling):
+    model = make_model(pooling=pooling).eval()
+    batch = make_batch()
+    order = torch.tensor([0, 5, 1, 8, 3, 2, 4, 7, 6])
+    permuted = permute(batch, order)
+    torch.testing.assert_close(model(batch).hidden[:, order], model(permuted).hidden)
+    torch.testing.assert_close(model.encode(batch), model.encode(permuted))
+    torch.testing.assert_close(model.compute_loss(batch).sum, model.compute_loss(permuted).sum)
+
+
+def test_order_of_genes_matters_with_learned_positions():
+    model = make_model(position_embedding="learned", max_seq_len=9).eval()
+    batch = make_batch()
+    order = torch.tensor([0, 5, 1, 8, 3, 2, 4, 7, 6])
+    assert not torch.allclose(model(batch).hidden[:, order], model(permute(batch, order)).hidden)
+
+
+def test_logits_of_masked_positions_equal_those_of_all_positions_gathered():
+    model = make_model().eval()
+    batch = make_batch(target="gene")
+    hidden = model(batch).hidden.flatten(end_dim=1)
+    every = torch.arange(len(hidden))
+    rows = every // 9
+    offset = model.technical_batch_embedding(batch["batch_idx"])
+    cells = model.encode(batch) + offset
+    asked = hidden + offset[rows]
+    full = model.gene_head(asked, cells, rows, model.token_embedding.weight)
+    torch.testing.assert_close(model(batch).gene_logits, full[batch["masked_index"]])
+
+
+@pytest.mark.parametrize("target", ["expression", "gene"])
+@pytest.mark.parametrize("binned", [True, False])
+def test_labels_have_no_influence_on_hidden_states(target, binned):
+    model = make_model(n_bins=N_BINS if binned else None).eval()
+    batch = make_batch(target=target, binned=binned)
+    changed = copy.deepcopy(batch)
+    index = batch["masked_index"]
+    changed["value_labels"].view(-1)[index] = 1
+    changed["values"].view(-1)[index] = 50.0
+    if target == "gene":
+        changed["labels"].view(-1)[index] = 4
+    assert torch.equal(model(batch).hidden, model(changed).hidden)
+    assert torch.equal(model.encode(batch), model.encode(changed))
+    if target == "gene":
+        assert torch.equal(model(batch).gene_logits, model(changed).gene_logits)
+    else:
+        assert torch.equal(model(batch).value_logits, model(changed).value_logits)
+
+
+def test_visible_expression_has_an_influence():
+    model = make_model().eval()
+    batch = make_batch()
+    changed = copy.deepcopy(batch)
+    changed["bins"][:, -1] = (changed["bins"][:, -1] + 1) % N_BINS
+    assert not torch.allclose(model(batch).value_logits, model(changed).value_logits)
+
+
+def test_value_head_answers_for_the_gene_that_the_label_names():
+    model = make_model().eval()
+    batch = make_batch(target="gene")
+    other = copy.deepcopy(batch)
+    other["labels"].view(-1)[batch["masked_index"]] = 4
+    assert not torch.allclose(model(batch).value_logits, model(other).value_logits)
+
+
+@pytest.mark.parametrize("target", ["expression", "gene"])
+@pytest.mark.parametrize("binned", [True, False])
+def test_every_parameter_gets_a_gradient(target, binned):
+    model = make_model(
+        n_bins=N_BINS if binned else None, position_embedding="learned", max_seq_len=9, tie_gene_head=False
+    )
+    model.compute_loss(make_batch(target=target, binned=binned)).sum.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        # Without gene labels the gene head has nothing to learn from, yet takes part for DDP's sake.
+        if target == "gene" or not name.startswith("gene_head"):
+            assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("binned", [True, False])
+def test_batch_without_masked_positions_gives_zero_with_a_graph_over_all_parameters(binned):
+    model = make_model(n_bins=N_BINS if binned else None)
+    batch = make_batch(masked=0, binned=binned)
+    loss = model.compute_loss(batch)
+    assert loss.sum.item() == 0 and loss.weight == 0 == model.loss_weight(batch)
+    loss.sum.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_weight_is_the_number_of_masked_positions():
+    model = make_model()
+    batch = make_batch()
+    assert model.compute_loss(batch).weight == model.loss_weight(batch) == 9
+
+
+def test_loss_is_the_weighted_sum_of_both_targets():
+    model = make_model(gene_loss_weight=0.5, expression_loss_weight=2.0)
+    loss = model.compute_loss(make_batch(target="gene"))
+    expected = 0.5 * loss.metrics["gene_loss"] + 2.0 * loss.metrics["expression_loss"]
+    torch.testing.assert_close(loss.sum.detach(), expected)
+
+
+def test_a_target_with_weight_zero_has_no_head():
+    assert make_model(gene_loss_weight=0).gene_head is None
+    assert make_model(expression_loss_weight=0).value_head is None
+    batch = make_batch(target="gene")
+    del batch["value_labels"]
+    assert make_model(expression_loss_weight=0).compute_loss(batch).metrics.keys() == {
+        "gene_loss",
+        "gene_accuracy",
+    }
+
+
+def test_accuracy_counts_correct_positions():
+    model = make_model().eval()
+    batch = make_batch()
+    best = model(batch).value_logits.argmax(dim=-1)
+    batch["value_labels"].view(-1)[batch["masked_index"]] = best
+    assert model.compute_loss(batch).metrics["expression_accuracy"] == 9
+
+
+def test_activation_checkpointing_leaves_gradients_as_they_are():
+    gradients = []
+    for checkpointing in (False, True):
+        model = make_model(activation_checkpointing=checkpointing, dropout=0.2)
+        torch.manual_seed(3)
+        model.compute_loss(make_batch()).sum.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("options", [{}, {"n_bins": None}, {"layer_backend": "emulate"}])
+def test_model_learns_a_small_batch_by_heart(options):
+    model = make_model(init_std=0.1, **options)
+    # One gene a cell: without positions the model cannot know which of several masked genes stood where.
+    batch = make_batch(target="gene", masked=1, binned="n_bins" not in options)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        loss = model.compute_loss(batch)
+        optimizer.zero_grad()
+        loss.sum.backward()
+        optimizer.step()
+        losses.append(loss.sum.item())
+    assert losses[-1] < 0.1 * losses[0]
+
+
+def test_encode_does_not_depend_on_the_technical_batch_but_predictions_do():
+    model = make_model().eval()
+    batch = make_batch()
+    moved = batch | {"batch_idx": 1 - batch["batch_idx"]}
+    assert torch.equal(model.encode(batch), model.encode(moved))
+    assert not torch.allclose(model(batch).value_logits, model(moved).value_logits)
+
+
+def test_encode_pools_real_genes_only():
+    model = make_model(pooling="mean").eval()
+    batch = make_batch(padded=True, masked=0)
+    hidden = model(batch).hidden
+    torch.testing.assert_close(model.encode(batch)[0], hidden[0, 1:-2].mean(dim=0))
+    assert torch.equal(
+        make_model(pooling="cls").eval().encode(batch), make_model().eval()(batch).hidden[:, 0]
+    )
+
+
+def test_depth_changes_predictions_unless_switched_off():
+    batch = make_batch()
+    deeper = batch | {"depth": batch["depth"] + 2}
+    model, blind = make_model().eval(), make_model(use_depth=False).eval()
+    assert not torch.allclose(model(batch).value_logits, model(deeper).value_logits)
+    assert torch.equal(blind(batch).value_logits, blind(deeper).value_logits)
+
+
+def test_cls_pooling_without_cls_tokens_is_refused():
+    batch = make_batch()
+    batch["tokens"] = batch["tokens"][:, 1:]
+    with pytest.raises(ValueError, match="pooling is cls"):
+        make_model().loss_weight(batch)
+
+
+@pytest.mark.parametrize(
+    "key, options, advice",
+    [
+        ("masked_index", {}, "configure masking"),
+        ("bins", {}, "binned_expression"),
+        ("depth", {}, "use_depth: false"),
+        ("batch_idx", {}, "n_technical_batches is set"),
+        ("value_labels", {}, "expression_loss_weight: 0"),
+        ("values", {"n_bins": None}, "reads expression"),
+    ],
+)
+def test_missing_batch_entry_says_what_to_do(key, options, advice):
+    batch = make_batch(binned=not options)
+    del batch[key]
+    with pytest.raises(ValueError, match=f"no '{key}'.*{advice}"):
+        make_model(**options).compute_loss(batch)
+
+
+def test_rows_beyond_max_seq_len_are_refused():
+    with pytest.raises(ValueError, match="max_seq_len is 8, but a batch has rows of 9 tokens"):
+        make_model(max_seq_len=8)(make_batch())
+
+
+def test_wrong_config_names_everything_that_is_wrong():
+    with pytest.raises(ValueError) as error:
+        EncoderConfig(
+            vocab_size=4, hidden_dim=30, num_heads=4, dropout=1.0, pooling="max", position_embedding="learned"
+        )  # pyright: ignore[reportArgumentType]
+    for part in (
+        "vocab_size is 4",
+        "hidden_dim 30 is not divisible by num_heads 4",
+        "dropout is 1.0",
+        "pooling is 'max'; allowed: cls, mean",
+        "position_embedding learned needs max_seq_len",
+    ):
+        assert part in str(error.value)
+
+
+def test_fp8_config_names_the_field_that_is_no_multiple_of_16():
+    with pytest.raises(ValueError, match="ffn_dim is 40; FP8 layers need a multiple of 16"):
+        EncoderConfig(vocab_size=VOCAB, hidden_dim=32, ffn_dim=40, layer_backend="emulate")
+
+
+def test_value_prior_is_each_genes_smoothed_distribution():
+    model = make_model()
+    batches = [make_batch(masked=0, seed=seed, padded=True) for seed in range(4)]
+    account = model.initialise_from_data(batches)
+    prior = model.value_head.prior
+    torch.testing.assert_close(prior[4:].exp().sum(dim=1), torch.ones(NUM_GENES))
+    assert not prior[:4].any()
+    gene = int(batches[0]["tokens"][1, 1])
+    found = torch.cat([batch["bins"][batch["tokens"] == gene] for batch in batches])
+    everything = torch.cat([batch["bins"][batch["tokens"] >= 4] for batch in batches])
+    overall = (torch.bincount(everything, minlength=N_BINS) + 1) / (len(everything) + N_BINS)
+    expected = (torch.bincount(found, minlength=N_BINS) + 5 * overall) / (len(found) + 5)
+    torch.testing.assert_close(prior[gene].exp(), expected)
+    assert account["prior_values"] == len(everything)
+
+
+def test_value_prior_makes_the_first_loss_the_marginal_one():
+    model = make_model(init_std=1e-4)
+    batches = [make_batch(masked=0, seed=seed) for seed in range(50)]
+    model.initialise_from_data(batches)
+    batch = make_batch(seed=3)
+    genes = batch["tokens"].flatten()[batch["masked_index"]]
+    values = batch["value_labels"].flatten()[batch["masked_index"]]
+    marginal = -model.value_head.prior[genes, values].sum()
+    torch.testing.assert_close(model.compute_loss(batch).sum, marginal, rtol=1e-3, atol=1e-3)
+
+
+def test_value_prior_of_continuous_values_is_each_genes_mean():
+    model = make_model(n_bins=None)
+    batches = [make_batch(masked=0, binned=False, seed=seed) for seed in range(40)]
+    model.initialise_from_data(batches)
+    gene = int(batches[0]["tokens"][0, 1])
+    found = torch.cat([batch["values"][batch["tokens"] == gene] for batch in batches])
+    assert model.value_head.prior[gene].item() == pytest.approx(found.mean().item(), abs=0.7)
+
+
+def test_value_prior_without_batches_is_refused_and_can_be_switched_off():
+    with pytest.raises(ValueError, match="use_value_prior: false"):
+        make_model().initialise_from_data([])
+    assert make_model(use_value_prior=False).initialise_from_data([]) == {}
+
+
+def test_value_prior_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"shape \[3, 5\]; the model needs \[34, 5\]"):
+        make_model().set_value_prior(torch.zeros(3, N_BINS))
+
+
+def write_vectors(folder, genes, matrix, name="vectors.npy"):
+    path = folder / name
+    if name.endswith(".npy"):
+        np.save(path, matrix)
+    else:
+        save_file({"vectors": torch.from_numpy(matrix)}, path)
+    path.with_suffix(".txt").write_text("\n".join(genes) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["vectors.npy", "vectors.safetensors"])
+def test_gene_vectors_are_looked_up_by_name(tmp_path, name):
+    matrix = np.arange(6, dtype=np.float32).reshape(3, 2)
+    path = write_vectors(tmp_path, ["A", "B", "C"], matrix, name)
+    table = load_gene_embeddings(path, ["C", "X", "A"])
+    assert table[0].tolist() == [4, 5] and table[2].tolist() == [0, 1]
+    assert table[1].isnan().all()
+
+
+def test_gene_vectors_keep_their_angles_when_the_width_changes():
+    torch.manual_seed(0)
+    table = torch.randn(6, 4) @ torch.randn(4, 12)  # rank 4, so that 8 directions hold all of it
+    table[2] = torch.nan
+    for dim in (8, 12, 20):
+        fitted = fit_to_width(table, dim, std=0.02)
+        assert fitted.shape == (6, dim) and fitted[2].isnan().all()
+        known = [0, 1, 3, 4, 5]
+        assert fitted[known].square().mean().sqrt().item() == pytest.approx(0.02, rel=1e-4)
+        before, after = (torch.nn.functional.normalize(t[known], dim=1) for t in (table, fitted))
+        torch.testing.assert_close(after @ after.T, before @ before.T, rtol=1e-4, atol=1e-4)
+
+
+def test_gene_vectors_start_the_token_embedding_and_missing_genes_keep_theirs(tmp_path):
+    matrix = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    path = write_vectors(tmp_path, ["g1", "g4"], matrix)
+    model = make_model(gene_embedding_path=str(path), use_value_prior=False)
+    before = model.token_embedding.weight.detach().clone()
+    account = model.initialise_from_data([], [f"g{i}" for i in range(NUM_GENES)])
+    changed = (model.token_embedding.weight != before).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [5, 8]
+    assert account == {"gene_vectors_found": 2, "gene_vectors_missing": NUM_GENES - 2}
+
+
+@pytest.mark.parametrize(
+    "genes, matrix, message",
+    [
+        (["A"], np.zeros((2, 3), np.float32), "names 1 genes, .* has 2 rows"),
+        (["A", "A"], np.zeros((2, 3), np.float32), "names 'A' more than once"),
+        (["X", "Y"], np.zeros((2, 3), np.float32), "none of the data's 2 genes"),
+        (["A", "B"], np.full((2, 3), np.nan, np.float32), "not finite"),
+        (["A", "B"], np.zeros(2, np.float32), "must hold floating point numbers"),
+        (["A", "B"], np.array([[None], [1]], dtype=object), "no plain NumPy array"),
+    ],
+)
+def test_bad_gene_vector_files_are_refused(tmp_path, genes, matrix, message):
+    path = write_vectors(tmp_path, genes, matrix)
+    with pytest.raises(ValueError, match=message):
+        load_gene_embeddings(path, ["A", "B"])
+
+
+def test_missing_gene_vector_file_says_what_is_wanted(tmp_path):
+    with pytest.raises(ValueError, match="does not exist; give a .npy or .safetensors matrix"):
+        load_gene_embeddings(tmp_path / "none.npy", ["A"])
+
+
+def test_same_seed_builds_the_same_model_and_the_padding_row_is_zero():
+    first, second = make_model(), make_model()
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    assert not first.token_embedding.weight[0].any()
