@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from data.collate import collate
 from data.corpus import ROWS_PER_GROUP, open_corpus
 from data.errors import DataError
-from data.hashing import DrawKey, Stream
+from data.hashing import DrawKey
 from data.masking import Masking, build_masking
 from data.memory import keep_freed_memory
-from data.order import choose_rows, split_rows
+from data.order import part_masks
 from data.readers import CorpusReader, open_reader
 from data.tokenizers import NUM_SPECIAL_TOKENS, Tokenizer, build_tokenizer
 
@@ -160,8 +160,6 @@ def cell_loader(
         shuffle_window: cells that are shuffled among each other, a multiple of `shuffle_block`.
         num_workers: processes that prepare batches; 0 leaves it to one background thread.
     """
-    if limit_cells is not None and (type(limit_cells) is not int or limit_cells < 1):
-        raise DataError(f"limit_cells: got {limit_cells!r}; it must be a whole number, at least 1, or null")
     info = open_corpus(path)
     num_genes = len(info.gene_space)
     built = build_tokenizer(
@@ -181,7 +179,7 @@ def cell_loader(
         )  # fmt: skip
     masks = None if masking is None else build_masking(masking)
     columns = [name for name in _LABEL_COLUMNS if name in info.columns]
-    training, validation = _masks(info.num_cells, val_fraction, split_seed, limit_cells)
+    training, validation = part_masks(info.num_cells, val_fraction, split_seed, limit_cells)
     description = {
         "tokenizer": dict(tokenizer),
         "masking": None if masking is None else dict(masking),
@@ -202,18 +200,3 @@ def cell_loader(
         reader = open_reader(info, names)
         source.validation = CellSource(reader, built, masks, validation, **common, is_validation=True)
     return source
-
-
-def _masks(
-    num_cells: int, val_fraction: float, split_seed: int, limit_cells: int | None
-) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
-    """Return which rows are for training and which for validation; None for all of them, or for none."""
-    if limit_cells is None or limit_cells >= num_cells:
-        training, validation = split_rows(num_cells, val_fraction, split_seed)
-        return (training, validation) if validation.any() else (None, None)
-    limited = choose_rows(num_cells, limit_cells, split_seed, Stream.SUBSET)
-    rows = np.flatnonzero(limited)
-    held_out = rows[split_rows(len(rows), val_fraction, split_seed)[1]]
-    validation = np.zeros(num_cells, np.bool_)
-    validation[held_out] = True
-    return limited & ~validation, validation if len(held_out) else None

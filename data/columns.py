@@ -84,6 +84,8 @@ def check_type(name: str, kind: pa.DataType, where: str) -> None:
 
 def from_arrow(column: pa.ChunkedArray, name: str, where: str) -> NDArray[Any] | RaggedColumn:
     """Turn an Arrow column into one of ours, without copying where it is in one piece."""
+    if pa.types.is_fixed_size_list(column.type):
+        column = column.cast(pa.list_(column.type.value_type))
     check_type(name, column.type, where)
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):  # no chunk at all, or more than one array can hold

@@ -55,30 +55,54 @@ class Masking:
         """Mask tokenized cells of these corpus rows; the arrays of `cells` stay as they are."""
         tokens = cells.genes.astype(np.int64) + NUM_SPECIAL_TOKENS
         values, bins = cells.values.copy(), None if cells.bins is None else cells.bins.copy()
-        lengths = np.diff(cells.offsets)
-        counts = np.minimum(np.maximum(np.rint(lengths * self.mask_ratio).astype(np.int64), 1), lengths)
-        hashes = gene_hash(draw.cell_hashes(Stream.MASK_POSITION, rows), lengths, cells.genes)
-        chosen = choose_smallest(hashes, cells.offsets, counts)
+        chosen, counts = self.choose(cells.offsets, cells.genes, rows, draw)
         labels = tokens[chosen]
         value_labels: NDArray[Any] = values[chosen] if bins is None else bins[chosen]
         values[chosen] = 0
         if bins is not None and n_bins is not None:
             bins[chosen] = n_bins
 
-        def drawn(stream: Stream) -> NDArray[np.uint32]:
-            return gene_hash(draw.cell_hashes(stream, rows), counts, cells.genes[chosen])
-
+        genes = cells.genes[chosen]
         is_gene = np.full(len(chosen), self.target == "gene")
         if self.target == "both":
-            is_gene = drawn(Stream.MASK_TARGET) < 1 << 31
-        action = drawn(Stream.MASK_ACTION) / float(1 << 32)
-        random_genes = to_range(drawn(Stream.RANDOM_GENE), num_genes) + NUM_SPECIAL_TOKENS
-        is_random = action < self.random_replace_ratio
-        is_kept = action >= 1 - self.keep_ratio
-        hidden = np.where(is_random, random_genes, np.where(is_kept, labels, MASK))
-        tokens[chosen] = np.where(is_gene, hidden, labels)
+            is_gene = gene_hash(draw.cell_hashes(Stream.MASK_TARGET, rows), counts, genes) < 1 << 31
+        if self.target != "expression":
+            vocabulary = np.arange(NUM_SPECIAL_TOKENS, NUM_SPECIAL_TOKENS + num_genes)
+            shown = self.shown_tokens(labels, genes, counts, rows, draw, MASK, vocabulary)
+            tokens[chosen] = np.where(is_gene, shown, labels)
         labels[~is_gene] = IGNORED_LABEL
         return MaskedCells(tokens, values, bins, chosen, labels, value_labels)
+
+    def choose(
+        self, offsets: NDArray[np.int64], keys: NDArray[np.integer], rows: NDArray[np.int64], draw: DrawKey
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Choose the positions to mask: those whose (cell, key) hash is smallest; keys tell positions apart.
+
+        Returns:
+            The flat positions chosen, ascending, and their number in each cell.
+        """
+        lengths = np.diff(offsets)
+        counts = np.minimum(np.maximum(np.rint(lengths * self.mask_ratio).astype(np.int64), 1), lengths)
+        hashes = gene_hash(draw.cell_hashes(Stream.MASK_POSITION, rows), lengths, keys)
+        return choose_smallest(hashes, offsets, counts), counts
+
+    def shown_tokens(
+        self,
+        truth: NDArray[np.int64],
+        keys: NDArray[np.integer],
+        counts: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        draw: DrawKey,
+        mask_id: int,
+        vocabulary: NDArray[np.int64],
+    ) -> NDArray[np.int64]:
+        """Return what stands at the chosen positions: the mask, a random word of `vocabulary`, or the truth."""
+        action = gene_hash(draw.cell_hashes(Stream.MASK_ACTION, rows), counts, keys) / float(1 << 32)
+        random = gene_hash(draw.cell_hashes(Stream.RANDOM_GENE, rows), counts, keys)
+        shown = np.where(action >= 1 - self.keep_ratio, truth, mask_id)
+        return np.where(
+            action < self.random_replace_ratio, vocabulary[to_range(random, len(vocabulary))], shown
+        )
 
 
 def build_masking(options: Mapping[str, Any], where: str = "masking") -> Masking:

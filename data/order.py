@@ -180,6 +180,25 @@ def split_rows(num_rows: int, fraction: float, seed: int) -> tuple[NDArray[np.bo
     return ~validation, validation
 
 
+def part_masks(
+    num_rows: int, val_fraction: float, split_seed: int, limit_cells: int | None
+) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None]:
+    """Mark the rows for training and for validation, of a seeded choice of `limit_cells` rows or of all.
+
+    None stands for all rows in the first place, and for no row in the second.
+    """
+    if limit_cells is not None and (type(limit_cells) is not int or limit_cells < 1):
+        raise DataError(f"limit_cells: got {limit_cells!r}; it must be a whole number, at least 1, or null")
+    if limit_cells is None or limit_cells >= num_rows:
+        training, validation = split_rows(num_rows, val_fraction, split_seed)
+        return (training, validation) if validation.any() else (None, None)
+    limited = choose_rows(num_rows, limit_cells, split_seed, Stream.SUBSET)
+    rows = np.flatnonzero(limited)
+    validation = np.zeros(num_rows, np.bool_)
+    validation[rows[split_rows(len(rows), val_fraction, split_seed)[1]]] = True
+    return limited & ~validation, validation if validation.any() else None
+
+
 def choose_rows(num_rows: int, count: int, seed: int, stream: Stream) -> NDArray[np.bool_]:
     """Mark `count` of the rows, those with the smallest hash; needs memory for the mask and little more."""
     chosen = np.zeros(num_rows, np.bool_)
