@@ -134,7 +134,7 @@ def cell_rows(chunk: MatrixChunk, remap: np.ndarray, value_kind: ValueKind, min_
     n_genes = np.diff(offsets).astype(np.int32)
     sum_all = float(totals.sum())
     sum_kept = sum_all
-    genes = remap[columns]
+    genes = np.take(remap, columns, mode="clip")  # the reader has checked the range; clip is the fast way
     if len(genes) and genes.min() < 0:
         offsets, genes, counts = _select(genes >= 0, offsets, genes, counts)
         sum_kept = float(counts.sum(dtype=np.int64 if value_kind == "counts" else np.float64))

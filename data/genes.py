@@ -151,7 +151,7 @@ class SourceGenes:
 
 def looks_like_ensembl(names: Sequence[str]) -> bool:
     """Tell whether at least half of the names are Ensembl gene ids (spike-ins and antibodies are not)."""
-    return bool(names) and 2 * sum(_ENSEMBL.fullmatch(name) is not None for name in names) >= len(names)
+    return bool(names) and 2 * sum(map(bool, map(_ENSEMBL.fullmatch, names))) >= len(names)
 
 
 def strip_version(name: str) -> str:
@@ -162,8 +162,8 @@ def strip_version(name: str) -> str:
 
 def check_gene_names(names: Sequence[str], where: str) -> None:
     """Raise where a name is empty or occurs twice, listing positions or names."""
-    empty = [str(index) for index, name in enumerate(names) if not name or name.isspace()]
-    if empty:
+    if "" in names or any(map(str.isspace, names)):
+        empty = [str(index) for index, name in enumerate(names) if not name.strip()]
         raise DataError(f"{where}: {len(empty)} genes have an empty name, at positions {_listed(empty)}")
     if len(set(names)) != len(names):
         repeated = [name for name, times in Counter(names).items() if times > 1]

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import h5py
 import numpy as np
-import pyarrow as pa
 
 from data.errors import DataError
 from data.genes import ID_COLUMNS, SYMBOL_COLUMNS, SourceGenes, looks_like_ensembl, strip_version
@@ -314,8 +313,9 @@ def _read_column(where: str, item: h5py.Dataset, start: int, stop: int) -> np.nd
 def _encode(values: np.ndarray, where: str) -> tuple[np.ndarray, list[str]]:
     """Return each value's position in the list of distinct names; -1 for NaN."""
     if values.dtype.kind in "OS":
-        encoded = pa.array(_as_names(values, where), pa.string()).dictionary_encode()
-        return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+        texts = _as_names(values, where)
+        positions = {name: index for index, name in enumerate(dict.fromkeys(texts))}
+        return np.fromiter(map(positions.__getitem__, texts), np.int64, len(texts)), list(positions)
     unique, codes = np.unique(values, return_inverse=True)
     names = _as_names(unique, where)
     missing = np.isnan(unique)[codes] if unique.dtype.kind == "f" else np.zeros(len(codes), bool)
