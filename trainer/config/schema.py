@@ -122,7 +122,7 @@ class Fp8Config(Section):
         description="Transformer Engine on a GPU, or its rounding emulated in fp32 on any device "
         "(slow, for tests)",
     )
-    exclude_layers: Annotated[tuple[Text, ...], _AsTuple, _null_as(tuple)] = Field(
+    exclude_layers: Annotated[tuple[Text, ...], AsTuple, null_as(tuple)] = Field(
         default=(), description="Layer names that stay in bf16, with wildcards (`*.out_proj`, `layers.0.*`)"
     )
 
