@@ -360,10 +360,13 @@ def bad_value(
     """Name the cell and gene of a value that cannot be kept."""
     row = chunk.first_row + int(np.searchsorted(chunk.offsets, error.position, side="right")) - 1
     gene = file.gene_names(matrix)[int(chunk.columns[error.position])]
-    kind = "counts" if value_kind == "counts" else "log-normalised values"
+    if error.reason in ("is NaN", "is infinite", "is negative"):
+        verdict = f"{matrix} holds neither counts nor log-normalised values"
+    else:
+        verdict = f"{matrix} does not hold {'counts' if value_kind == 'counts' else 'log-normalised values'}"
     return DataError(
         f"{file.path}: {matrix}: cell {row} ({file.cell_name(row)}), gene {gene}: the value {error.value} "
-        f"{error.reason}, so {matrix} does not hold {kind}; name another matrix with --layer (there are: "
+        f"{error.reason}, so {verdict}; name another matrix with --layer (there are: "
         f"{', '.join(file.matrix_names())}) or repair the file"
     )
 

@@ -81,20 +81,32 @@ class Journal:
         self.is_publishing = False
         self._lock = threading.Lock()
         content = self.path.read_bytes() if self.path.exists() else b""
-        complete = content[: content.rfind(b"\n") + 1]
-        if complete != content:
-            os.truncate(self.path, len(complete))
-        for line in complete.splitlines():
-            self._take(json.loads(line))
+        complete = 0
+        for line in content.splitlines(keepends=True):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            self._take(record)
+            complete += len(line)
+        if complete != len(content):
+            os.truncate(self.path, complete)
 
     def write(self, kind: str, **content: Any) -> None:
         """Add a line that survives a power cut."""
         record = {"kind": kind, **content}
         with self._lock:
-            with self.path.open("ab") as file:
-                file.write(json.dumps(record).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            size = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with self.path.open("ab") as file:
+                    file.write(json.dumps(record).encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError:
+                os.truncate(self.path, size)  # half a line would spoil the next one
+                raise
             self._take(record)
 
     def begin(self, plan: ConversionPlan) -> None:

@@ -323,7 +323,7 @@ def test_fractions_in_the_layer_called_counts_are_refused(tmp_path, capsys):
 
 def test_scaled_data_is_refused_by_name(tmp_path, capsys):
     message = fails(capsys, PBMC, "--output", tmp_path / "c", "--layer", "X")
-    assert "is negative, so X does not hold" in message
+    assert "is negative, so X holds neither counts nor log-normalised values" in message
     assert "name another matrix with --layer (there are: raw.X, X)" in message
 
 
@@ -680,6 +680,11 @@ def test_a_journal_line_that_was_cut_short_does_not_count(tmp_path, interrupted)
     lines = journal.read_bytes().splitlines(keepends=True)
     assert json.loads(lines[0])["kind"] == "start"
     journal.write_bytes(b"".join(lines[:-1]) + lines[-1][:20])
+    shutil.copytree(tmp_path / "c", tmp_path / "spoilt")
+    journal = tmp_path / "spoilt" / ".unfinished" / "journal.jsonl"
+    journal.write_bytes(b"".join(lines[:-1]) + bytes(100) + b"\n" + lines[-1])
+    assert convert(*interrupted, "--output", tmp_path / "spoilt") == 0
+    assert contents(tmp_path / "spoilt") == contents(tmp_path / "whole")
     assert convert(*interrupted, "--output", tmp_path / "c") == 0
     assert contents(tmp_path / "c") == contents(tmp_path / "whole")
 

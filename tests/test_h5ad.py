@@ -1,3 +1,4 @@
+import anndata
 import h5py
 import numpy as np
 import pandas as pd
@@ -151,6 +152,15 @@ def test_obs_columns_of_every_type_are_read(tmp_path):
             file.obs.text("real")
         with pytest.raises(DataError, match="has no column 'none'; it has: .*category"):
             file.obs.labels("none", 0, 4)
+
+
+def test_nullable_text_is_read(tmp_path):
+    obs = {"cell_type": pd.array(["T", None, "B"], dtype="string")}
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        path = write_h5ad(tmp_path / "a.h5ad", random_counts(3, 2), obs=obs)
+    with H5adFile(path) as file:
+        assert file.obs.kind("cell_type") == "class"
+        assert file.obs.text("cell_type") == ("T", "", "B")
 
 
 def test_ensembl_ids_are_found_by_content_and_stripped_of_versions(tmp_path):
