@@ -194,7 +194,7 @@ class CscMatrix:
                 low, high = int(row_starts[first]), int(row_starts[last])
                 file.seek(low * record.itemsize)
                 records = np.fromfile(file, record, count=high - low)
-                records = records[np.argsort(records["row"], kind="stable")]
+                records = records.take(_stable_order(records["row"] - first, last - first))
                 _write_at(file.fileno(), records, low * record.itemsize)
         row_starts.tofile(f"{path}.indptr")
 
@@ -202,7 +202,8 @@ class CscMatrix:
         self, file: int, row_starts: np.ndarray, bucket_rows: np.ndarray, record: np.dtype
     ) -> None:
         """Append every stored value to the bucket of its cell; columns stay in order within a bucket."""
-        bucket_of_row = np.repeat(np.arange(len(bucket_rows) - 1, dtype=np.uint32), np.diff(bucket_rows))
+        num_buckets = len(bucket_rows) - 1
+        bucket_of_row = np.repeat(np.arange(num_buckets, dtype=np.uint32), np.diff(bucket_rows))
         cursors = row_starts[bucket_rows[:-1]].copy()
         column_starts = read(self.where, self.indptr, 0, self.shape[1] + 1).astype(np.int64)
         if column_starts[0] != 0 or column_starts[-1] != len(self.data) or (np.diff(column_starts) < 0).any():
@@ -215,10 +216,10 @@ class CscMatrix:
             )
             records["value"] = read(self.where, self.data, start, stop)
             buckets = bucket_of_row[records["row"]]
-            records = records[np.argsort(buckets, kind="stable")]
-            ends = np.cumsum(np.bincount(buckets, minlength=len(cursors)))
+            records = records.take(_stable_order(buckets, num_buckets))
+            ends = np.cumsum(np.bincount(buckets, minlength=num_buckets))
             begin = 0
-            for bucket in np.unique(buckets):
+            for bucket in np.flatnonzero(np.diff(ends, prepend=0)):
                 end = int(ends[bucket])
                 _write_at(file, records[begin:end], int(cursors[bucket]) * record.itemsize)
                 cursors[bucket] += end - begin
@@ -266,6 +267,11 @@ def check_number_type(where: str, dtype: Any) -> None:
     """Refuse a matrix that does not hold real numbers."""
     if np.dtype(dtype).kind not in "fiub":
         raise DataError(f"{where}: its values have type {dtype}, not a number type")
+
+
+def _stable_order(keys: np.ndarray, num_keys: int) -> np.ndarray:
+    """Return what sorts small numbers and keeps equal ones in order; 16 bits are sorted by radix."""
+    return np.argsort(keys.astype(np.uint16) if num_keys <= 1 << 16 else keys, kind="stable")
 
 
 def _write_at(file: int, records: np.ndarray, offset: int) -> None:
