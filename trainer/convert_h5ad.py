@@ -39,9 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(prog="python -m trainer.convert_h5ad", description=__doc__)
+    _add_content_options(parser)
+    _add_output_options(parser)
+    return parser
+
+
+def _add_content_options(parser: argparse.ArgumentParser) -> None:
+    """Add what decides which cells, genes and columns are taken."""
     add = parser.add_argument
     add("inputs", nargs="+", metavar="IN.h5ad", help="h5ad files or glob patterns")
-    add("--output", required=True, type=Path, metavar="DIR", help="folder of the corpus")
     add(
         "--genes",
         default="union",
@@ -86,6 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="FRACTION",
         help="refuse a file of whose genes, or of the gene space if that is smaller, less is matched (default 0.5)",
     )
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    """Add how and where the corpus is written."""
+    add = parser.add_argument
+    add("--output", required=True, type=Path, metavar="DIR", help="folder of the corpus")
     add("--format", choices=("arrow", "parquet"), default="arrow", help="arrow (default) is read fastest; parquet is "
         "about five times smaller and can be read remotely")  # fmt: skip
     add(
@@ -109,7 +121,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     modes.add_argument("--overwrite", action="store_true", help="replace a corpus that is there")
     add("--dry-run", action="store_true", help="print what would be done and write nothing")
-    return parser
 
 
 def convert(arguments: argparse.Namespace) -> None:
