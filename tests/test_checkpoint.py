@@ -148,6 +148,31 @@ def test_other_ranks_wait_until_rank_0_has_completed_the_checkpoint(tmp_path: Pa
     assert steps(tmp_path) == [3]
 
 
+def test_a_file_that_lost_bytes_before_completion_is_named(tmp_path: Path, pair: list[Any]) -> None:
+    save(pair[1], 3)
+    folder = tmp_path / ".checkpoint_3.a1-1.tmp"
+    while not (folder / "rank00001.done.json").exists():
+        time.sleep(0.01)
+    os.truncate(folder / "state.rank00001.safetensors", 20)
+    save(pair[0], 3)
+    with pytest.raises(CheckpointError, match=r"state\.rank00001\.safetensors has 20 bytes instead of \d+"):
+        pair[0].wait()
+    with pytest.raises(CheckpointError, match=r"rank 0 failed to save: .*state\.rank00001"):
+        pair[1].wait()
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_an_older_checkpoint_of_the_same_step_is_not_taken_for_the_new_one(tmp_path: Path) -> None:
+    save(make_writer(tmp_path, attempt="a0"), 3, synchronous=True)
+    pair = [make_writer(tmp_path, rank, 2, timeout_seconds=5) for rank in range(2)]
+    save(pair[1], 3)
+    pair[1]._threads[0].join(0.3)
+    assert pair[1]._threads[0].is_alive()
+    save(pair[0], 3)
+    pair[1].close()
+    assert open_checkpoint(tmp_path / "checkpoint_3").world_size == 2
+
+
 def test_a_rank_that_writes_nothing_is_named_when_time_is_up(tmp_path: Path) -> None:
     writers = [make_writer(tmp_path, rank, 4, timeout_seconds=0.3) for rank in (0, 2)]
     for writer in writers:
@@ -167,7 +192,7 @@ def test_a_rank_without_rank_0_gives_up_when_time_is_up(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="rank 0 has not completed checkpoint_5 within 0.2 s"):
         writer.wait()
     # Rank 0 may be slow and complete it after all: what it needs must not have been taken away.
-    late = make_writer(tmp_path, 0, 2)
+    late = make_writer(tmp_path, 0, 2, timeout_seconds=5)
     save(late, 5)
     late.close()
     assert steps(tmp_path) == [5]
