@@ -1,35 +1,73 @@
 """Columns of rows in memory: one number a row, or one ragged list a row."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from data.errors import DataError
-from data.ragged import gather, offsets_of
+from data.ragged import gather, offsets_of, pad
 
 
-class RaggedColumn(NamedTuple):
-    """Hold a list of numbers for each row: `values[offsets[i] : offsets[i + 1]]`."""
+class RaggedColumn:
+    """Hold a list of numbers for each row, as places in a source array that are copied when they are needed.
 
-    offsets: NDArray[np.int64]  # [B + 1]
-    values: NDArray[Any]
+    Copies are laid out as wanted: one list after the other (`values`, with `offsets`), or padded.
+    """
+
+    def __init__(
+        self,
+        source: NDArray[Any],
+        starts: NDArray[np.int64],
+        lengths: NDArray[np.int64],
+        owner: object = None,
+    ) -> None:
+        """Let row i be `source[starts[i] : starts[i] + lengths[i]]`; `owner` keeps the source's memory valid."""
+        self._source = source
+        self._starts = starts
+        self._owner = owner
+        self.lengths = lengths
+
+    @classmethod
+    def flat(cls, offsets: NDArray[np.int64], values: NDArray[Any]) -> "RaggedColumn":
+        """Let row i be `values[offsets[i] : offsets[i + 1]]`."""
+        column = cls(values, offsets[:-1], np.diff(offsets))
+        column.offsets, column.values = offsets, values
+        return column
 
     def __len__(self) -> int:
         """Count the rows."""
-        return len(self.offsets) - 1
+        return len(self.lengths)
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
-        """Return each row's number of values."""
-        return np.diff(self.offsets)
+    def dtype(self) -> np.dtype[Any]:
+        """Return the type of the numbers."""
+        return self._source.dtype
+
+    @cached_property
+    def offsets(self) -> NDArray[np.int64]:
+        """Return [B + 1], where each row's list starts in `values`."""
+        return offsets_of(self.lengths)
+
+    @cached_property
+    def values(self) -> NDArray[Any]:
+        """Return all lists, one after the other."""
+        return gather(self._source, self._starts, self.lengths)
+
+    def padded(self, width: int, fill: Any, dtype: Any = None) -> NDArray[Any]:
+        """Return a new array [B, width], cut or filled up with `fill`, cast to `dtype`."""
+        return pad(self._source, self._starts, self.lengths, width, fill, dtype=dtype)
 
     def take(self, index: NDArray[np.integer]) -> "RaggedColumn":
-        """Return a copy of these rows, in the order of `index`."""
-        lengths = self.lengths[index]
-        return RaggedColumn(offsets_of(lengths), gather(self.values, self.offsets[index], lengths))
+        """Return these rows, in the order of `index`; nothing is copied yet."""
+        return RaggedColumn(self._source, self._starts[index], self.lengths[index], self._owner)
+
+    def cut(self, length: int) -> "RaggedColumn":
+        """Return the rows without what is beyond `length`."""
+        return RaggedColumn(self._source, self._starts, np.minimum(self.lengths, length), self._owner)
 
 
 Columns = Mapping[str, NDArray[Any] | RaggedColumn]
@@ -41,7 +79,7 @@ class RowTable(Protocol):
     num_rows: int
 
     def gather(self, rows: NDArray[np.int64]) -> Columns:
-        """Return copies of the rows, in the given order."""
+        """Return the rows, in the given order."""
         ...
 
     def expect(self, rows: NDArray[np.int64]) -> None:
@@ -50,7 +88,7 @@ class RowTable(Protocol):
 
 
 def take(columns: Columns, index: NDArray[np.integer]) -> Columns:
-    """Return a copy of these rows of every column."""
+    """Return these rows of every column."""
     return {
         name: column.take(index) if isinstance(column, RaggedColumn) else column[index]
         for name, column in columns.items()
@@ -58,16 +96,14 @@ def take(columns: Columns, index: NDArray[np.integer]) -> Columns:
 
 
 def concatenate(parts: Sequence[Columns]) -> Columns:
-    """Put the rows of several tables one after the other."""
-    if len(parts) == 1:
-        return parts[0]
+    """Copy the rows of several tables one after the other."""
     result: dict[str, NDArray[Any] | RaggedColumn] = {}
     for name, first in parts[0].items():
         columns: list[Any] = [part[name] for part in parts]
         if isinstance(first, RaggedColumn):
             lengths = np.concatenate([column.lengths for column in columns])
             values = np.concatenate([column.values for column in columns])
-            result[name] = RaggedColumn(offsets_of(lengths), values)
+            result[name] = RaggedColumn.flat(offsets_of(lengths), values)
         else:
             result[name] = np.concatenate(columns)
     return result
@@ -99,4 +135,4 @@ def from_arrow(column: pa.ChunkedArray, name: str, where: str) -> NDArray[Any] |
     if values.null_count:
         raise DataError(f"{where}: column {name!r} has missing values in its lists; fill or drop them")
     flat = values.to_numpy(zero_copy_only=False)[offsets[0] : offsets[-1]]
-    return RaggedColumn(offsets - offsets[0], flat)
+    return RaggedColumn.flat(offsets - offsets[0], flat)

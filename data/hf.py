@@ -16,7 +16,7 @@ from data.hashing import DrawKey
 from data.hf_files import TechnicalBatch, find_files
 from data.masking import IGNORED_LABEL, Masking, build_masking
 from data.order import part_masks
-from data.ragged import offsets_of, pad, positions, row_mask
+from data.ragged import positions, row_mask
 
 _MADE_HERE = ("batch_idx", "cell_index", "labels", "masked_index", "num_tokens")
 
@@ -119,21 +119,20 @@ class HFSource:
             draw = draw._replace(epoch=-1)
         columns = self._cut(self.table.gather(rows))
         tokens = cast(RaggedColumn, columns[self.columns["tokens"]])
-        self._check_tokens(tokens, rows)
         width = int(tokens.lengths.max(initial=1))
         batch: dict[str, Any] = {
             "attention_mask": torch.from_numpy(row_mask(tokens.lengths, width)),
-            "num_tokens": len(tokens.values),
+            "num_tokens": int(tokens.lengths.sum()),
             "cell_index": torch.from_numpy(rows.astype(np.int64)),
         }
-        hidden = np.empty(0, np.int64)
+        batch |= {
+            name: _tensor(name, columns[theirs], self.special.pad) for name, theirs in self.columns.items()
+        }
+        self._check_tokens(tokens, batch["tokens"], rows)
         if masking is not None:
-            shown, hidden, labels = self._masked(tokens, rows, draw, masking)
-            batch |= _label_tensors(tokens, hidden, labels, width)
-            tokens = RaggedColumn(tokens.offsets, shown)
-        for name, theirs in self.columns.items():
-            column = tokens if name == "tokens" else columns[theirs]
-            batch[name] = _tensor(name, column, self.special.pad, hidden)
+            batch |= self._masked(tokens, rows, draw, masking, width)
+            if "values" in batch:
+                batch["values"].view(-1)[batch["masked_index"]] = 0
         if self._batch_codes is not None:
             batch["batch_idx"] = torch.from_numpy(self._batch_index[self._batch_codes[rows]])
         return batch
@@ -141,47 +140,50 @@ class HFSource:
     def _cut(self, columns: Columns) -> Columns:
         """Cut the tokens, and the lists that are as long, to `max_length`."""
         tokens = cast(RaggedColumn, columns[self.columns["tokens"]])
-        if self.max_length is None or not (tokens.lengths > self.max_length).any():
+        if self.max_length is None:
             return columns
-        kept = positions(tokens.offsets) < self.max_length
-        offsets = offsets_of(np.minimum(tokens.lengths, self.max_length))
         return {
-            name: RaggedColumn(offsets, column.values[kept])
-            if isinstance(column, RaggedColumn) and np.array_equal(column.offsets, tokens.offsets)
+            name: column.cut(self.max_length)
+            if isinstance(column, RaggedColumn) and np.array_equal(column.lengths, tokens.lengths)
             else column
             for name, column in columns.items()
         }
 
-    def _check_tokens(self, tokens: RaggedColumn, rows: NDArray[np.int64]) -> None:
-        if (tokens.lengths == 0).any():
-            row = rows[tokens.lengths == 0][0]
+    def _check_tokens(self, column: RaggedColumn, tokens: torch.Tensor, rows: NDArray[np.int64]) -> None:
+        if (column.lengths == 0).any():
+            row = rows[column.lengths == 0][0]
             raise DataError(f"{self._where}: row {row} has no token; leave such rows out")
         if self.vocab_size is None:
             return
-        low, high = int(tokens.values.min(initial=0)), int(tokens.values.max(initial=0))
+        low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocab_size:
             raise DataError(
-                f"{self._where}: token ids reach from {low} to {high}; vocab_size "
-                f"{self.vocab_size} allows 0 to {self.vocab_size - 1}"
+                f"{self._where}: token ids reach from {low} to {high}; vocab_size {self.vocab_size} allows 0 to "
+                f"{self.vocab_size - 1}"
             )
 
     def _masked(
-        self, tokens: RaggedColumn, rows: NDArray[np.int64], draw: DrawKey, masking: Masking
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the tokens as shown, the flat positions that were masked, and the true tokens there."""
-        shown = tokens.values.astype(np.int64)
+        self, tokens: RaggedColumn, rows: NDArray[np.int64], draw: DrawKey, masking: Masking, width: int
+    ) -> dict[str, torch.Tensor]:
+        """Return the tokens as shown, the labels and where they are."""
+        shown, offsets = tokens.values.astype(np.int64), tokens.offsets
         assert self.special.mask is not None
         ids = [self.special.pad, self.special.mask, *self.special.others]
         maskable = np.flatnonzero(~np.isin(shown, ids))
-        offsets = np.searchsorted(maskable, tokens.offsets)
-        places = positions(tokens.offsets)[maskable]
-        chosen, counts = masking.choose(offsets, places, rows, draw)
+        places = positions(offsets)[maskable]
+        chosen, counts = masking.choose(np.searchsorted(maskable, offsets), places, rows, draw)
         hidden = maskable[chosen]
-        labels = shown[hidden]
+        truth = shown[hidden]
         shown[hidden] = masking.shown_tokens(
-            labels, places[chosen], counts, rows, draw, self.special.mask, self._vocabulary
+            truth, places[chosen], counts, rows, draw, self.special.mask, self._vocabulary
         )
-        return shown, hidden, labels
+        row = np.searchsorted(offsets, hidden, "right") - 1
+        index = row * width + hidden - offsets[row]
+        labels = np.full((len(tokens), width), IGNORED_LABEL, np.int64)
+        labels.reshape(-1)[index] = truth
+        laid_out = RaggedColumn.flat(offsets, shown).padded(width, self.special.pad)
+        arrays = {"tokens": laid_out, "labels": labels, "masked_index": index}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def hf_loader(
@@ -285,26 +287,11 @@ def _checked_masking(
     return build_masking(options)
 
 
-def _tensor(
-    name: str, column: NDArray[Any] | RaggedColumn, pad_id: int, hidden: NDArray[np.int64]
-) -> torch.Tensor:
+def _tensor(name: str, column: NDArray[Any] | RaggedColumn, pad_id: int) -> torch.Tensor:
     """Turn a column into a tensor: [B, N] of lists, [B] of numbers."""
-    values = column.values if isinstance(column, RaggedColumn) else column
-    values = values.astype(np.float32 if values.dtype.kind == "f" else np.int64)
     if not isinstance(column, RaggedColumn):
-        return torch.from_numpy(values)
-    if name == "values":
-        values[hidden] = 0
+        return torch.from_numpy(column.astype(np.float32 if column.dtype.kind == "f" else np.int64))
     width = int(column.lengths.max(initial=1))
-    array = pad(values, column.offsets, width, pad_id if name == "tokens" else 0)
-    return torch.from_numpy(array).bool() if name == "attention_mask" else torch.from_numpy(array)
-
-
-def _label_tensors(
-    tokens: RaggedColumn, hidden: NDArray[np.int64], truth: NDArray[np.int64], width: int
-) -> dict[str, torch.Tensor]:
-    row = np.searchsorted(tokens.offsets, hidden, "right") - 1
-    index = row * width + hidden - tokens.offsets[row]
-    labels = np.full((len(tokens), width), IGNORED_LABEL, np.int64)
-    labels.reshape(-1)[index] = truth
-    return {"labels": torch.from_numpy(labels), "masked_index": torch.from_numpy(index)}
+    dtype = np.float32 if column.dtype.kind == "f" else np.int64
+    tensor = torch.from_numpy(column.padded(width, pad_id if name == "tokens" else 0, dtype))
+    return tensor.bool() if name == "attention_mask" else tensor

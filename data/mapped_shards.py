@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 
 from data.columns import Columns, RaggedColumn, check_type
 from data.errors import DataError
-from data.ragged import gather, offsets_of
+from data.ragged import offsets_of
 
 
 class _Pieces(NamedTuple):
-    """Say where a column lies in memory: one entry for each record batch."""
+    """Say where a column lies: one entry for each record batch, as addresses or as places in a view."""
 
     values: NDArray[np.int64]
-    """Address of the first value."""
+    """The first value."""
     offsets: NDArray[np.int64]
-    """Address of the first list offset; 0 for a column of numbers."""
+    """The first list offset; 0 for a column of numbers."""
     num_values: NDArray[np.int64]
 
 
@@ -53,7 +53,7 @@ class MappedShards:
         self._reset()
 
     def gather(self, rows: NDArray[np.int64]) -> Columns:
-        """Return copies of the rows, in the given order."""
+        """Return the rows, in the given order."""
         batch, local = self._locate(rows)
         return {name: self._gather_column(name, batch, local, rows) for name in self._columns}
 
@@ -72,10 +72,10 @@ class MappedShards:
         shard = np.searchsorted(self._shard_starts, starts[inside], "right") - 1
         for name in self._columns:
             if self._offset_types[name] is not None:
-                first_value, width = self._pieces[name].values[batch], self._dtypes[name].itemsize
-                low = first_value + self._list_offsets(name, batch, local) * width
-                high = first_value + self._list_offsets(name, batch, last_local + 1) * width
-                self._read_ahead(shard, low, high)
+                first_value, width = self._places[name].values[batch], self._dtypes[name].itemsize
+                low = first_value + self._list_bounds(name, batch, local)[0]
+                high = first_value + self._list_bounds(name, batch, last_local)[1]
+                self._read_ahead(shard, self._base + low * width, self._base + high * width)
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to another process without the maps."""
@@ -106,26 +106,26 @@ class MappedShards:
     def _gather_column(
         self, name: str, batch: NDArray[np.int64], local: NDArray[np.int64], rows: NDArray[np.int64]
     ) -> NDArray[Any] | RaggedColumn:
-        pieces, dtype = self._pieces[name], self._dtypes[name]
-        place = (pieces.values[batch] - self._base) // dtype.itemsize
+        places, view = self._places[name], self._view(self._dtypes[name])
+        place = places.values[batch]
         if self._offset_types[name] is None:
-            return self._view(dtype)[place + local]
-        starts, stops = self._list_offsets(name, batch, local), self._list_offsets(name, batch, local + 1)
-        is_damaged = (starts < 0) | (stops < starts) | (stops > pieces.num_values[batch])
+            return view[place + local]
+        starts, stops = self._list_bounds(name, batch, local)
+        is_damaged = (starts < 0) | (stops < starts) | (stops > places.num_values[batch])
         if is_damaged.any():
             row = int(rows[is_damaged][0])
             path = self._paths[int(np.searchsorted(self._shard_starts, row, "right")) - 1]
             raise DataError(f"{path}: the list {name!r} of row {row} lies outside the file, which is damaged")
-        lengths = stops - starts
-        return RaggedColumn(offsets_of(lengths), gather(self._view(dtype), place + starts, lengths))
+        return RaggedColumn(view, place + starts, stops - starts, owner=self)
 
-    def _list_offsets(
+    def _list_bounds(
         self, name: str, batch: NDArray[np.int64], local: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return where the rows' lists start and stop among the record batch's values."""
         dtype = self._offset_types[name]
         assert dtype is not None
-        place = (self._pieces[name].offsets[batch] - self._base) // dtype.itemsize
-        return self._view(dtype)[place + local].astype(np.int64)
+        view, place = self._view(dtype), self._places[name].offsets[batch] + local
+        return view[place].astype(np.int64), view[place + 1].astype(np.int64)
 
     def _open(self, numbers: list[int]) -> None:
         """Map further files and lay the tables and the view over all that are mapped."""
@@ -134,13 +134,13 @@ class MappedShards:
         self._is_open[numbers] = True
         shards = [self._shards[number] for number in sorted(self._shards)]
         self._batch_starts = np.concatenate([shard.starts for shard in shards])
-        self._pieces = {
+        pieces = {
             name: _Pieces(
                 *(np.concatenate(part) for part in zip(*(s.pieces[name] for s in shards), strict=True))
             )
             for name in self._columns
         }
-        self._span()
+        self._span(pieces)
 
     def _map(self, number: int) -> _Shard:
         """Map a file and check it; its record batches only point into it."""
@@ -185,20 +185,28 @@ class MappedShards:
                 for name, kind in kinds.items()
             }
 
-    def _span(self) -> None:
+    def _span(self, pieces: dict[str, _Pieces]) -> None:
         """Lay one view over the address range of all columns; only mapped places in it are ever touched."""
         low, high = 1 << 62, 0
-        for name, pieces in self._pieces.items():
-            lists = [pieces.offsets] if self._offset_types[name] is not None else []
-            for addresses in [pieces.values[pieces.num_values > 0], *lists]:
+        for name, column in pieces.items():
+            lists = [column.offsets] if self._offset_types[name] is not None else []
+            for addresses in [column.values[column.num_values > 0], *lists]:
                 low = min(low, int(addresses.min(initial=low)))
-            high = max(high, int((pieces.values + pieces.num_values * self._dtypes[name].itemsize).max()))
+            high = max(high, int((column.values + column.num_values * self._dtypes[name].itemsize).max()))
         high = max(high, *(shard.region.address + shard.region.size for shard in self._shards.values()))
         self._base = low // 8 * 8
         size = -(-(high - self._base) // 8) * 8
         self._whole = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(self._base))
         self._whole.flags.writeable = False
         self._views: dict[np.dtype[Any], NDArray[Any]] = {}
+        self._places = {}
+        for name, column in pieces.items():
+            offset_type = self._offset_types[name]
+            self._places[name] = _Pieces(
+                (column.values - self._base) // self._dtypes[name].itemsize,
+                (column.offsets - self._base) // (1 if offset_type is None else offset_type.itemsize),
+                column.num_values,
+            )
 
     def _view(self, dtype: np.dtype[Any]) -> NDArray[Any]:
         """Return the address range as an array of `dtype`: element i lies at address base + i * itemsize."""

@@ -23,12 +23,12 @@ IGNORED_LABEL = -100
 class MaskedCells(NamedTuple):
     """Hold the tokens of some cells after masking, and what was masked."""
 
-    tokens: NDArray[np.int64]  # [T]
+    tokens: NDArray[np.int32]  # [T]
     values: NDArray[np.float32]  # [T]
-    bins: NDArray[np.int64] | None  # [T]
+    bins: NDArray[np.int32] | None  # [T]
     chosen: NDArray[np.int64]  # [M], flat positions, ascending
     labels: NDArray[np.int64]  # [M], gene tokens to predict, or -100
-    value_labels: NDArray[Any]  # [M], bins (int64) or values (float32) that were hidden
+    value_labels: NDArray[Any]  # [M], bins (int32) or values (float32) that were hidden
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Masking:
         n_bins: int | None,
     ) -> MaskedCells:
         """Mask tokenized cells of these corpus rows; the arrays of `cells` stay as they are."""
-        tokens = cells.genes.astype(np.int64) + NUM_SPECIAL_TOKENS
+        tokens = cells.genes + np.int32(NUM_SPECIAL_TOKENS)
         values, bins = cells.values.copy(), None if cells.bins is None else cells.bins.copy()
         chosen, counts = self.choose(cells.offsets, cells.genes, rows, draw)
-        labels = tokens[chosen]
+        labels = tokens[chosen].astype(np.int64)
         value_labels: NDArray[Any] = values[chosen] if bins is None else bins[chosen]
         values[chosen] = 0
         if bins is not None and n_bins is not None:

@@ -69,7 +69,7 @@ class ParquetShards:
         self.num_rows = int(self._shard_starts[-1])
 
     def gather(self, rows: NDArray[np.int64]) -> Columns:
-        """Return copies of the rows, in the given order."""
+        """Return the rows, in the given order."""
         if len(rows) and not (rows.min() >= 0 and rows.max() < self.num_rows):
             raise DataError(
                 f"rows {rows.min()} to {rows.max()} are not all inside the {self.num_rows} there are"
@@ -157,7 +157,8 @@ class ParquetShards:
         for shard, group, index in self._by_group(rows):
             if stop.is_set():
                 raise CancelledError
-            parts.append(take(self._group(shard, group, keep), index))
+            # Copied group by group: places in a decoded group would keep all of it in memory.
+            parts.append(concatenate([take(self._group(shard, group, keep), index)]))
         return concatenate(parts) if parts else take(self._group(0, 0, keep), rows)
 
     def _by_group(self, rows: NDArray[np.int64]) -> Iterator[tuple[int, int, NDArray[np.int64]]]:

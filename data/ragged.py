@@ -4,7 +4,6 @@ Cells hold a thousand values or more, so moving a whole cell at a time (`bytes.j
 is several times faster than moving elements by index; short rows go by index.
 """
 
-from itertools import chain, pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -44,29 +43,37 @@ def gather(values: NDArray[Any], starts: NDArray[np.integer], lengths: NDArray[n
 
 
 def pad(
-    values: NDArray[Any], offsets: NDArray[np.int64], width: int, fill: Any, first: Any = None
+    values: NDArray[Any],
+    starts: NDArray[np.integer],
+    lengths: NDArray[np.integer],
+    width: int,
+    fill: Any,
+    first: Any = None,
+    dtype: Any = None,
 ) -> NDArray[Any]:
-    """Lay rows out as [B, width], filled up with `fill`; `first`, where given, is put in front of each row.
+    """Lay `values[start : start + length]` of each row out as [B, width], cut or filled up with `fill`.
 
-    No row may be longer than `width` (with `first`).
+    `first`, where given, is put in front of each row. `dtype` is what the result is cast to: laying out narrow
+    numbers and casting them then moves less memory than laying out wide ones.
     """
-    num_rows = len(offsets) - 1
+    num_rows = len(lengths)
     lead = 0 if first is None else 1
     room = width - lead
-    lengths = np.diff(offsets)
-    if len(values) < _LONG_ROW * num_rows:
+    lengths = np.minimum(lengths, room)
+    if int(lengths.sum()) < _LONG_ROW * num_rows:
         result = np.full((num_rows, width), fill, values.dtype)
         if lead:
             result[:, 0] = first
-        result[:, lead:][row_mask(lengths, room)] = values
-        return result
-    view = np.ascontiguousarray(values).data
-    filler = np.full(room, fill, values.dtype).data
-    rows = [view[start:stop] for start, stop in pairwise(offsets.tolist())]
-    tails = [filler[length:] for length in lengths.tolist()]
-    head = np.array([first] * lead, values.dtype).data
-    joined = bytearray().join(chain.from_iterable(zip(repeat(head), rows, tails, strict=False)))
-    return np.frombuffer(joined, values.dtype).reshape(num_rows, width)
+        result[:, lead:][row_mask(lengths, room)] = gather(values, starts, lengths)
+    else:
+        view, filler = values.data, np.full(room, fill, values.dtype).data
+        bounds = zip(starts.tolist(), (starts + lengths).tolist(), strict=True)
+        every = 2 + lead
+        pieces: list[Any] = [np.array([first] * lead, values.dtype).data] * (every * num_rows)
+        pieces[lead::every] = [view[start:stop] for start, stop in bounds]
+        pieces[lead + 1 :: every] = [filler[length:] for length in lengths.tolist()]
+        result = np.frombuffer(bytearray().join(pieces), values.dtype).reshape(num_rows, width)
+    return result if dtype is None else result.astype(dtype, copy=False)
 
 
 def row_mask(lengths: NDArray[np.integer], width: int) -> NDArray[np.bool_]:

@@ -34,7 +34,7 @@ class TokenizedCells(NamedTuple):
     offsets: NDArray[np.int64]  # [B + 1]
     genes: NDArray[np.int32]  # [T]
     values: NDArray[np.float32]  # [T], expression as the transform leaves it
-    bins: NDArray[np.int64] | None  # [T]
+    bins: NDArray[np.int32] | None  # [T]
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Tokenizer:
             offsets, genes, place = self._with_zeros(cells, rows, draw)
             # Place -1, a gene without expression, finds the zero that is appended.
             counts = np.append(cells.counts, cells.counts.dtype.type(0))[place]
-            bins = None if bins is None else np.append(bins, 0)[place]
+            bins = None if bins is None else np.append(bins, np.int32(0))[place]
         values = self.transform.apply(counts, offsets, totals)
         if bins is None:
             bins = uniform_bins(values, self.n_bins, self.max_value)
@@ -184,16 +184,16 @@ class Tokenizer:
         return chosen_offsets, genes, place[row_numbers(chosen_offsets) * num_genes + genes]
 
 
-def uniform_bins(values: NDArray[np.float32], n_bins: int, max_value: float) -> NDArray[np.int64]:
+def uniform_bins(values: NDArray[np.float32], n_bins: int, max_value: float) -> NDArray[np.int32]:
     """Sort the values of expressed genes into equal bins of [0, max_value]; bin 0 stays empty."""
     scaled = values * np.float32(n_bins / max_value)
     np.ceil(scaled, out=scaled)
     scaled -= 1
     np.clip(scaled, 1, n_bins - 1, out=scaled)
-    return scaled.astype(np.int64)
+    return scaled.astype(np.int32)
 
 
-def quantile_bins(counts: NDArray[Any], offsets: NDArray[np.int64], n_bins: int) -> NDArray[np.int64]:
+def quantile_bins(counts: NDArray[Any], offsets: NDArray[np.int64], n_bins: int) -> NDArray[np.int32]:
     """Sort the expressed genes of each cell into bins 1 to n_bins - 1 by quantiles of their own values.
 
     The bin of x is the number of edges at or below x, the n_bins - 1 edges being the linearly interpolated
@@ -213,7 +213,7 @@ def quantile_bins(counts: NDArray[Any], offsets: NDArray[np.int64], n_bins: int)
     ranks = ends[run] - starts
     # A cell with a single value has all edges on it.
     ranks[np.repeat(lengths == 1, lengths)] = 1
-    bins = np.empty(len(ordered), np.int64)
+    bins = np.empty(len(ordered), np.int32)
     bins[order] = ranks * (n_bins - 2) // steps + 1
     return bins
 

@@ -6,7 +6,7 @@ from data.collate import collate
 from data.errors import DataError
 from data.hashing import DrawKey
 from data.masking import MaskedCells, Masking, build_masking
-from data.ragged import offsets_of
+from data.ragged import offsets_of, pad
 from data.tokenizers import TokenizedCells
 
 DRAW = DrawKey(seed=1, phase=0, epoch=0)
@@ -220,3 +220,16 @@ def test_continuous_labels_are_nan_elsewhere():
 def test_wrong_masking_options_are_refused(options: dict, message: str):
     with pytest.raises(DataError, match=message):
         build_masking(options)
+
+
+@pytest.mark.parametrize("size", [6, 200])
+def test_rows_longer_than_the_width_are_cut(size: int):
+    offsets = offsets_of(np.array([size, 2, 0, size - 1]))
+    values = np.arange(offsets[-1])
+    laid_out = pad(values, offsets[:-1], np.diff(offsets), 5, -1, first=9)
+    assert laid_out[:, 0].tolist() == [9] * 4
+    assert (
+        laid_out[0, 1:].tolist() == [0, 1, 2, 3]
+        and laid_out[3, 1:].tolist() == values[offsets[3] :][:4].tolist()
+    )
+    assert laid_out[1, 1:].tolist() == [size, size + 1, -1, -1] and laid_out[2, 1:].tolist() == [-1] * 4
