@@ -1,0 +1,200 @@
+"""Training on converted cells with our own loader and encoder: one process, several ranks, Arrow and Parquet."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from corpora import make_cells, write_corpus
+from running import (
+    comparable_records,
+    final_weights,
+    newest_run,
+    records,
+    same_weights,
+    toy,
+    train,
+    train_ranks,
+)
+from safetensors.torch import load_file
+
+from data.genes import GeneSpace
+from data.loader import DrawKey, cell_loader
+from trainer.errors import CheckpointError, ConfigError
+from trainer.statefile import load_tree
+
+NUM_GENES = 40
+ENCODER = {
+    "model_class": "logged.LoggedEncoder",
+    "config_class": "models.encoder.EncoderConfig",
+    "config_args": {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.0},
+}
+TOKENIZER = {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": 5, "max_genes": 24}
+
+
+@pytest.fixture(scope="module")
+def corpora(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpora")
+    cells = make_cells(96, NUM_GENES, 12)
+    for storage in ("arrow", "parquet"):
+        write_corpus(folder / storage, cells, NUM_GENES, storage, rows_per_shard=37)
+    write_corpus(folder / "other_genes", make_cells(30, NUM_GENES + 2, 12), NUM_GENES + 2)
+    return folder
+
+
+def phase(path, **settings):
+    arguments = {"path": str(path), "tokenizer": TOKENIZER, "masking": {"mask_ratio": 0.3, "target": "both"}}
+    arguments |= settings.pop("arguments", {})
+    return {"dataloader_factory": "data.loader.cell_loader", "dataloader_args": arguments, **settings}
+
+
+def run_config(*phases, **changes):
+    return toy(*phases, **{"model": ENCODER, "micro_batch_size": 4, **changes})
+
+
+def dropout(rate):
+    return {**ENCODER, "config_args": {**ENCODER["config_args"], "dropout": rate}}
+
+
+def seen(log):
+    files = sorted(log.parent.glob(f"{log.name}.*"))
+    return [cell for file in files for line in file.read_text().splitlines() for cell in json.loads(line)]
+
+
+def test_training_lowers_the_held_out_loss(tmp_path, corpora):
+    model = {**ENCODER, "config_args": {**ENCODER["config_args"], "use_value_prior": False}}
+    training = phase(corpora / "arrow", epochs=8, lr=0.02, arguments={"val_fraction": 0.2})
+    folder = train(tmp_path, run_config(training, model=model))
+    validation = [record["loss"] for record in records(folder, "validation")]
+    assert validation[-1] < 0.95 * validation[0]
+
+
+def test_model_sizes_come_from_the_data(tmp_path, corpora):
+    folder = train(tmp_path, run_config(phase(corpora / "arrow")))
+    weights = final_weights(folder)
+    assert weights["token_embedding.weight"].shape[0] == 4 + NUM_GENES
+    assert weights["technical_batch_embedding.weight"].shape[0] == 3
+    assert weights["value_head.bias"].shape == (4 + NUM_GENES, 5)
+
+
+def test_a_vocabulary_smaller_than_the_data_is_an_error_with_both_numbers(tmp_path, corpora):
+    model = {**ENCODER, "config_args": {**ENCODER["config_args"], "vocab_size": 10}}
+    with pytest.raises(ConfigError, match="vocab_size: 10 was given, but the data needs 44"):
+        train(tmp_path, run_config(phase(corpora / "arrow"), model=model))
+
+
+def test_arrow_and_parquet_train_the_same_model(tmp_path, corpora):
+    one, two = (train(tmp_path / s, run_config(phase(corpora / s, epochs=2))) for s in ("arrow", "parquet"))
+    assert comparable_records(one) == comparable_records(two) and same_weights(one, two)
+
+
+def test_training_and_validation_cells_are_disjoint_and_complete(corpora):
+    source = cell_loader(corpora / "arrow", tokenizer=TOKENIZER, val_fraction=0.25, split_seed=7)
+    training, validation = np.flatnonzero(source.row_mask), np.flatnonzero(source.validation.row_mask)
+    assert len(validation) == 24 and sorted([*training, *validation]) == list(range(96))
+    assert source.fetch(training[:3], DrawKey(0, 0, 0))["cell_index"].tolist() == training[:3].tolist()
+
+
+def test_the_gene_space_is_saved_and_another_one_is_refused(tmp_path, corpora):
+    folder = train(tmp_path, run_config(phase(corpora / "arrow")))
+    saved = GeneSpace.from_json((folder / "checkpoint_4" / "genes.json").read_text())
+    assert saved.sha256 == cell_loader(corpora / "arrow", tokenizer=TOKENIZER).facts()["gene_space"].sha256
+    with pytest.raises(CheckpointError, match="its gene space has 40 genes, the data's has 42, 40 of them"):
+        train(tmp_path / "b", run_config(phase(corpora / "other_genes")), init_from=str(folder))
+
+
+def test_phases_in_different_gene_spaces_are_refused(tmp_path, corpora):
+    with pytest.raises(ConfigError, match="different gene spaces .40 and 42 genes."):
+        train(tmp_path, run_config(phase(corpora / "arrow"), phase(corpora / "other_genes")))
+
+
+def test_a_checkpoint_offers_its_weights_as_plain_safetensors(tmp_path, corpora):
+    folder = train(tmp_path, run_config(phase(corpora / "arrow")))
+    assert "token_embedding.weight" in load_file(folder / "checkpoint_4" / "model.safetensors")
+
+
+def test_fp8_in_emulation_pads_the_technical_batches_to_16(tmp_path, corpora):
+    changes = {"precision": "fp8", "fp8": {"backend": "emulate"}}
+    folder = train(tmp_path, run_config(phase(corpora / "arrow", lr=0.003), **changes))
+    state = load_tree(folder / "checkpoint_4" / "run_state.safetensors")
+    assert state["n_technical_batches"] == 16 and len(state["technical_batches"]) == 3
+    assert final_weights(folder)["technical_batch_embedding.weight"].shape[0] == 16
+    plain = train(tmp_path / "plain", run_config(phase(corpora / "arrow", lr=0.003)))
+    ours, theirs = ([record["loss"] for record in records(f)] for f in (folder, plain))
+    assert ours != theirs and ours == pytest.approx(theirs, rel=0.1)
+
+
+def test_fp8_that_cannot_be_had_is_an_error(tmp_path, corpora):
+    with pytest.raises(ConfigError, match="fp8.backend: te"):
+        train(tmp_path, run_config(phase(corpora / "arrow"), precision="fp8"))
+
+
+def test_bf16_trains(tmp_path, corpora):
+    folder = train(tmp_path, run_config(phase(corpora / "arrow", epochs=2), precision="bf16"))
+    assert records(folder)[-1]["loss"] < records(folder)[0]["loss"] * 1.2
+    assert final_weights(folder)["token_embedding.weight"].dtype.is_floating_point
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_losses_of_one_on_the_same_cells(tmp_path, corpora):
+    config = run_config(phase(corpora / "arrow", epochs=2, arguments={"val_fraction": 0.2}), global_batch_size=48)
+    one, many = tmp_path / "one", tmp_path / "many"
+    train_ranks(1, one, config, env={"TOY_LOG": str(one / "log")})
+    train_ranks(2, many, config, env={"TOY_LOG": str(many / "log")})
+    assert sorted(seen(one / "log")) == sorted(seen(many / "log"))
+    for kind in ("train", "validation"):
+        ours, theirs = ([r["loss"] for r in records(newest_run(folder), kind)] for folder in (many, one))
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+@pytest.mark.parametrize("global_batch_size", [24, 48])
+def test_every_cell_of_an_epoch_is_seen_once(tmp_path, corpora, num_ranks, global_batch_size):
+    log = tmp_path / "log"
+    config = run_config(phase(corpora / "arrow"), global_batch_size=global_batch_size)
+    train_ranks(num_ranks, tmp_path, config, env={"TOY_LOG": str(log)})
+    assert sorted(seen(log)) == list(range(96))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
+def test_every_cell_is_seen_once_across_a_resume_on_other_ranks(tmp_path, corpora, before, after):
+    config = run_config(phase(corpora / "arrow", save_every_steps=1))
+    train_ranks(before, tmp_path, config, env={"TOY_LOG": str(tmp_path / "first")})
+    folder = newest_run(tmp_path)
+    for step in (3, 4):
+        shutil.rmtree(folder / f"checkpoint_{step}", ignore_errors=True)
+    train_ranks(after, tmp_path, config, resume_from="latest", env={"TOY_LOG": str(tmp_path / "rest")})
+    done = [cell for step in ordered(tmp_path / "first", before)[:2] for cell in step]
+    assert sorted(done + seen(tmp_path / "rest")) == list(range(96))
+
+
+def ordered(log, num_ranks):
+    """Return the cells of each optimizer step, of all ranks, one micro-batch of 4 after the other."""
+    files = [log.with_name(f"{log.name}.{rank}") for rank in range(num_ranks)]
+    per_rank = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    accumulation = 24 // (4 * num_ranks)
+    steps = len(per_rank[0]) // accumulation
+    return [
+        [cell for lines in per_rank for line in lines[step * accumulation : (step + 1) * accumulation] for cell in line]
+        for step in range(steps)
+    ]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_on_two_ranks_equals_one_that_was_not_interrupted(tmp_path, corpora):
+    config = run_config(
+        phase(corpora / "arrow", epochs=2, save_every_steps=3, arguments={"val_fraction": 0.2}),
+        phase(corpora / "parquet", lr=0.003),
+        model=dropout(0.2),
+        global_batch_size=32,
+    )
+    for name in "ab":
+        train_ranks(2, tmp_path / name, config)
+    folder, reference = newest_run(tmp_path / "b"), newest_run(tmp_path / "a")
+    for checkpoint in folder.glob("checkpoint_*"):
+        if int(checkpoint.name.split("_")[1]) > 5:
+            shutil.rmtree(checkpoint)
+    train_ranks(2, tmp_path / "b", config, resume_from="latest")
+    assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
