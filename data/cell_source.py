@@ -156,7 +156,7 @@ def cell_loader(
         split_seed: seed of the split and of `limit_cells`; not the run's, so that runs share their split.
         limit_cells: number of cells to take part, a seeded random choice; None takes all.
         shuffle_block: neighbouring cells that are read together. With Parquet, whole row groups (1024 cells)
-            are decoded for the cells of a block: 1024, with a window of 65536, is then much faster.
+            are decoded for the cells of a block: 1024, with a window of 16384, is then four times faster.
         shuffle_window: cells that are shuffled among each other, a multiple of `shuffle_block`.
         num_workers: processes that prepare batches; 0 leaves it to one background thread.
     """
@@ -175,7 +175,7 @@ def cell_loader(
         _logger.warning(
             "%s: Parquet row groups of %d cells are decoded whole for %d cells each; shuffle_block: %d with "
             "shuffle_window: %d reads them once",
-            path, ROWS_PER_GROUP, shuffle_block, ROWS_PER_GROUP, 64 * ROWS_PER_GROUP,
+            path, ROWS_PER_GROUP, shuffle_block, ROWS_PER_GROUP, 16 * ROWS_PER_GROUP,
         )  # fmt: skip
     masks = None if masking is None else build_masking(masking)
     columns = [name for name in _LABEL_COLUMNS if name in info.columns]

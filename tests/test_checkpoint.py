@@ -679,3 +679,10 @@ def test_dying_at_any_call_of_a_save_leaves_whole_checkpoints(tmp_path: Path) ->
 def test_two_ranks_killed_at_random_moments_leave_whole_checkpoints(tmp_path: Path) -> None:
     seen = crash(tmp_path, "kills", "10")
     assert seen["kills"] == 10 and seen["during a save"] >= 3 and seen["checkpoints completed"] >= 1
+
+
+def test_the_best_of_each_phase_stays():
+    retention = Retention(keep_last=1, keep_best=1)
+    metrics = {1: 0.2, 2: 0.1, 3: 0.9, 4: 0.8, 5: 0.95}
+    phases = {1: "one", 2: "one", 3: "two", 4: "two", 5: "two"}
+    assert retention.expired(metrics, phases) == [1, 3]

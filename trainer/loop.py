@@ -188,7 +188,7 @@ def evaluate(run: Run, phase: Phase) -> None:
     run.recorder.evaluated(
         phase, {"kind": "validation", **position(run.progress, phase), "cells": int(cells), **means}
     )
-    run.saver.note_metric(means.get("loss"))
+    run.saver.note_metric(phase.name, means.get("loss"))
 
 
 def add_up(run: Run, micro_batches: list[MicroBatch]) -> StepTotals:

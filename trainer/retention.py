@@ -21,7 +21,7 @@ class Retention:
     keep_every_steps: int | None = None
     """Checkpoints whose step is a multiple of this stay, in optimizer steps."""
     keep_best: int = 0
-    """Number of checkpoints with the best metric that stay."""
+    """Number of checkpoints with the best metric that stay, of each phase: losses on other data do not compare."""
     best_is: Literal["lowest", "highest"] = "lowest"
     """Which metric is the best."""
 
@@ -36,16 +36,24 @@ class Retention:
         if self.keep_best < 0:
             raise UserError(f"keep_best is {self.keep_best}; it is at least 0")
 
-    def expired(self, metrics: Mapping[int, float | None]) -> list[int]:
-        """Return the steps of the checkpoints to delete, given the metric of each one that there is."""
+    def expired(self, metrics: Mapping[int, float | None], phases: Mapping[int, str] | None = None) -> list[int]:
+        """Return the steps of the checkpoints to delete.
+
+        Args:
+            metrics: The metric of each checkpoint that there is, by its step.
+            phases: The phase that the metric belongs to, by the same steps; None: all to one.
+        """
         if self.keep_last is None:
             return []
         kept = set(sorted(metrics)[-self.keep_last :])
         if self.keep_every_steps is not None:
             kept |= {step for step in metrics if step % self.keep_every_steps == 0}
         sign = 1 if self.best_is == "lowest" else -1
-        ranked = sorted((sign * metric, step) for step, metric in metrics.items() if metric is not None)
-        kept |= {step for _, step in ranked[: self.keep_best]}
+        ranked: dict[str, list[tuple[float, int]]] = {}
+        for step, metric in metrics.items():
+            if metric is not None:
+                ranked.setdefault((phases or {}).get(step, ""), []).append((sign * metric, step))
+        kept |= {step for best in ranked.values() for _, step in sorted(best)[: self.keep_best]}
         return sorted(set(metrics) - kept)
 
 
@@ -55,9 +63,11 @@ def delete_expired(run_folder: Path, retention: Retention, newest: int, mark: st
     Each first gets the temporary name `.checkpoint_<step>.<mark>.deleted.tmp`, so that a half-deleted folder
     never looks whole. Folders whose manifest cannot be read are left alone.
     """
-    metrics = {step: metric for step, metric in map(_step_and_metric, list_checkpoints(run_folder))}
+    manifests = [read_manifest(folder) for folder in list_checkpoints(run_folder)]
+    metrics = {manifest["step"]: manifest["metric"] for manifest in manifests}
+    phases = {manifest["step"]: str(manifest["summary"].get("metric_phase", "")) for manifest in manifests}
     doomed = []
-    for step in retention.expired(metrics):
+    for step in retention.expired(metrics, phases):
         if step != newest:
             doomed.append(run_folder / f".{checkpoint_name(step)}.{mark}.deleted.tmp")
             os.rename(run_folder / checkpoint_name(step), doomed[-1])
@@ -67,7 +77,3 @@ def delete_expired(run_folder: Path, retention: Retention, newest: int, mark: st
         # A reader on a network file system can keep an entry alive; the sweep of a later save takes it.
         shutil.rmtree(folder, ignore_errors=True)
 
-
-def _step_and_metric(folder: Path) -> tuple[int, float | None]:
-    manifest = read_manifest(folder)
-    return manifest["step"], manifest["metric"]

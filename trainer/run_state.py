@@ -30,10 +30,11 @@ class Saver:
         self._facts = facts
         self._last_step = last_step
         self._metric: float | None = None
+        self._metric_phase = ""
 
-    def note_metric(self, validation_loss: float | None) -> None:
-        """Remember the validation loss that the next checkpoint is ranked by."""
-        self._metric = validation_loss
+    def note_metric(self, phase: str, validation_loss: float | None) -> None:
+        """Remember the validation loss that the next checkpoint is ranked by, among those of the same phase."""
+        self._metric, self._metric_phase = validation_loss, phase
 
     def save(self, run: Run) -> None:
         """Copy the run's state and let the writer write it; one checkpoint for a step at the most."""
@@ -44,7 +45,7 @@ class Saver:
         run.recorder.sync()
         shared = collect_shared(run, self._config, self._facts) if run.ranks.is_main else {}
         phase = run.phases[min(run.progress.phase_index, len(run.phases) - 1)]
-        summary = {"phase": phase.name, "progress": run.progress.to_dict()}
+        summary = {"phase": phase.name, "metric_phase": self._metric_phase, "progress": run.progress.to_dict()}
         rank_files = {"rank_state": collect_rank(run)}
         self._writer.save(step, rank_files, shared, metric=self._metric, summary=summary)
         self._metric = None

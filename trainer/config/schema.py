@@ -147,7 +147,7 @@ class CheckpointConfig(Section):
         description="Checkpoints at multiples of this are kept for good (optimizer steps; null: none)",
     )
     keep_best: Count = Field(
-        default=1, description="Checkpoints of lowest validation loss that are kept (checkpoints)"
+        default=1, description="Checkpoints of lowest validation loss that are kept of each phase (checkpoints)"
     )
     asynchronous: bool = Field(default=True, description="Write in the background while training goes on")
 
