@@ -11,7 +11,7 @@ import numpy as np
 
 from data.errors import DataError
 
-VALUES_PER_CHUNK = 1 << 18
+VALUES_PER_CHUNK = 1 << 17
 """Stored values handled at once: small enough for the processor's cache, large enough to hide overheads."""
 _DENSE_BYTES_PER_CHUNK = 1 << 25
 _CSC_VALUES_PER_BUCKET = 1 << 21
@@ -119,7 +119,7 @@ class DenseMatrix:
     def chunks(self, start: int, stop: int) -> Iterator[MatrixChunk]:
         """Yield the rows [start, stop) in order, a bounded number of values at a time."""
         num_genes = max(self.shape[1], 1)
-        rows_at_once = max(1, 8 * VALUES_PER_CHUNK // num_genes)
+        rows_at_once = max(1, 16 * VALUES_PER_CHUNK // num_genes)
         if self.dataset.chunks:
             # Whole HDF5 chunks, where memory allows, so that none is decompressed twice.
             chunk_rows = self.dataset.chunks[0]

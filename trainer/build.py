@@ -3,6 +3,7 @@
 config -> data -> facts from the data -> model -> optimizer -> prepare -> resume -> phases loop.
 """
 
+import contextlib
 import inspect
 import random
 import secrets
@@ -92,11 +93,12 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
     folder, lease = open_run_folder(config, ranks, resume)
     exit_code, reason = 1, "stopped by an error"
     try:
-        saved = (
-            None if resume.checkpoint is None or resume.kind != "run" else open_checkpoint(resume.checkpoint)
-        )
-        if saved is not None:
+        saved = None
+        if resume.kind == "run" and resume.checkpoint is not None:
+            # Rank 0 verified it when it was chosen.
+            saved = open_checkpoint(resume.checkpoint, verify=False)
             notes += restore(run, saved, config, facts)
+            ranks.barrier()  # the next save may delete an older checkpoint, which a slower rank could still read
         elif resume.kind == "weights_file":
             assert resume.checkpoint is not None
             notes += restore_reference_checkpoint(resume.checkpoint, run)
@@ -124,7 +126,8 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
     finally:
         run.recorder.close(exit_code)
         if ranks.is_main:
-            runfolder.write_exit_status(folder, exit_code, reason)
+            with contextlib.suppress(OSError):  # a full disk must not hide what stopped the run
+                runfolder.write_exit_status(folder, exit_code, reason)
         if lease is not None:
             lease.release()
 
