@@ -345,14 +345,27 @@ def test_totals_are_exact_beyond_single_precision_of_the_parts():
     assert rows.totals.tolist() == [18_000_000, 18_000_000]
 
 
-def test_rows_are_sorted_like_numpy_sorts_them():
+@pytest.mark.parametrize(
+    ("dtype", "high", "num_genes", "per_row"),
+    [
+        (np.uint16, 30, 40, 30),  # all rows in one sort
+        (np.uint16, 60_000, 60_000, 900),  # one row at a time fits
+        (np.uint16, 4_000, 60_000, 900),  # blocks of rows
+        (np.uint16, 60_000, 200_000, 90),  # too many genes
+        (np.uint16, 60_000, 60_000, 9),  # too little in a row
+        (np.uint32, 2**32 - 1, 40, 30),
+        (np.float32, 9, 40, 30),
+    ],
+)
+def test_rows_are_sorted_like_numpy_sorts_them(dtype, high, num_genes, per_row):
     rng = np.random.default_rng(0)
-    offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 30, 50))])
-    genes = np.concatenate([rng.permutation(40)[:n] for n in np.diff(offsets)]).astype(np.int32)
-    for dtype in (np.uint16, np.uint32, np.float32):
-        counts = rng.integers(1, 60000, len(genes)).astype(dtype)
-        _, ours, our_counts = sort_rows(offsets, genes, counts, 40)
-        order = np.lexsort((genes, np.repeat(np.arange(50), np.diff(offsets))))
-        assert np.array_equal(ours, genes[order])
-        assert np.array_equal(our_counts, counts[order])
-        assert our_counts.dtype == dtype
+    lengths = rng.integers(0, per_row, 50)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    genes = np.concatenate([rng.choice(num_genes, n, replace=False) for n in lengths]).astype(np.int32)
+    counts = rng.integers(1, high, len(genes), endpoint=True).astype(dtype)
+    counts[0] = high
+    _, ours, our_counts = sort_rows(offsets, genes, counts, num_genes)
+    order = np.lexsort((genes, np.repeat(np.arange(50), lengths)))
+    assert np.array_equal(ours, genes[order])
+    assert np.array_equal(our_counts, counts[order])
+    assert (ours.dtype, our_counts.dtype) == (np.int32, dtype)
