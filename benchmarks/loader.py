@@ -7,6 +7,7 @@ figures depend on the machine and its load.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -115,7 +116,14 @@ def run_rounds(folder: Path, arguments: argparse.Namespace) -> dict[str, list[di
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     children, results = {}, {}
     for case in arguments.cases:
-        command = [sys.executable, __file__, "--case", case, "--seconds", str(arguments.seconds)]
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--case",
+            case,
+            "--seconds",
+            str(arguments.seconds),
+        ]
         command += ["--keep", str(folder)]
         children[case] = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -242,13 +250,13 @@ def dense(genes: RaggedColumn, counts: RaggedColumn, num_genes: int) -> dict[str
 
 
 def through_loader(source: Any) -> Batches:
-    """Run a source through the loader, one micro-batch a step."""
+    """Run a source through the loader, eight micro-batches a step."""
     order = GlobalOrder(len(source), seed=0, phase=0)
-    loader = StepLoader(source, order, draw_seed=0, phase=0, global_batch_size=BATCH, micro_batch_size=BATCH,
+    loader = StepLoader(source, order, draw_seed=0, phase=0, global_batch_size=8 * BATCH, micro_batch_size=BATCH,
                         rank=0, world_size=1)  # fmt: skip
     epoch = 0
     while True:
-        for (micro,) in loader.steps(epoch):
+        for micro in itertools.chain.from_iterable(loader.steps(epoch)):
             yield micro.num_cells, micro.batch
         epoch += 1
 

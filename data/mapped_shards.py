@@ -33,6 +33,8 @@ class _Shard(NamedTuple):
     starts: NDArray[np.int64]
     """First row of each record batch, counted over all files."""
     pieces: dict[str, _Pieces]
+    alike: frozenset[str]
+    """List columns with the same offsets as the first one in every record batch."""
 
 
 class MappedShards:
@@ -54,8 +56,22 @@ class MappedShards:
 
     def gather(self, rows: NDArray[np.int64]) -> Columns:
         """Return the rows, in the given order."""
-        batch, local = self._locate(rows)
-        return {name: self._gather_column(name, batch, local, rows) for name in self._columns}
+        batch, local = self._locate(np.ascontiguousarray(rows, np.int64))
+        columns: dict[str, NDArray[Any] | RaggedColumn] = {}
+        shared = None
+        for name in self._columns:
+            view, place = self._view(self._dtypes[name]), self._places[name].values[batch]
+            if self._offset_types[name] is None:
+                columns[name] = view[place + local]
+                continue
+            if shared is None or name not in self._alike:
+                starts, stops = self._list_bounds(name, batch, local)
+                lists = starts, stops - starts
+                shared = lists if name in self._alike else shared
+            else:
+                lists = shared
+            columns[name] = RaggedColumn(view, place + lists[0], lists[1], owner=self)
+        return columns
 
     def expect(self, rows: NDArray[np.int64]) -> None:
         """Ask the kernel to read these rows' pages ahead, so that a cold disk is not read row by row."""
@@ -88,35 +104,22 @@ class MappedShards:
 
     def _reset(self) -> None:
         self._shards: dict[int, _Shard] = {}
-        self._is_open = np.zeros(len(self._paths), np.bool_)
         self._schema: pa.Schema | None = None
 
     def _locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return each row's record batch and its number inside it."""
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.num_rows):
+        # Negative numbers are the largest when they are read without sign.
+        if len(rows) and rows.view(np.uint64).max() >= self.num_rows:
             raise DataError(
                 f"rows {rows.min()} to {rows.max()} are not all inside the {self.num_rows} there are"
             )
-        shards = np.searchsorted(self._shard_starts, rows, "right") - 1
-        if not self._is_open[shards].all():
-            self._open(np.unique(shards[~self._is_open[shards]]).tolist())
+        if len(self._shards) < len(self._paths):
+            shards = np.unique(np.searchsorted(self._shard_starts, rows, "right") - 1).tolist()
+            missing = [shard for shard in shards if shard not in self._shards]
+            if missing or not self._shards:
+                self._open(missing or [0])
         batch = np.searchsorted(self._batch_starts, rows, "right") - 1
         return batch, rows - self._batch_starts[batch]
-
-    def _gather_column(
-        self, name: str, batch: NDArray[np.int64], local: NDArray[np.int64], rows: NDArray[np.int64]
-    ) -> NDArray[Any] | RaggedColumn:
-        places, view = self._places[name], self._view(self._dtypes[name])
-        place = places.values[batch]
-        if self._offset_types[name] is None:
-            return view[place + local]
-        starts, stops = self._list_bounds(name, batch, local)
-        is_damaged = (starts < 0) | (stops < starts) | (stops > places.num_values[batch])
-        if is_damaged.any():
-            row = int(rows[is_damaged][0])
-            path = self._paths[int(np.searchsorted(self._shard_starts, row, "right")) - 1]
-            raise DataError(f"{path}: the list {name!r} of row {row} lies outside the file, which is damaged")
-        return RaggedColumn(view, place + starts, stops - starts, owner=self)
 
     def _list_bounds(
         self, name: str, batch: NDArray[np.int64], local: NDArray[np.int64]
@@ -131,9 +134,9 @@ class MappedShards:
         """Map further files and lay the tables and the view over all that are mapped."""
         for number in numbers:
             self._shards[number] = self._map(number)
-        self._is_open[numbers] = True
         shards = [self._shards[number] for number in sorted(self._shards)]
         self._batch_starts = np.concatenate([shard.starts for shard in shards])
+        self._alike = frozenset.intersection(*(shard.alike for shard in shards))
         pieces = {
             name: _Pieces(
                 *(np.concatenate(part) for part in zip(*(s.pieces[name] for s in shards), strict=True))
@@ -164,7 +167,8 @@ class MappedShards:
             )
         self._check_columns(schema, batches, path)
         pieces = {name: _pieces([batch.column(name) for batch in batches]) for name in self._columns}
-        return _Shard(region, batches, starts[:-1] + self._shard_starts[number], pieces)
+        alike = self._check_lists(batches, path)
+        return _Shard(region, batches, starts[:-1] + self._shard_starts[number], pieces, alike)
 
     def _check_columns(self, schema: pa.Schema, batches: list[pa.RecordBatch], path: str) -> None:
         for name in self._columns:
@@ -184,6 +188,25 @@ class MappedShards:
                 name: np.dtype(f"i{_offset_width(kind)}") if _is_list(kind) else None
                 for name, kind in kinds.items()
             }
+
+    def _check_lists(self, batches: list[pa.RecordBatch], path: str) -> frozenset[str]:
+        """Check once that all lists lie inside their file; return the columns whose lists are alike."""
+        lists = [name for name in self._columns if self._offset_types[name] is not None]
+        alike = set(lists)
+        for batch in batches:
+            first = None
+            for name in lists:
+                offsets = batch.column(name).offsets.to_numpy()
+                if (
+                    offsets[0] < 0
+                    or offsets[-1] > len(batch.column(name).values)
+                    or (np.diff(offsets) < 0).any()
+                ):
+                    raise DataError(f"{path}: a list {name!r} lies outside the file, which is damaged")
+                first = offsets if first is None else first
+                if not np.array_equal(offsets, first):
+                    alike.discard(name)
+        return frozenset(alike)
 
     def _span(self, pieces: dict[str, _Pieces]) -> None:
         """Lay one view over the address range of all columns; only mapped places in it are ever touched."""

@@ -42,7 +42,7 @@ class CorpusReader:
         columns = dict(self.table.gather(rows))
         genes = cast(RaggedColumn, columns.pop("genes"))
         counts = cast(RaggedColumn, columns.pop("counts"))
-        if not np.array_equal(genes.offsets, counts.offsets):
+        if counts.lengths is not genes.lengths and not np.array_equal(counts.lengths, genes.lengths):
             raise DataError(
                 f"{self.info.path}: a cell among rows {rows.min()} to {rows.max()} has more or fewer "
                 "counts than genes; the corpus is damaged, convert the files again"

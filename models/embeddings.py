@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Linear
+from models.layers import Linear, Norm
 
 
 class Embedding(nn.Embedding):
@@ -72,3 +72,36 @@ class DepthEmbedding(nn.Module):
         """Return [B, D] for depth [B]."""
         centres = self.SPACING * torch.arange(self.NUM_CENTRES, device=depth.device)
         return self.linear(torch.exp(-(((depth[:, None] - centres) / (2 * self.SPACING)) ** 2)))
+
+
+class CellSummary(nn.Module):
+    """Sum up what a cell shows: each visible gene's vector, weighted by its expression, as one normalised vector.
+
+    A linear view of the whole cell, as in factor analysis: what separates cell types is in it from the first steps
+    on, while attention needs many more to find it.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, n_bins: int | None, init_std: float) -> None:
+        """Draw the tables; `n_bins` None weighs genes by continuous values."""
+        super().__init__()
+        self.gene = Embedding(vocab_size, dim, init_std=init_std)
+        self.scale = None
+        if n_bins is not None:
+            self.scale = Embedding(n_bins + 1, dim, init_std=init_std)
+            # Unexpressed genes count against their vector and expressed ones for it, the more the higher the bin.
+            ramp = torch.linspace(-0.3, 0.7, n_bins).unsqueeze(1)
+            with torch.no_grad():
+                self.scale.weight[:n_bins] += ramp
+        self.norm = Norm(dim)
+
+    def forward(self, tokens: Tensor, expression: Tensor, is_visible: Tensor) -> Tensor:
+        """Return [B, D].
+
+        Args:
+            tokens: [B, N] token ids.
+            expression: [B, N] bins, or values where genes are weighed by these.
+            is_visible: [B, N] bool, genes whose expression may be looked at.
+        """
+        weight = expression.unsqueeze(-1) if self.scale is None else self.scale(expression)
+        weighted = self.gene(tokens) * weight * is_visible.unsqueeze(-1)
+        return self.norm(weighted.sum(dim=1) / is_visible.sum(dim=1, keepdim=True).clamp(min=1).sqrt())

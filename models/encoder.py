@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.embeddings import BinEmbedding, DepthEmbedding, Embedding, ValueEmbedding
+from models.embeddings import BinEmbedding, CellSummary, DepthEmbedding, Embedding, ValueEmbedding
 from models.gene_embeddings import fit_to_width, load_gene_embeddings
 from models.layers import (
     FP8_ALIGNMENT,
@@ -48,6 +48,7 @@ class EncoderConfig:
         max_seq_len: longest row of tokens (with cls); needed for learned positions, checked where given.
         position_embedding: `none` (a cell is a set of genes) or `learned` (for rank-ordered tokens).
         use_depth: tell the model each cell's log1p(total), so that it need not spend its capacity on guessing it.
+        use_cell_summary: add to each cell's embedding a linear summary of its visible genes (`CellSummary`).
         pooling: what `encode` returns: the hidden state of `cls`, or the `mean` over genes.
         gene_loss_weight: weight of the masked gene loss; 0 builds no gene head.
         expression_loss_weight: weight of the masked expression loss; 0 builds no value head.
@@ -75,6 +76,7 @@ class EncoderConfig:
     max_seq_len: int | None = None
     position_embedding: PositionEmbedding = "none"
     use_depth: bool = True
+    use_cell_summary: bool = True
     pooling: Pooling = "cls"
     gene_loss_weight: float = 1.0
     expression_loss_weight: float = 1.0
@@ -179,6 +181,9 @@ class MaskedCellEncoder(nn.Module):
             assert config.max_seq_len is not None
             self.position_embedding = Embedding(config.max_seq_len, dim, init_std=std)
         self.depth_embedding = DepthEmbedding(dim, std) if config.use_depth else None
+        self.cell_summary = None
+        if config.use_cell_summary:
+            self.cell_summary = CellSummary(config.vocab_size, dim, config.n_bins, std)
         self.technical_batch_embedding = None
         if config.n_technical_batches:
             self.technical_batch_embedding = Embedding(config.n_technical_batches, dim, init_std=std)
@@ -317,11 +322,16 @@ class MaskedCellEncoder(nn.Module):
         return self.transformer(self.dropout(x), batch["attention_mask"] if is_padded else None)
 
     def _pooled(self, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
-        if self.config.pooling == "cls":
-            return hidden[:, 0]
         is_read = batch["attention_mask"] & (batch["tokens"] >= NUM_SPECIAL_TOKENS) & ~_is_hidden(batch)
-        weight = is_read.unsqueeze(-1).to(hidden.dtype)
-        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        if self.config.pooling == "cls":
+            cells = hidden[:, 0]
+        else:
+            weight = is_read.unsqueeze(-1).to(hidden.dtype)
+            cells = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+        if self.cell_summary is not None:
+            expression = batch["values"] if self.config.n_bins is None else batch["bins"]
+            cells = cells + self.cell_summary(batch["tokens"], expression, is_read)
+        return cells
 
     def _check_cls(self, tokens: Tensor) -> None:
         # On a GPU the answer would stop the device; `loss_weight` sees every batch before it is moved there.

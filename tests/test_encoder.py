@@ -281,13 +281,27 @@ def test_encode_does_not_depend_on_the_technical_batch_but_predictions_do():
 
 
 def test_encode_pools_real_genes_only():
-    model = make_model(pooling="mean").eval()
+    model = make_model(pooling="mean", use_cell_summary=False).eval()
     batch = make_batch(padded=True, masked=0)
     hidden = model(batch).hidden
     torch.testing.assert_close(model.encode(batch)[0], hidden[0, 1:-2].mean(dim=0))
-    assert torch.equal(
-        make_model(pooling="cls").eval().encode(batch), make_model().eval()(batch).hidden[:, 0]
-    )
+    by_cls = make_model(pooling="cls", use_cell_summary=False).eval()
+    assert torch.equal(by_cls.encode(batch), by_cls(batch).hidden[:, 0])
+
+
+def test_the_cell_summary_sees_visible_genes_only():
+    model = make_model().eval()
+    batch = make_batch()
+    summary = model.cell_summary
+    hidden_bin = model.config.n_bins
+    is_visible = batch["bins"] != hidden_bin
+    changed = torch.where(is_visible, batch["bins"], 0)
+    before, after = (summary(batch["tokens"], bins, is_visible) for bins in (batch["bins"], changed))
+    assert torch.equal(before, after)
+    other = batch["bins"].clone()
+    other[0, 1] = (other[0, 1] + 1) % hidden_bin
+    assert not torch.allclose(summary(batch["tokens"], other, is_visible)[0], before[0])
+
 
 
 def test_depth_changes_predictions_unless_switched_off():

@@ -247,7 +247,7 @@ def test_a_list_that_points_outside_its_file_is_refused(tmp_path: Path):
     assert content.count(offsets) == 1
     path.write_bytes(content.replace(offsets, np.array([0, 3, 2**30], np.int32).tobytes()))
     shards = MappedShards([str(path)], [2], ["x"])
-    with pytest.raises(DataError, match="row 1 lies outside the file"):
+    with pytest.raises(DataError, match="lies outside the file, which is damaged"):
         shards.gather(np.array([0, 1]))
 
 

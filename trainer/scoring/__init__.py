@@ -1,0 +1,1 @@
+"""Scores of trained models, and the simple baselines they are to beat."""
