@@ -179,18 +179,15 @@ def write_h5ad(path: Path, num_cells: int, num_genes: int, nonzero: int) -> Path
         x.attrs.update(
             {"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": [num_cells, num_genes]}
         )
-        data, indices = [
-            x.create_dataset(name, (0,), dtype, maxshape=(None,), chunks=(1 << 18,))
-            for name, dtype in (("data", np.float32), ("indices", np.int32))
-        ]
+        data, indices = [], []
         for start in range(0, num_cells, 512):
             rows = min(512, num_cells - start)
             depth = rng.lognormal(-0.06, 0.35, (rows, 1)).astype(np.float32)
             rows_at, columns = np.nonzero(rng.random((rows, num_genes), np.float32) < weights * depth)
-            for dataset, values in ((data, 1 + rng.poisson(0.9, len(columns))), (indices, columns)):
-                dataset.resize((len(dataset) + len(columns),))
-                dataset[len(dataset) - len(columns) :] = values
+            indices.append(columns.astype(np.int32))
+            data.append((1 + rng.poisson(0.9, len(columns))).astype(np.float32))
             lengths.append(np.bincount(rows_at, minlength=rows))
+        x["data"], x["indices"] = np.concatenate(data), np.concatenate(indices)
         x["indptr"] = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
         obs = {
             "_index": [f"cell{i}" for i in range(num_cells)],
