@@ -44,35 +44,42 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="where to put temporary files (default: the system's place)"
     )
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", choices=[*CASES, "write"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.case == "write":
+        write_h5ad(arguments.folder / "cells.h5ad", arguments.cells, arguments.genes, arguments.nonzero)
+        write_gene_list(arguments.folder / "genes.txt", arguments.genes)
+        return
     if arguments.case:
         print(json.dumps(run_case(arguments.case, arguments.folder, arguments.jobs)))
         return
     folder = Path(tempfile.mkdtemp(prefix="convert-benchmark-", dir=arguments.folder))
     try:
-        path = write_h5ad(folder / "cells.h5ad", arguments.cells, arguments.genes, arguments.nonzero)
-        write_gene_list(folder / "genes.txt", arguments.genes)
-        size = f"{arguments.cells:,} cells x {arguments.genes:,} genes, {path.stat().st_size / 1e9:.2f} GB"
+        # In a process of its own: a child's peak memory starts from what its parent held when it was started.
+        shape = ["--cells", arguments.cells, "--genes", arguments.genes, "--nonzero", arguments.nonzero]
+        start_case("write", folder, *shape)
+        gigabytes = (folder / "cells.h5ad").stat().st_size / 1e9
         print(
-            f"{size}; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; best of {arguments.rounds} rounds"
+            f"{arguments.cells:,} cells x {arguments.genes:,} genes, {gigabytes:.2f} GB; "
+            f"best of {arguments.rounds} rounds"
         )
+        print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
         results: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
         for _ in range(arguments.rounds):
             for case in CASES:
-                results[case].append(start_case(case, folder, arguments.jobs))
+                results[case].append(json.loads(start_case(case, folder, "--jobs", arguments.jobs)))
         print_table(results)
     finally:
         shutil.rmtree(folder)
 
 
-def start_case(case: str, folder: Path, jobs: int) -> dict[str, float]:
-    """Run a case in a process of its own and return what it measured."""
-    command = [sys.executable, __file__, "--case", case, "--folder", str(folder), "--jobs", str(jobs)]
+def start_case(case: str, folder: Path, *options: object) -> str:
+    """Run a case in a process of its own and return the last line it prints."""
+    command = [sys.executable, __file__, "--case", case, "--folder", str(folder), *map(str, options)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{case} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return done.stdout.rpartition("\n")[0].rpartition("\n")[2]
 
 
 def run_case(case: str, folder: Path, jobs: int) -> dict[str, float]:
@@ -166,7 +173,7 @@ def gene_id(gene: int) -> str:
     return f"ENSG{gene:011d}"
 
 
-def write_h5ad(path: Path, num_cells: int, num_genes: int, nonzero: int) -> Path:
+def write_h5ad(path: Path, num_cells: int, num_genes: int, nonzero: int) -> None:
     """Write raw counts (CSR, float32) of cells that differ in depth, in anndata's current encoding."""
     rng = np.random.default_rng(0)
     weights = rng.gamma(0.35, size=num_genes).astype(np.float32)
@@ -204,7 +211,6 @@ def write_h5ad(path: Path, num_cells: int, num_genes: int, nonzero: int) -> Path
                 group.create_dataset(column, data=values, dtype=h5py.string_dtype())
                 group[column].attrs.update({"encoding-type": "string-array", "encoding-version": "0.2.0"})
         file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-    return path
 
 
 if __name__ == "__main__":

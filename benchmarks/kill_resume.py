@@ -87,8 +87,12 @@ def trial(number: int, num_ranks: int, reference: Path, seconds: float, chance: 
         if chance.random() < 0.3:
             moments.append(kill_once(num_ranks, folder, chance.uniform(0, seconds / 2), resume_from="auto"))
         resumed, _ = run_to_end_of_rest(num_ranks, folder)
-        is_equal = comparable_records(resumed) == comparable_records(reference) and same_weights(resumed, reference)
-        print(f"{num_ranks} ranks, trial {number}: {'equal' if is_equal else 'DIFFERENT'}; killed {'; '.join(moments)}")
+        is_equal = comparable_records(resumed) == comparable_records(reference) and same_weights(
+            resumed, reference
+        )
+        print(
+            f"{num_ranks} ranks, trial {number}: {'equal' if is_equal else 'DIFFERENT'}; killed {'; '.join(moments)}"
+        )
         return is_equal
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -117,7 +121,9 @@ def run_trials(num_ranks: int, trials: int, seed: int = 0) -> int:
 
 def main() -> int:
     """Run the trials for each number of ranks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trials", type=int, default=20, help="kills for each number of ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks to try")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")

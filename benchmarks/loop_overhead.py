@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from data.loader import MicroBatch  # noqa: E402
-from data.technical_batches import BatchIndexer  # noqa: E402
 from models.encoder import EncoderConfig, MaskedCellEncoder  # noqa: E402
 from trainer import distributed  # noqa: E402
 from trainer.config import RunConfig  # noqa: E402
@@ -49,7 +48,9 @@ class FromMemory:
         self.steps_per_epoch = len(steps)
         self.num_cells = sum(micro.num_cells for step in steps for micro in step)
 
-    def steps(self, epoch: int, first_step: int = 0, stop_step: int | None = None) -> Iterator[list[MicroBatch]]:
+    def steps(
+        self, epoch: int, first_step: int = 0, stop_step: int | None = None
+    ) -> Iterator[list[MicroBatch]]:
         """Yield the steps."""
         yield from self.prepared[first_step:stop_step]
 
@@ -119,7 +120,9 @@ def our_run(folder: Path, steps: list[list[MicroBatch]], width: int, num_layers:
             "run_name": "overhead",
             "device": "cpu",
             "model": {"model_class": "models.encoder.MaskedCellEncoder"},
-            "datasets": [{"dataloader_factory": "data.loader.cell_loader", "epochs": 1000, "save_every_steps": None}],
+            "datasets": [
+                {"dataloader_factory": "data.loader.cell_loader", "epochs": 1000, "save_every_steps": None}
+            ],
             "trackers": ["csv"],
         }
     )
@@ -128,7 +131,7 @@ def our_run(folder: Path, steps: list[list[MicroBatch]], width: int, num_layers:
     strategy = Strategy(accelerator, module, build_optimizer(config, module.model, module))
     recorder = Recorder.open(config, folder, None, {})
     plan = config.batch_plan(config.datasets[0], 1, steps[0][0].num_cells)
-    phase = Phase(0, config.datasets[0], plan, FromMemory(steps), None, BatchIndexer({}, [""], "overhead").phase_names, [])
+    phase = Phase(0, config.datasets[0], plan, FromMemory(steps), None, [], [])
     run = Run(config, ranks, strategy, module, [phase], Progress(), recorder, NoSaver())
     recorder.phase_begins(phase, run.progress)
     return run
@@ -136,12 +139,16 @@ def our_run(folder: Path, steps: list[list[MicroBatch]], width: int, num_layers:
 
 def main() -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=12, help="rounds of each loop")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps in a round")
     parser.add_argument("--width", type=int, default=128, help="hidden_dim of the model")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model")
-    parser.add_argument("--cells", type=int, default=16, help="cells in a micro-batch, of which a step has two")
+    parser.add_argument(
+        "--cells", type=int, default=16, help="cells in a micro-batch, of which a step has two"
+    )
     arguments = parser.parse_args()
     generator = torch.Generator().manual_seed(0)
     steps = [
@@ -161,9 +168,15 @@ def main() -> int:
         run.recorder.close(0)
     per_step = [statistics.median(times[1:]) / arguments.steps * 1e3 for times in (theirs, ours)]
     pairs = sorted(our / their for our, their in zip(ours[1:], theirs[1:], strict=True))
-    print(f"bare loop {per_step[0]:.2f} ms a step, ours {per_step[1]:.2f} ms: ratio {per_step[1] / per_step[0]:.3f}")
-    print(f"ratio of neighbouring rounds: median {statistics.median(pairs):.3f}, from {pairs[0]:.3f} to {pairs[-1]:.3f}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.width} x {arguments.layers} model")
+    print(
+        f"bare loop {per_step[0]:.2f} ms a step, ours {per_step[1]:.2f} ms: ratio {per_step[1] / per_step[0]:.3f}"
+    )
+    print(
+        f"ratio of neighbouring rounds: median {statistics.median(pairs):.3f}, from {pairs[0]:.3f} to {pairs[-1]:.3f}"
+    )
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.width} x {arguments.layers} model"
+    )
     return 0
 
 

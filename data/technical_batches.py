@@ -83,16 +83,15 @@ class BatchIndexer:
         self.phase_names = list(phase_names)
         self.phase = phase
 
-    def __call__(self, batch: Any, names: Sequence[str] | None = None) -> dict[str, Any]:
+    def __call__(self, batch: Any, names: Sequence[str] | np.ndarray | None = None) -> dict[str, Any]:
         """Adapt one batch; `names` are the technical batch names of its cells where the rows tell them."""
         batch = as_dict(batch, self.phase)
         size = batch_size(batch, self.phase)
         if "batch_idx" in batch:
             self._check_range(batch["batch_idx"])
             return batch
-        if "batch_name" in batch:
-            names = batch["batch_name"]
-        elif names is None:
+        names = batch.get("batch_name", names)
+        if names is None:
             if len(self.phase_names) != 1:
                 raise DataError(
                     f"datasets '{self.phase}': its batches carry neither 'batch_idx' nor 'batch_name', and the phase "

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.embeddings import BinEmbedding, CellSummary, DepthEmbedding, Embedding, ValueEmbedding
+from models.errors import ModelError
 from models.gene_embeddings import fit_to_width, load_gene_embeddings
 from models.layers import (
     FP8_ALIGNMENT,
@@ -93,7 +94,7 @@ class EncoderConfig:
         object.__setattr__(self, "exclude_layers", tuple(self.exclude_layers))
         problems = [*self._wrong_numbers(), *self._wrong_choices()]
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ModelError("; ".join(problems))
 
     @property
     def inner_dim(self) -> int:
@@ -265,10 +266,10 @@ class MaskedCellEncoder(nn.Module):
     def set_value_prior(self, prior: Tensor) -> None:
         """Let the value head start from `prior`: log probabilities [V, n_bins], or means [V, 1]."""
         if self.value_head is None:
-            raise ValueError("expression_loss_weight is 0: the model has no value head to give a prior to")
+            raise ModelError("expression_loss_weight is 0: the model has no value head to give a prior to")
         if prior.shape != self.value_head.prior.shape:
             wanted = list(self.value_head.prior.shape)
-            raise ValueError(f"the value prior has shape {list(prior.shape)}; the model needs {wanted}")
+            raise ModelError(f"the value prior has shape {list(prior.shape)}; the model needs {wanted}")
         self.value_head.prior.copy_(prior)
 
     @torch.no_grad()
@@ -287,7 +288,7 @@ class MaskedCellEncoder(nn.Module):
         account: dict[str, int] = {}
         if self.config.gene_embedding_path is not None:
             if gene_ids is None:
-                raise ValueError("gene_embedding_path is set, but the data names no genes")
+                raise ModelError("gene_embedding_path is set, but the data names no genes")
             table = load_gene_embeddings(self.config.gene_embedding_path, gene_ids)
             table = fit_to_width(table, self.config.hidden_dim, self.config.init_std)
             known = ~table.isnan().any(dim=1)
@@ -306,7 +307,7 @@ class MaskedCellEncoder(nn.Module):
         tokens = batch["tokens"]  # [B, N]
         limit = self.config.max_seq_len
         if limit is not None and tokens.shape[1] > limit:
-            raise ValueError(f"max_seq_len is {limit}, but a batch has rows of {tokens.shape[1]} tokens")
+            raise ModelError(f"max_seq_len is {limit}, but a batch has rows of {tokens.shape[1]} tokens")
         x = self.token_embedding(tokens)
         if isinstance(self.value_embedding, BinEmbedding):
             x = self.value_embedding(x, _needed(batch, "bins", "use binned_expression or set n_bins: null"))
@@ -336,7 +337,7 @@ class MaskedCellEncoder(nn.Module):
     def _check_cls(self, tokens: Tensor) -> None:
         # On a GPU the answer would stop the device; `loss_weight` sees every batch before it is moved there.
         if self.config.pooling == "cls" and not tokens.is_cuda and bool((tokens[:, 0] != CLS).any()):
-            raise ValueError(
+            raise ModelError(
                 "pooling is cls, but a batch has rows without a cls token; use prepend_cls or pooling: mean"
             )
 
@@ -364,5 +365,5 @@ def _asked_genes(batch: dict[str, Any]) -> Tensor:
 def _needed(batch: dict[str, Any], key: str, advice: str) -> Any:
     """Return a batch entry, or say what to do about its absence."""
     if key not in batch:
-        raise ValueError(f"the batch has no {key!r} (it has {', '.join(sorted(batch))}); {advice}")
+        raise ModelError(f"the batch has no {key!r} (it has {', '.join(sorted(batch))}); {advice}")
     return batch[key]

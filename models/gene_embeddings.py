@@ -8,6 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from models.errors import ModelError
+
 
 def load_gene_embeddings(path: str | Path, gene_ids: Sequence[str]) -> Tensor:
     """Read gene vectors and put them in the order of `gene_ids`.
@@ -24,23 +26,23 @@ def load_gene_embeddings(path: str | Path, gene_ids: Sequence[str]) -> Tensor:
     names_path = path.with_suffix(".txt")
     for needed in (path, names_path):
         if not needed.is_file():
-            raise ValueError(
+            raise ModelError(
                 f"gene_embedding_path: {needed} does not exist; give a .npy or .safetensors matrix [genes, dim]"
                 " with a .txt of the same name beside it that holds one gene name a line"
             )
     matrix = _read_matrix(path)
     names = [line.strip() for line in names_path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if len(names) != len(matrix):
-        raise ValueError(
+        raise ModelError(
             f"gene_embedding_path: {names_path} names {len(names)} genes, {path} has {len(matrix)} rows"
         )
     rows = {name: row for row, name in enumerate(names)}
     if len(rows) != len(names):
         twice = next(name for row, name in enumerate(names) if rows[name] != row)
-        raise ValueError(f"gene_embedding_path: {names_path} names {twice!r} more than once")
+        raise ModelError(f"gene_embedding_path: {names_path} names {twice!r} more than once")
     found = [(index, rows[gene]) for index, gene in enumerate(gene_ids) if gene in rows]
     if not found:
-        raise ValueError(
+        raise ModelError(
             f"gene_embedding_path: {path} has none of the data's {len(gene_ids)} genes;"
             f" it names {names[:3]}, the data {list(gene_ids[:3])}"
         )
@@ -85,25 +87,25 @@ def _read_matrix(path: Path) -> np.ndarray:
         try:
             matrix = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"gene_embedding_path: {path} is no plain NumPy array: {error}") from error
+            raise ModelError(f"gene_embedding_path: {path} is no plain NumPy array: {error}") from error
     elif path.suffix == ".safetensors":
         try:
             with safe_open(str(path), framework="np") as file:
                 names = list(file.keys())
                 if len(names) != 1:
-                    raise ValueError(
+                    raise ModelError(
                         f"gene_embedding_path: {path} holds the tensors {names}; it must hold one matrix"
                     )
                 matrix = file.get_tensor(names[0])
         except SafetensorError as error:
-            raise ValueError(f"gene_embedding_path: {path} is no safetensors file: {error}") from error
+            raise ModelError(f"gene_embedding_path: {path} is no safetensors file: {error}") from error
     else:
-        raise ValueError(f"gene_embedding_path: {path} ends in {path.suffix!r}; allowed: .npy, .safetensors")
+        raise ModelError(f"gene_embedding_path: {path} ends in {path.suffix!r}; allowed: .npy, .safetensors")
     if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating):
-        raise ValueError(
+        raise ModelError(
             f"gene_embedding_path: {path} holds {matrix.dtype} of shape {matrix.shape};"
             " it must hold floating point numbers [genes, dim]"
         )
     if not np.isfinite(matrix).all():
-        raise ValueError(f"gene_embedding_path: {path} has values that are not finite")
+        raise ModelError(f"gene_embedding_path: {path} has values that are not finite")
     return matrix.astype(np.float32)

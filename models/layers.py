@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.errors import ModelError
 from models.fp8_emulation import fp8_linear
 
 Backend = Literal["torch", "emulate"]
@@ -23,7 +24,7 @@ def check_choice(field: str, value: str, choices: object) -> None:
     """Raise a ValueError naming `field` unless `value` is one of a Literal's choices."""
     allowed = get_args(choices)
     if value not in allowed:
-        raise ValueError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")
+        raise ModelError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 class Norm(nn.Module):
@@ -122,7 +123,7 @@ class LayerFactory:
         """Check the choices."""
         check_choice("backend", backend, Backend)
         if exclude_layers and backend == "torch":
-            raise ValueError(
+            raise ModelError(
                 "exclude_layers names layers kept out of FP8, but backend torch has no FP8 layers"
             )
         self.backend = backend
@@ -157,7 +158,7 @@ class LayerFactory:
         """Raise if a pattern of `exclude_layers` fits none of the layers built."""
         for pattern in self.exclude_layers:
             if not fnmatch.filter(self.layer_names, pattern):
-                raise ValueError(
+                raise ModelError(
                     f"exclude_layers: {pattern!r} fits no layer; the layers are {', '.join(self.layer_names)}"
                 )
 
@@ -167,7 +168,7 @@ class LayerFactory:
             return F.linear
         for what, size in (("inputs", in_features), ("outputs", out_features)):
             if size % FP8_ALIGNMENT:
-                raise ValueError(
+                raise ModelError(
                     f"layer {name} has {size} {what}; FP8 needs a multiple of {FP8_ALIGNMENT}"
                     " (change the model's dimensions or name the layer in exclude_layers)"
                 )
@@ -192,7 +193,7 @@ class SelfAttention(nn.Module):
         """Draw the weights; `name` is the layer's place in its model."""
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"width {dim} is not divisible by {num_heads} attention heads")
+            raise ModelError(f"width {dim} is not divisible by {num_heads} attention heads")
         factory = factory or LayerFactory()
         self.num_heads = num_heads
         self.dropout = dropout

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.errors import ModelError
 from models.layers import Linear, Norm
 
 NUM_SPECIAL_TOKENS = 4
@@ -100,10 +101,14 @@ def value_prior(
         if n_bins is None:
             sums += np.bincount(tokens, weights=batch["values"][is_gene].cpu().numpy(), minlength=vocab_size)
         else:
+            if "bins" not in batch:
+                raise ModelError(
+                    "n_bins is set, but the batches have no bins: use binned_expression, or n_bins: null"
+                )
             flat = tokens * n_bins + batch["bins"][is_gene].cpu().numpy()
             sums += np.bincount(flat, minlength=vocab_size * n_bins)
     if not counted.any():
-        raise ValueError(
+        raise ModelError(
             "no batches to take the value prior from; give training data, or set use_value_prior: false"
         )
     table = sums.reshape(vocab_size, outputs)

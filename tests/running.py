@@ -32,7 +32,8 @@ def toy(*phases: dict[str, Any], **changes: Any) -> dict[str, Any]:
     config = {**TOY, **changes}
     if phases:
         config["datasets"] = [
-            {"name": f"p{index}", "dataloader_factory": "toy.map_loader", **phase} for index, phase in enumerate(phases)
+            {"name": f"p{index}", "dataloader_factory": "toy.map_loader", **phase}
+            for index, phase in enumerate(phases)
         ]
     return {key: value for key, value in config.items() if value is not None}
 
@@ -54,10 +55,15 @@ def train(folder: Path, config: dict[str, Any], *, dry_run: bool = False, **chan
     return newest_run(folder) if not dry_run else folder
 
 
-def train_ranks(num_ranks: int, folder: Path, config: dict[str, Any], *, env=None, expect=0, **changes: Any) -> str:
+def train_ranks(
+    num_ranks: int, folder: Path, config: dict[str, Any], *, env=None, expect=0, **changes: Any
+) -> str:
     """Train with the user's command on several ranks and return what it printed."""
     path = write_config(folder, config, **changes)
-    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]), **(env or {})}
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        **(env or {}),
+    }
     return launch_ranks(
         num_ranks, [ROOT / "trainer" / "train.py", "--config", path], env=environment, expect=expect
     ).stdout

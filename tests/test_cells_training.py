@@ -141,7 +141,9 @@ def test_bf16_trains(tmp_path, corpora):
 
 @pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one_on_the_same_cells(tmp_path, corpora):
-    config = run_config(phase(corpora / "arrow", epochs=2, arguments={"val_fraction": 0.2}), global_batch_size=48)
+    config = run_config(
+        phase(corpora / "arrow", epochs=2, arguments={"val_fraction": 0.2}), global_batch_size=48
+    )
     one, many = tmp_path / "one", tmp_path / "many"
     train_ranks(1, one, config, env={"TOY_LOG": str(one / "log")})
     train_ranks(2, many, config, env={"TOY_LOG": str(many / "log")})
@@ -181,7 +183,12 @@ def ordered(log, num_ranks):
     accumulation = 24 // (4 * num_ranks)
     steps = len(per_rank[0]) // accumulation
     return [
-        [cell for lines in per_rank for line in lines[step * accumulation : (step + 1) * accumulation] for cell in line]
+        [
+            cell
+            for lines in per_rank
+            for line in lines[step * accumulation : (step + 1) * accumulation]
+            for cell in line
+        ]
         for step in range(steps)
     ]
 

@@ -303,7 +303,6 @@ def test_the_cell_summary_sees_visible_genes_only():
     assert not torch.allclose(summary(batch["tokens"], other, is_visible)[0], before[0])
 
 
-
 def test_depth_changes_predictions_unless_switched_off():
     batch = make_batch()
     deeper = batch | {"depth": batch["depth"] + 2}

@@ -55,7 +55,9 @@ def test_ranks_with_unequal_streams_take_equal_steps(tmp_path):
 
 
 def test_an_iterable_loader_on_two_ranks_is_refused_with_one_message(tmp_path):
-    output = train_ranks(2, tmp_path, toy({"dataloader_factory": "toy.stream_loader", "max_steps": 3}), expect=2)
+    output = train_ranks(
+        2, tmp_path, toy({"dataloader_factory": "toy.stream_loader", "max_steps": 3}), expect=2
+    )
     assert output.count("cannot be divided over 2 ranks") == 1
     assert "let its factory take rank and world_size" in output and "Traceback" not in output
 

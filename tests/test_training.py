@@ -87,7 +87,8 @@ def test_accumulation_may_change_between_phases(tmp_path):
 
 
 def test_frozen_parameters_do_not_move_and_move_again_in_the_next_phase(tmp_path):
-    folder = train(tmp_path, toy({"freeze": ["^embedding", "batch_embedding"]}, {}), optimizer={"optimizer_args": {"weight_decay": 0.3}})
+    frozen = toy({"freeze": ["^embedding", "batch_embedding"]}, {})
+    folder = train(tmp_path, frozen, optimizer={"optimizer_args": {"weight_decay": 0.3}})
     start, end = (load_file(folder / f"checkpoint_{step}" / "model.safetensors") for step in (2, 4))
     reference = final_weights(train(tmp_path / "none", toy({"lr": 0.0}, {"epochs": 0})))
     assert torch.equal(start["embedding.weight"], reference["embedding.weight"])
@@ -132,7 +133,11 @@ def test_technical_batches_of_all_phases_size_the_model_and_are_saved(tmp_path):
 
 
 def test_a_technical_batch_count_that_differs_is_an_error_with_both_numbers(tmp_path):
-    model = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"n_technical_batches": 7}}
+    model = {
+        "model_class": "toy.ToyModel",
+        "config_class": "toy.ToyConfig",
+        "config_args": {"n_technical_batches": 7},
+    }
     with pytest.raises(ConfigError, match="n_technical_batches: 7 was given, but the data needs 1"):
         train(tmp_path, toy(), model=model)
 
@@ -154,7 +159,9 @@ def test_a_loader_without_a_length_needs_max_steps(tmp_path):
 
 
 def test_a_micro_batch_that_differs_from_the_loaders_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="micro_batch_size is 4, but the loader of phase 'p0' yields batches of 6"):
+    with pytest.raises(
+        ConfigError, match="micro_batch_size is 4, but the loader of phase 'p0' yields batches of 6"
+    ):
         train(tmp_path, toy({"dataloader_args": {"batch_size": 6}}))
 
 
@@ -180,7 +187,8 @@ RESUMABLE = {
 @pytest.mark.parametrize("kind", RESUMABLE)
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, kind, step):
-    config = toy({"epochs": 3, "save_every_steps": 1, "schedule": "cosine", **RESUMABLE[kind]}, {"lr": 0.003}, model=DROPOUT)
+    first = {"epochs": 3, "save_every_steps": 1, "schedule": "cosine", **RESUMABLE[kind]}
+    config = toy(first, {"lr": 0.003}, model=DROPOUT)
     reference = train(tmp_path / "a", config)
     folder = train(tmp_path / "b", config)
     cut_back(folder, step)
@@ -214,7 +222,10 @@ def test_resume_latest_without_a_checkpoint_is_an_error(tmp_path):
     [
         ({"seed": 9}, "seed was 3 and is 9"),
         ({"global_batch_size": 48}, "global_batch_size was 24 and is 48"),
-        ({"optimizer": {"groups": [{"name": "head", "match": ["head"]}]}}, "resume with the optimizer and freezing"),
+        (
+            {"optimizer": {"groups": [{"name": "head", "match": ["head"]}]}},
+            "resume with the optimizer and freezing",
+        ),
         ({"model": {**DROPOUT, "config_args": {"width": 16}}}, "does not fit the model"),
     ],
 )
@@ -235,7 +246,9 @@ def test_init_from_takes_weights_alone_and_starts_afresh(tmp_path):
 def test_an_original_pt_checkpoint_is_restored_with_an_account(tmp_path, capsys):
     source = train(tmp_path / "a", toy({"epochs": 2}))
     file = tmp_path / "checkpoint_ep1_step4.pt"
-    torch.save({"model_state_dict": final_weights(source), "state": {"global_step": 4, "global_epoch": 2}}, file)
+    torch.save(
+        {"model_state_dict": final_weights(source), "state": {"global_step": 4, "global_epoch": 2}}, file
+    )
     folder = train(tmp_path / "b", toy({"lr": 0.0}), resume_from=str(file))
     assert same_weights(source, folder) and records(folder)[0]["global_step"] == 5
     assert "lacks:" in capsys.readouterr().out

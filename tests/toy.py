@@ -79,7 +79,14 @@ class StreamedCells(IterableDataset):
 
 
 def map_loader(
-    num_cells=48, batch_size=4, shuffle=True, seed=0, noisy=False, num_workers=0, validation=True, seconds_per_cell=0.0
+    num_cells=48,
+    batch_size=4,
+    shuffle=True,
+    seed=0,
+    noisy=False,
+    num_workers=0,
+    validation=True,
+    seconds_per_cell=0.0,
 ):
     dataset = (NoisyCells if noisy else ToyCells)(num_cells, seed, seconds_per_cell=seconds_per_cell)
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers)

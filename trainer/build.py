@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from data.errors import DataError
+from models.errors import ModelError
 from trainer import distributed, runfolder
 from trainer.account import build_account
 from trainer.checkpoint import CheckpointWriter, Retention, open_checkpoint
@@ -117,8 +118,11 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
             train(run)
         exit_code, reason = 0, "done"
         return 0
-    except (UserError, DataError) as error:
+    except (UserError, DataError, ModelError) as error:
         exit_code, reason = 2, str(error)
+        raise
+    except KeyboardInterrupt:
+        exit_code, reason = 130, "interrupted"
         raise
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
@@ -153,7 +157,7 @@ def open_run_folder(
     lease, error, path = None, None, ""
     if ranks.is_main:
         try:
-            if resume.run_folder is not None and resume.kind == "run":
+            if resume.kind == "run" and resume.run_folder is not None and resume.checkpoint is not None:
                 folder = resume.run_folder
                 lease = runfolder.RunLease(folder)
                 runfolder.adopt(folder, resume.checkpoint)

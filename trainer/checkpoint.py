@@ -192,9 +192,12 @@ class CheckpointWriter:
         started = time.monotonic()
         if self._stopping.is_set():
             raise ValueError("this writer is closed")
-        self._number += 1
         try:
-            self.wait()
+            try:
+                self.wait()
+            finally:
+                # Only now: the thread of the save before goes by the number until it has ended.
+                self._number += 1
             save = self._take(step, rank_files, shared_files, metric, summary or {})
         except Exception as error:
             with suppress(OSError):

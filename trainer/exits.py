@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable
 
 from data.errors import DataError
+from models.errors import ModelError
 from trainer.errors import ConfigError, UserError
 
 FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
@@ -29,7 +30,7 @@ def run_command(command: Callable[[], int]) -> int:
     """Run a command and return its exit code; a user's mistake becomes a message, printed by one process."""
     try:
         return command()
-    except (UserError, DataError) as error:
+    except (UserError, DataError, ModelError) as error:
         _report(error)
         return USER_MISTAKE
     except KeyboardInterrupt:

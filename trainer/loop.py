@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from data.loader import MicroBatch
 
+from data.loader import MicroBatch
 from trainer.config.schema import RunConfig
 from trainer.console import notice
 from trainer.distributed import Ranks, Strategy
@@ -58,6 +58,10 @@ class StepTotals:
 def train(run: Run) -> None:
     """Run the phases from where `run.progress` stands to the end."""
     meters = Meters(run.ranks)
+    if run.progress.phase_index >= len(run.phases):
+        notice(
+            f"this run is finished: all its phases ended at step {run.progress.global_step}, nothing is left to do"
+        )
     for phase in run.phases[run.progress.phase_index :]:
         begin_phase(run, phase)
         while not is_over(run.progress, phase):

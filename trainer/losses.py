@@ -51,11 +51,11 @@ class LossModule(nn.Module):
                 )
             self._check_weight(result.weight, batch)
             return LossOutput(result.sum, result.weight, {k: v.detach() for k, v in result.metrics.items()})
-        if isinstance(result, tuple) and result and isinstance(result[0], Tensor):
+        if isinstance(result, tuple) and len(result) == 2:
             # The pair (loss, raw loss) of the original phases trainer.
-            if len(result) > 1 and isinstance(result[1], Tensor) and result[1].ndim == 0:
-                metrics["raw_loss"] = result[1].detach()
-            result = result[0]
+            result, raw = result
+            if isinstance(raw, Tensor) and raw.ndim == 0:
+                metrics["raw_loss"] = raw.detach()
         if not isinstance(result, Tensor) or result.ndim != 0:
             shape = (
                 f"a tensor of shape {list(result.shape)}"

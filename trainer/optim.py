@@ -31,7 +31,7 @@ def build_optimizer(config: RunConfig, model: nn.Module, trained: nn.Module) -> 
         raise ConfigError(
             "the model has no parameter that trains in any phase; check model_class and datasets.N.freeze"
         )
-    factory = resolve(settings.optimizer_class, "optimizer.optimizer_class")
+    factory: Any = resolve(settings.optimizer_class, "optimizer.optimizer_class")
     arguments = dict(settings.optimizer_args)
     if not inspect.isclass(factory) and "model" in inspect.signature(factory).parameters:
         arguments["model"] = model

@@ -5,10 +5,10 @@ from collections.abc import Sized
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.map_style import MapStyleSource
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from data import technical_batches
+from data.map_style import MapStyleSource
 from trainer.config.schema import PhaseConfig
 from trainer.distributed import Ranks
 from trainer.dotted import resolve
@@ -35,8 +35,7 @@ class Cells:
 
     def facts(self) -> dict[str, Any]:
         """Return what one of our own row sources knows of its data; other data knows nothing more."""
-        facts = getattr(self.rows, "facts", None)
-        return facts() if callable(facts) else {}
+        return self.rows.facts() if hasattr(self.rows, "facts") else {}
 
 
 @dataclass

@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.loader import StepLoader
-
 from data import technical_batches
+from data.loader import StepLoader
 from data.order import GlobalOrder
 from data.stream import StreamLoader
 from data.technical_batches import BatchIndexer, IndexedSource
@@ -170,6 +169,7 @@ class _LoaderBuilder:
             phase=self.index,
             shuffle=shuffle,
             selected=getattr(cells.rows, "row_mask", None),
+            **_shuffle_sizes(cells.rows),
         )
         return StepLoader(
             IndexedSource(cells.rows, self.indexer),
@@ -180,7 +180,7 @@ class _LoaderBuilder:
             micro_batch_size=micro_batch_size,
             rank=self.ranks.index,
             world_size=self.ranks.count,
-            num_workers=cells.num_workers,
+            num_workers=cells.num_workers or getattr(cells.rows, "num_workers", 0),
             drop_last=cells.drop_last,
             pin_memory=self.pin_memory,
         )
@@ -198,6 +198,12 @@ class _LoaderBuilder:
             rank=self.ranks.index,
             num_micro_batches=None if longest < 0 else longest,
         )
+
+
+def _shuffle_sizes(rows: Any) -> dict[str, int]:
+    """Return the block and window that a row source asks to be shuffled by, if it does."""
+    sizes = {name: getattr(rows, f"shuffle_{name}", None) for name in ("block", "window")}
+    return {name: size for name, size in sizes.items() if size is not None}
 
 
 def _stream_length(loader: Any) -> int:
@@ -236,8 +242,8 @@ def _common_gene_space(config: RunConfig, opened: list[PhaseData]) -> Any:
             if space is not None and found.sha256 != space.sha256:
                 raise ConfigError(
                     f"datasets '{owner}' and '{phase.name}' are in different gene spaces ({len(space)} and "
-                    f"{len(found)} genes), so one token id would mean two genes; convert both with the same --genes FILE, or "
-                    "together with --per-file"
+                    f"{len(found)} genes), so one token id would mean two genes; convert both with the same "
+                    "--genes FILE, or together with --per-file"
                 )
             space, owner = found, phase.name
     return space

@@ -37,8 +37,12 @@ CELLS_PER_BATCH = 256
 def main(argv: list[str] | None = None) -> int:
     """Run the quickstart and return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m trainer.quickstart", description=__doc__)
-    parser.add_argument("--output", type=Path, default=ROOT / "quickstart", help="folder for corpora and runs")
-    parser.add_argument("--seeds", type=int, default=1, help="trainings, each with its own seed and split of cells")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "quickstart", help="folder for corpora and runs"
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=1, help="trainings, each with its own seed and split of cells"
+    )
     arguments = parser.parse_args(argv)
     return run_command(lambda: quickstart(arguments.output.resolve(), arguments.seeds))
 
@@ -99,7 +103,9 @@ def call(arguments: list[str]) -> None:
 
 def compare(config: RunConfig, run_folder: Path) -> dict[str, dict[str, float]]:
     """Return each phase's last validation loss beside the baselines' on the same masked positions, in nats."""
-    records = [record for record in read_metrics(run_folder / "metrics.jsonl") if record["kind"] == "validation"]
+    records = [
+        record for record in read_metrics(run_folder / "metrics.jsonl") if record["kind"] == "validation"
+    ]
     results: dict[str, dict[str, float]] = {}
     for index, phase in enumerate(config.datasets):
         last = [record for record in records if record["phase"] == phase.name][-1]
@@ -118,12 +124,14 @@ def baseline_losses(config: RunConfig, index: int) -> tuple[float, float]:
     facts = asked.facts()
     training = collect_training(batches(everything, DrawKey(config.seed, index, 0), masked=False))
     questions = list(batches(asked.validation, DrawKey(config.seed, index, -1), masked=True))
-    fitted = [kind.fit(training, facts["vocab_size"], facts["n_bins"]) for kind in (MarginalBaseline, DepthConditionalBaseline)]
-    return mean_cross_entropy(fitted[0], questions), mean_cross_entropy(fitted[1], questions)
+    sizes = facts["vocab_size"], facts["n_bins"]
+    marginal, depth = MarginalBaseline.fit(training, *sizes), DepthConditionalBaseline.fit(training, *sizes)
+    return mean_cross_entropy(marginal, questions), mean_cross_entropy(depth, questions)
 
 
 def batches(source: CellSource, draw: DrawKey, *, masked: bool) -> Iterator[dict[str, Any]]:
     """Yield all cells of a source, in order."""
+    assert source.row_mask is not None
     rows = np.flatnonzero(source.row_mask)
     for start in range(0, len(rows), CELLS_PER_BATCH):
         part = rows[start : start + CELLS_PER_BATCH]
@@ -132,12 +140,16 @@ def batches(source: CellSource, draw: DrawKey, *, masked: bool) -> Iterator[dict
 
 def report(results: list[dict[str, dict[str, float]]], run_folder: Path) -> None:
     """Print the table and draw the plot."""
-    notice("\nHeld-out cells: cross-entropy of the hidden expression bin, in nats per masked gene (lower is better)\n")
+    notice(
+        "\nHeld-out cells: cross-entropy of the hidden expression bin, in nats per masked gene (lower is better)\n"
+    )
     rows = []
     for phase in results[0]:
         columns = {name: [result[phase][name] for result in results] for name in results[0][phase]}
         margins = {
-            name: [1 - model / baseline for model, baseline in zip(columns["model"], columns[name], strict=True)]
+            name: [
+                1 - model / baseline for model, baseline in zip(columns["model"], columns[name], strict=True)
+            ]
             for name in ("marginal", "depth-conditional")
         }
         rows.append(
@@ -158,7 +170,8 @@ def report(results: list[dict[str, dict[str, float]]], run_folder: Path) -> None
         "depth;\na model that does not beat it has learned how deeply a cell was sequenced, and nothing of the cell."
     )
     baselines = {
-        phase: {name: result[name] for name in ("marginal", "depth-conditional")} for phase, result in results[-1].items()
+        phase: {name: loss for name, loss in losses.items() if name != "model"}
+        for phase, losses in results[-1].items()
     }
     plot = run_folder / "loss.png"
     plot_losses(

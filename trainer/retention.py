@@ -36,7 +36,9 @@ class Retention:
         if self.keep_best < 0:
             raise UserError(f"keep_best is {self.keep_best}; it is at least 0")
 
-    def expired(self, metrics: Mapping[int, float | None], phases: Mapping[int, str] | None = None) -> list[int]:
+    def expired(
+        self, metrics: Mapping[int, float | None], phases: Mapping[int, str] | None = None
+    ) -> list[int]:
         """Return the steps of the checkpoints to delete.
 
         Args:
@@ -76,4 +78,3 @@ def delete_expired(run_folder: Path, retention: Retention, newest: int, mark: st
     for folder in doomed:
         # A reader on a network file system can keep an entry alive; the sweep of a later save takes it.
         shutil.rmtree(folder, ignore_errors=True)
-

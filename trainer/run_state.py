@@ -45,7 +45,11 @@ class Saver:
         run.recorder.sync()
         shared = collect_shared(run, self._config, self._facts) if run.ranks.is_main else {}
         phase = run.phases[min(run.progress.phase_index, len(run.phases) - 1)]
-        summary = {"phase": phase.name, "metric_phase": self._metric_phase, "progress": run.progress.to_dict()}
+        summary = {
+            "phase": phase.name,
+            "metric_phase": self._metric_phase,
+            "progress": run.progress.to_dict(),
+        }
         rank_files = {"rank_state": collect_rank(run)}
         self._writer.save(step, rank_files, shared, metric=self._metric, summary=summary)
         self._metric = None

@@ -18,7 +18,7 @@ from trainer.exits import is_main_process, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return 0 when done, 2 for the user's mistake, 75 if preempted, 1 for anything else."""
+    """Run the command; return 0 when done, 2 for the user's mistake, 130 when interrupted, 1 for anything else."""
     return run_command(lambda: _train(argv))
 
 
@@ -61,7 +61,7 @@ def _parse(argv: list[str]) -> argparse.Namespace | int:
         prog="train",
         allow_abbrev=False,
         description="Train the model that a YAML file describes.",
-        epilog="Exit codes: 0 done, 2 a mistake in the command or its files, 75 preempted, 1 anything else.",
+        epilog="Exit codes: 0 done, 2 a mistake in the command or its files, 130 interrupted, 1 anything else.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
     parser.add_argument(

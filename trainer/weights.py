@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.loader import DrawKey
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data.loader import DrawKey
 from trainer.checkpoint import list_checkpoints, open_checkpoint
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
@@ -38,7 +38,7 @@ def initialise_weights(
     arguments: dict[str, Any] = {}
     if "gene_ids" in inspect.signature(hook).parameters:
         arguments["gene_ids"] = None if facts.gene_space is None else facts.gene_space.ids
-    account = hook(unmasked_batches(config, phases), **arguments) or {}
+    account: Any = hook(unmasked_batches(config, phases), **arguments) or {}
     done = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in account.items())
     return [f"weights started from the data: {done}"] if done else []
 

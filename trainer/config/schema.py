@@ -147,7 +147,8 @@ class CheckpointConfig(Section):
         description="Checkpoints at multiples of this are kept for good (optimizer steps; null: none)",
     )
     keep_best: Count = Field(
-        default=1, description="Checkpoints of lowest validation loss that are kept of each phase (checkpoints)"
+        default=1,
+        description="Checkpoints of lowest validation loss that are kept of each phase (checkpoints)",
     )
     asynchronous: bool = Field(default=True, description="Write in the background while training goes on")
 
@@ -216,7 +217,7 @@ class PhaseConfig(Section):
     )
     save_every_steps: PositiveCount | None = Field(
         default=1000,
-        description="Between checkpoints (optimizer steps of the run; null: only at the ends of phases)",
+        description="Between checkpoints (optimizer steps of the run; null: only at the ends of epochs)",
     )
     eval_every_epochs: PositiveCount | None = Field(
         default=None,
@@ -376,7 +377,9 @@ class RunConfig(Section):
         """Return a phase's batch settings: its own pair or the run's, never a mixture; neither: no accumulation."""
         own = (phase.global_batch_size, phase.gradient_accumulation_steps)
         pair = own if own != (None, None) else (self.global_batch_size, self.gradient_accumulation_steps)
-        return BatchSettings(*(pair if pair != (None, None) else (None, 1)), phase.micro_batch_size or self.micro_batch_size)
+        return BatchSettings(
+            *(pair if pair != (None, None) else (None, 1)), phase.micro_batch_size or self.micro_batch_size
+        )
 
     def batch_plan(
         self, phase: PhaseConfig | int, world_size: int, micro_batch_size: int | None = None

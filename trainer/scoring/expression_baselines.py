@@ -135,7 +135,9 @@ def collect_training(batches: Iterable[Mapping[str, Any]]) -> BinnedCells:
     parts = []
     for batch in batches:
         is_gene = _is_gene(batch)
-        parts.append(_entries(batch, is_gene, _array(batch, "tokens")[is_gene], _array(batch, "bins")[is_gene]))
+        parts.append(
+            _entries(batch, is_gene, _array(batch, "tokens")[is_gene], _array(batch, "bins")[is_gene])
+        )
     return _joined(parts)
 
 
@@ -244,5 +246,7 @@ def _is_gene(batch: Mapping[str, Any]) -> NDArray[np.bool_]:
 
 def _array(batch: Mapping[str, Any], key: str) -> NDArray[Any]:
     if key not in batch:
-        raise UserError(f"expression baselines need batches with {key!r}; use tokenizer.strategy: binned_expression")
+        raise UserError(
+            f"expression baselines need batches with {key!r}; use tokenizer.strategy: binned_expression"
+        )
     return np.asarray(batch[key])
