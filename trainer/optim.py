@@ -33,7 +33,7 @@ def build_optimizer(config: RunConfig, model: nn.Module, trained: nn.Module) -> 
         )
     factory: Any = resolve(settings.optimizer_class, "optimizer.optimizer_class")
     arguments = dict(settings.optimizer_args)
-    if not inspect.isclass(factory) and "model" in inspect.signature(factory).parameters:
+    if _names_model(factory):
         arguments["model"] = model
     optimizer = factory(_parameter_groups(settings, names), **arguments)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -122,6 +122,11 @@ def own_name(name: str) -> str:
 def is_frozen(name: str, patterns: Iterable[str]) -> bool:
     """Tell whether one of the regular expressions is found in the name that a parameter's model knows it by."""
     return any(re.search(pattern, own_name(name)) for pattern in patterns)
+
+
+def _names_model(factory: Any) -> bool:
+    """Tell whether an optimizer factory, not a class, asks for the model by name."""
+    return not inspect.isclass(factory) and "model" in inspect.signature(factory).parameters
 
 
 def _parameter_groups(settings: OptimizerConfig, names: dict[str, nn.Parameter]) -> list[Any]:
