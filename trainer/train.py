@@ -12,6 +12,10 @@ import contextlib
 import importlib
 import os
 
+# torch reads it when it is imported. DDP warns from C++ that it looked for unused parameters in vain; it has to look,
+# see trainer/distributed.py.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 from trainer.config import dump_yaml, load_run_config
 from trainer.errors import ConfigError
 from trainer.exits import is_main_process, run_command
