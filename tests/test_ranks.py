@@ -94,3 +94,12 @@ def test_resume_on_two_ranks_is_exact(tmp_path):
 @pytest.mark.parametrize(("num_ranks", "trials"), [(1, 1), (2, 2)])
 def test_a_run_killed_at_a_random_moment_ends_like_one_left_alone(num_ranks, trials):
     assert kill_resume.run_trials(num_ranks, trials) == trials
+
+
+def test_a_stream_is_not_resumed_in_the_middle_on_another_number_of_ranks(tmp_path):
+    phase = {"dataloader_factory": "toy.sharded_loader", "dataloader_args": {"num_cells": 96}, "max_steps": 4}
+    config = toy({**phase, "save_every_steps": 1}, global_batch_size=16)
+    train_ranks(2, tmp_path, config)
+    shutil.rmtree(newest_run(tmp_path) / "checkpoint_4")
+    output = train_ranks(1, tmp_path, config, resume_from="latest", expect=2)
+    assert "resume on 2, or from a checkpoint at the end of an epoch" in output

@@ -123,6 +123,7 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
 def _restore_rank(run: Run, saved: SavedCheckpoint, config: RunConfig) -> list[str]:
     ranks = run.ranks
     if saved.world_size != ranks.count:
+        _refuse_streams(run, saved)
         seed_dropout(config.seed, ranks.index, run.progress.global_step)
         return [
             f"saved by {saved.world_size} ranks, resumed on {ranks.count}: the same cells in the same order; dropout "
@@ -133,6 +134,19 @@ def _restore_rank(run: Run, saved: SavedCheckpoint, config: RunConfig) -> list[s
         run.phases[run.progress.phase_index].loader.load_state(own["loader"])
     set_random_state(own["random"])
     return []
+
+
+def _refuse_streams(run: Run, saved: SavedCheckpoint) -> None:
+    """Refuse to go on in the middle of a stream on another number of ranks: each rank reads one of its own."""
+    progress = run.progress
+    if progress.phase_index < len(run.phases) and progress.epoch_step > 0:
+        phase = run.phases[progress.phase_index]
+        if phase.loader.may_run_dry:
+            raise CheckpointError(
+                f"{saved.folder} was saved by {saved.world_size} ranks in the middle of an epoch of phase "
+                f"'{phase.name}', whose loader divides the cells itself: {run.ranks.count} ranks would see other "
+                f"cells; resume on {saved.world_size}, or from a checkpoint at the end of an epoch"
+            )
 
 
 def trajectory(config: RunConfig, phases: list[Phase]) -> dict[str, Any]:
