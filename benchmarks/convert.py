@@ -59,11 +59,8 @@ def main() -> None:
         shape = ["--cells", arguments.cells, "--genes", arguments.genes, "--nonzero", arguments.nonzero]
         start_case("write", folder, *shape)
         gigabytes = (folder / "cells.h5ad").stat().st_size / 1e9
-        print(
-            f"{arguments.cells:,} cells x {arguments.genes:,} genes, {gigabytes:.2f} GB; "
-            f"best of {arguments.rounds} rounds"
-        )
-        print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+        print(f"{arguments.cells:,} cells x {arguments.genes:,} genes, {gigabytes:.2f} GB")
+        print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores; best of {arguments.rounds} rounds")
         results: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
         for _ in range(arguments.rounds):
             for case in CASES:

@@ -43,7 +43,7 @@ class ConversionSettings:
     min_genes: int = 1
     min_match: float = 0.5
     storage: Storage = "arrow"
-    rows_per_shard: int = 50_000
+    rows_per_shard: int = 20_000
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,11 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     add("--format", choices=("arrow", "parquet"), default="arrow", help="arrow (default) is read fastest; parquet is "
         "about five times smaller and can be read remotely")  # fmt: skip
     add(
-        "--rows-per-shard", type=_positive, default=50_000, metavar="N", help="cells of one data file (50000)"
+        "--rows-per-shard",
+        type=_positive,
+        default=20_000,
+        metavar="N",
+        help="cells of one data file (default 20000)",
     )
     add(
         "--jobs",
