@@ -26,6 +26,9 @@ from running import comparable_records, newest_run, same_weights, toy, write_con
 FIRST_STEP = "one 1/"
 """What a run prints when training has begun."""
 
+STARTED = "parameters "
+"""What a run prints in its account; a resumed one may have nothing left to do."""
+
 
 def configuration(global_batch_size: int) -> dict[str, Any]:
     """Return a run of some seconds: two phases, dropout, accumulation, frequent checkpoints."""
@@ -69,7 +72,7 @@ def run_to_end(num_ranks: int, folder: Path, **changes: Any) -> tuple[Path, floa
 def kill_once(num_ranks: int, folder: Path, seconds: float, **changes: Any) -> str:
     """Start the run, kill all its ranks some seconds after the first step, and say what they were doing."""
     with start(num_ranks, folder, **changes) as group:
-        group.wait_for(FIRST_STEP if not changes else "checkpoint checkpoint_")
+        group.wait_for(STARTED if changes else FIRST_STEP)
         time.sleep(seconds)
         was_running = group.is_running()
         group.kill()
