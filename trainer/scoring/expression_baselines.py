@@ -25,12 +25,8 @@ class BinnedCells(NamedTuple):
     tokens: NDArray[np.int64]  # [T]
     bins: NDArray[np.int64]  # [T]
     cells: NDArray[np.int64]  # [T], the cell of each entry, from 0
-    depths: dict[str, NDArray[np.float64]]  # measures of depth, each [C]
-
-    @property
-    def num_cells(self) -> int:
-        """Return how many cells there are."""
-        return len(next(iter(self.depths.values())))
+    depths: dict[str, NDArray[np.float64]]  # measures of the cell's depth for each entry, each [T]
+    num_cells: int
 
 
 class Baseline(Protocol):
@@ -83,7 +79,7 @@ class DepthConditionalBaseline:
         probabilities: [Q, V, n_bins].
         edges: [Q - 1] between the depth quantiles.
         measure: which measure of depth: `total` (log1p of the cell's sum) or `expressed` (share of the cell's
-            visible genes that are expressed).
+            other visible genes that are expressed).
         pseudo_count: observations of the gene's marginal that each quantile starts with.
     """
 
@@ -163,12 +159,13 @@ def _entries(
     is_visible = _is_gene(batch)
     if "value_labels" in batch:
         is_visible = is_visible & (_array(batch, "value_labels") == IGNORED_LABEL)
-    num_expressed = (is_visible & (_array(batch, "bins") > 0)).sum(axis=1)
-    depths = {
-        "total": _array(batch, "depth").astype(np.float64),
-        "expressed": num_expressed / np.maximum(is_visible.sum(axis=1), 1),
-    }
-    return BinnedCells(tokens, bins, np.nonzero(chosen)[0], depths)
+    is_expressed = is_visible & (_array(batch, "bins") > 0)
+    # The gene itself is left out of what its cell shows: where it is asked for, it is hidden.
+    others = is_visible.sum(axis=1, keepdims=True) - is_visible
+    expressed = (is_expressed.sum(axis=1, keepdims=True) - is_expressed) / np.maximum(others, 1)
+    cells = np.nonzero(chosen)[0]
+    depths = {"total": _array(batch, "depth").astype(np.float64)[cells], "expressed": expressed[chosen]}
+    return BinnedCells(tokens, bins, cells, depths, len(chosen))
 
 
 def _joined(parts: Sequence[BinnedCells]) -> BinnedCells:
@@ -180,6 +177,7 @@ def _joined(parts: Sequence[BinnedCells]) -> BinnedCells:
         np.concatenate([part.bins for part in parts]),
         np.concatenate([part.cells + start for part, start in zip(parts, starts, strict=False)]),
         {name: np.concatenate([part.depths[name] for part in parts]) for name in parts[0].depths},
+        int(starts[-1]),
     )
 
 
@@ -188,8 +186,16 @@ def _folds(cells: BinnedCells) -> list[BinnedCells]:
     num_folds = min(NUM_FOLDS, cells.num_cells)
     if num_folds < 2:
         raise UserError(f"an expression baseline needs at least 2 training cells, not {cells.num_cells}")
-    chosen = [cells.cells % num_folds == fold for fold in range(num_folds)]
-    return [BinnedCells(cells.tokens[c], cells.bins[c], cells.cells[c], cells.depths) for c in chosen]
+    folds = []
+    for fold in range(num_folds):
+        chosen = cells.cells % num_folds == fold
+        depths = {name: depth[chosen] for name, depth in cells.depths.items()}
+        folds.append(
+            BinnedCells(
+                cells.tokens[chosen], cells.bins[chosen], cells.cells[chosen], depths, cells.num_cells
+            )
+        )
+    return folds
 
 
 def _edges(depth: NDArray[np.float64], quantiles: int) -> NDArray[np.float64]:
@@ -197,7 +203,7 @@ def _edges(depth: NDArray[np.float64], quantiles: int) -> NDArray[np.float64]:
 
 
 def _quantile_of(cells: BinnedCells, measure: str, edges: NDArray[np.float64]) -> NDArray[np.int64]:
-    return np.searchsorted(edges, cells.depths[measure], side="right")[cells.cells]
+    return np.searchsorted(edges, cells.depths[measure], side="right")
 
 
 def _counts(cells: BinnedCells, vocab_size: int, n_bins: int) -> NDArray[np.float64]:
