@@ -69,6 +69,7 @@ def make_batch(num_cells: int, generator: torch.Generator) -> dict[str, Any]:
     bins = torch.randint(0, NUM_BINS, shape, generator=generator)
     masked = torch.rand(shape, generator=generator) < 0.15
     masked[:, 1] = True
+    tokens[:, 0], bins[:, 0], masked[:, 0] = 3, 0, False  # the cls token
     return {
         "tokens": tokens,
         "bins": bins.masked_fill(masked, NUM_BINS),
