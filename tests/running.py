@@ -1,5 +1,6 @@
 """Run whole trainings from tests: in this process (one rank), or as the user's command on several ranks."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from launching import ROOT, launch_ranks
+from launching import ROOT, free_port, launch_ranks
 from safetensors.torch import load_file
 
 from trainer.build import run
@@ -56,17 +57,53 @@ def train(folder: Path, config: dict[str, Any], *, dry_run: bool = False, **chan
 
 
 def train_ranks(
-    num_ranks: int, folder: Path, config: dict[str, Any], *, env=None, expect=0, **changes: Any
+    num_ranks: int,
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    strategy="ddp",
+    env=None,
+    expect=0,
+    **changes: Any,
 ) -> str:
-    """Train with the user's command on several ranks and return what it printed."""
+    """Train with the user's command on several ranks, under DDP or `zero1` to `zero3`, and return what it printed."""
     path = write_config(folder, config, **changes)
     environment = {
         "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        **strategy_environment(folder, strategy, num_ranks),
         **(env or {}),
     }
     return launch_ranks(
         num_ranks, [ROOT / "trainer" / "train.py", "--config", path], env=environment, expect=expect
     ).stdout
+
+
+def strategy_environment(folder: Path, strategy: str, num_ranks: int, **zero: Any) -> dict[str, str]:
+    """Return the variables by which `accelerate launch` hands a strategy on, for ranks that are started without it.
+
+    Small parameters are sharded too under ZeRO-3, and sub-groups are small: tiny models hide faults otherwise.
+    """
+    if strategy == "ddp":
+        return {}
+    settings = json.loads((ROOT / "ds_configs" / f"{strategy}.json").read_text())
+    if settings["zero_optimization"]["stage"] == 3:
+        settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 60}
+    settings["zero_optimization"] |= zero
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{strategy}.json"
+    path.write_text(json.dumps(settings))
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    return {
+        **(alone if num_ranks == 1 else {}),
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(path),
+    }
 
 
 def newest_run(folder: Path) -> Path:

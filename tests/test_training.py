@@ -224,7 +224,7 @@ def test_resume_latest_without_a_checkpoint_is_an_error(tmp_path):
         ({"global_batch_size": 48}, "global_batch_size was 24 and is 48"),
         (
             {"optimizer": {"groups": [{"name": "head", "match": ["head"]}]}},
-            "resume with the optimizer and freezing",
+            "resume with the optimizer, freezing",
         ),
         ({"model": {**DROPOUT, "config_args": {"width": 16}}}, "does not fit the model"),
     ],

@@ -12,6 +12,7 @@ from trainer.distributed import autocast_precision
 from trainer.loop import Run
 from trainer.phases import DataFacts, Phase
 from trainer.schedule import base_learning_rates
+from trainer.strategy import Strategy
 
 PACKAGES = ("torch", "accelerate", "datasets", "numpy")
 
@@ -26,7 +27,6 @@ def build_account(
 ) -> StartupAccount:
     """Collect what the start-up account says."""
     config, module, phases = run.config, run.module, run.phases
-    parameters = list(module.parameters())
     batches = ", ".join(list(facts.technical_batches)[:6])
     more = len(facts.technical_batches) - 6
     padded = (
@@ -45,12 +45,10 @@ def build_account(
     return StartupAccount(
         run_name=config.run_name,
         run_folder=run_folder,
-        device=describe_device(run.strategy.device, run.ranks.count),
+        device=describe_device(run.strategy, run.ranks.count),
         precision=describe_precision(config, run.strategy.device),
-        num_parameters=sum(parameter.numel() for parameter in parameters),
-        num_trainable_parameters=sum(
-            parameter.numel() for parameter in parameters if parameter.requires_grad
-        ),
+        num_parameters=run.strategy.num_parameters(),
+        num_trainable_parameters=run.strategy.num_parameters(trained=True),
         num_threads=torch.get_num_threads(),
         seed=config.seed,
         versions={"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
@@ -67,10 +65,12 @@ def build_account(
     )
 
 
-def describe_device(device: torch.device, world_size: int) -> str:
-    """Name the devices of all ranks."""
+def describe_device(strategy: Strategy, world_size: int) -> str:
+    """Name the devices of all ranks, and how they share the work."""
+    device = strategy.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    return name if world_size == 1 else f"{world_size} x {name} (DDP)"
+    many = f"{world_size} x {name}" if world_size > 1 else name
+    return f"{many} ({strategy.name})" if world_size > 1 or strategy.is_sharded else name
 
 
 def describe_precision(config: RunConfig, device: torch.device) -> str:

@@ -24,16 +24,18 @@ from trainer.checkpoint import CheckpointWriter, Retention, open_checkpoint
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.console import startup_account as print_account
-from trainer.distributed import Ranks, Strategy
+from trainer.distributed import Ranks
 from trainer.dotted import check_dotted_paths, resolve
 from trainer.errors import ConfigError, UserError
+from trainer.freezing import split_groups
 from trainer.loop import Run, rehearse, train
 from trainer.losses import LossModule, build_loss
 from trainer.optim import UserScheduler, build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
 from trainer.progress import Progress
 from trainer.recorder import Recorder
-from trainer.run_state import Saver, restore, seed_dropout
+from trainer.random_state import seed_dropout
+from trainer.run_state import Saver, restore
 from trainer.schedule import base_learning_rates, learning_rate_factor
 from trainer.trackers import check_trackers
 from trainer.weights import initialise_weights, restore_reference_checkpoint
@@ -64,15 +66,18 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         seed_everything(config.seed)
         phases, facts = open_phases(config, ranks, pin_memory=accelerator.device.type == "cuda")
         seed_everything(config.seed)
-        model = build_model(config, facts)
-        module = LossModule(model, build_loss(config.loss))
+        with distributed.building_model(accelerator, config, [phase.plan for phase in phases]):
+            model = build_model(config, facts)
+            loss = build_loss(config.loss)
+        module = LossModule(model, loss)
         mark_trainable(config, module)
         notes = list(resume.notices)
         if resume.kind == "fresh":
             notes += initialise_weights(config, model, phases, facts)
         optimizer = build_optimizer(config, model, module)
+        split_groups(optimizer, module, config.datasets)
         check_rates(phases, optimizer)
-        strategy = Strategy(accelerator, module, optimizer)
+        strategy = distributed.prepare(accelerator, module, optimizer, config.max_grad_norm)
         scheduler = (
             None if config.optimizer.scheduler_class is None else UserScheduler(config.optimizer, optimizer)
         )

@@ -20,7 +20,7 @@ import torch
 
 from trainer.atomicfile import sync_folder
 from trainer.errors import CheckpointError
-from trainer.statefile import FileFacts, Tree, load_tree
+from trainer.statefile import FileFacts, Tree, load_tree, open_tree
 
 MANIFEST = "manifest.json"
 SUPERSEDED = "superseded"
@@ -64,6 +64,10 @@ class SavedCheckpoint:
         """Load the tree in the shared file `name`."""
         return load_tree(self._path(name), device)
 
+    def lazy(self, name: str) -> Tree:
+        """Open the tree in the shared file `name` without reading its tensors."""
+        return open_tree(self._path(name))
+
     def text(self, name: str) -> str:
         """Read the shared text file `name`."""
         try:
@@ -73,13 +77,20 @@ class SavedCheckpoint:
 
     def rank(self, name: str, rank: int, device: str | torch.device = "cpu") -> Tree:
         """Load the tree that `rank` saved as `name`."""
+        return load_tree(self._rank_path(name, rank), device)
+
+    def lazy_rank(self, name: str, rank: int) -> Tree:
+        """Open the tree that `rank` saved as `name` without reading its tensors."""
+        return open_tree(self._rank_path(name, rank))
+
+    def _rank_path(self, name: str, rank: int) -> Path:
         file_name = rank_file_name(name, rank)
         if file_name not in self.manifest["files"]:
             raise CheckpointError(
                 f"{self.folder}: rank {rank} saved no {name!r}; of the {self.world_size} ranks that saved "
                 f"this checkpoint, {self._ranks_with(name) or 'none'} have one"
             )
-        return load_tree(self.folder / file_name, device)
+        return self.folder / file_name
 
     def _path(self, name: str) -> Path:
         if name not in self.manifest["files"]:

@@ -1,13 +1,12 @@
 """Processes: the one place that creates the Accelerator, and where the differences between strategies end.
 
-The rest of the trainer sees `Ranks` (who am I, sums over all ranks) and `Strategy` (backward, clip, step).
+The rest of the trainer sees `Ranks` (who am I, sums over all ranks) and a `Strategy` (strategy.py, zero.py).
 """
 
 import contextlib
 import json
-import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,10 +15,12 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
-from torch import Tensor, nn
+from torch import nn
 
-from trainer.config.schema import RunConfig
+from trainer import zero
+from trainer.config.schema import BatchPlan, RunConfig
 from trainer.errors import ConfigError, UserError
+from trainer.strategy import Strategy
 
 
 @dataclass(frozen=True)
@@ -88,59 +89,6 @@ class Ranks:
         return tensor.tolist()
 
 
-class Strategy:
-    """Run backward passes and optimizer steps of a prepared model: one process, or DDP.
-
-    The loop owns the accumulation boundary: gradients are summed over micro-batches and averaged over ranks on
-    the last one, with no division by the number of micro-batches.
-    """
-
-    def __init__(self, accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Prepare the module and its optimizer; call once."""
-        self.accelerator = accelerator
-        self.device: torch.device = accelerator.device
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
-
-    @property
-    def gradient_scaler(self) -> torch.amp.GradScaler | None:
-        """Return the loss scaler of fp16, None otherwise."""
-        return self.accelerator.scaler
-
-    def backward(self, loss: Tensor) -> None:
-        """Add one micro-batch's gradient."""
-        self.accelerator.backward(loss)
-
-    @contextlib.contextmanager
-    def accumulation(self, is_last: bool) -> Iterator[None]:
-        """Wrap a micro-batch's forward and backward; gradients cross ranks in the last one only."""
-        with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
-            yield
-
-    def drop_gradients(self, names: Iterable[str]) -> None:
-        """Forget the gradients of these parameters, so that neither moments nor decay nor update touch them."""
-        for name in names:
-            self.parameters[name].grad = None
-
-    def clip_gradients(self, max_norm: float | None) -> Tensor:
-        """Scale the gradients to at most `max_norm` (None: leave them) and return their global L2 norm before."""
-        self.accelerator.unscale_gradients()
-        return nn.utils.clip_grad_norm_(self.parameters.values(), math.inf if max_norm is None else max_norm)
-
-    def step(self) -> None:
-        """Update the parameters."""
-        self.optimizer.step()
-
-    def discard(self) -> None:
-        """Leave out this update; fp16's loss scaler, which leaves it out itself, still learns of it."""
-        if self.gradient_scaler is not None:
-            self.optimizer.step()
-
-    def zero_gradients(self) -> None:
-        """Drop the gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-
-
 def start(config: RunConfig) -> tuple[Accelerator, Ranks]:
     """Create the Accelerator, before any model exists, and say which rank this process is.
 
@@ -161,9 +109,13 @@ def start(config: RunConfig) -> tuple[Accelerator, Ranks]:
     if "LOCAL_RANK" in os.environ or int(os.environ.get("WORLD_SIZE", "1")) > 1:
         timeout = timedelta(seconds=config.distributed_timeout_seconds)
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
+    precision = autocast_precision(config, on_cpu)
+    uses_deepspeed = zero.is_asked_for()
+    if uses_deepspeed:
+        zero.prepare_environment(on_cpu, precision)
     accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision=autocast_precision(config, on_cpu),
+        cpu=on_cpu and not uses_deepspeed,  # Accelerate would leave DeepSpeed aside; it takes the CPU by itself
+        mixed_precision=precision,
         # The loop owns the accumulation boundary; Accelerate must not divide or count.
         gradient_accumulation_steps=1,
         kwargs_handlers=handlers,
@@ -172,16 +124,37 @@ def start(config: RunConfig) -> tuple[Accelerator, Ranks]:
         DistributedType.NO,
         DistributedType.MULTI_CPU,
         DistributedType.MULTI_GPU,
+        DistributedType.DEEPSPEED,
     ):
         raise ConfigError(
-            f"the launcher asks for {accelerator.distributed_type}, which this version does not run; "
-            "launch one process, or several with plain data parallelism (MULTI_CPU, MULTI_GPU)"
+            f"the launcher asks for {accelerator.distributed_type}, which is not supported; launch one process, "
+            "several with plain data parallelism (MULTI_GPU), or DeepSpeed ZeRO (DEEPSPEED): see accelerate_configs/"
         )
     group = None
     if accelerator.num_processes > 1 and not on_cpu:
         # Numbers that the host needs travel through host memory: asking the GPU for them would stop its queue.
         group = torch.distributed.new_group(backend="gloo")
     return accelerator, Ranks(accelerator.process_index, accelerator.num_processes, group)
+
+
+def building_model(
+    accelerator: Accelerator, config: RunConfig, plans: Sequence[BatchPlan]
+) -> contextlib.AbstractContextManager[None]:
+    """Return what a model is built within: under ZeRO-3 no rank ever holds all of it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        settings = accelerator.state.deepspeed_plugin.deepspeed_config
+        given = zero.read_given(os.environ[zero.CONFIG_VARIABLE])
+        zero.complete_config(settings, given, config, plans, accelerator.mixed_precision)
+    return zero.building(accelerator)
+
+
+def prepare(
+    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+) -> Strategy:
+    """Prepare a model and its optimizer for the launch's way of training."""
+    is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
+    kind = zero.ZeroStrategy if is_zero else Strategy
+    return kind(accelerator, module, optimizer, max_grad_norm)
 
 
 def autocast_precision(config: RunConfig, on_cpu: bool) -> str:

@@ -6,22 +6,27 @@ Nothing here knows a model family or a data set.
 
 import contextlib
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 
 from data.loader import MicroBatch
+from trainer import preemption
+from trainer.activity import Activity
 from trainer.config.schema import RunConfig
 from trainer.console import notice
-from trainer.distributed import Ranks, Strategy
+from trainer.distributed import Ranks
 from trainer.losses import LossModule, move_to_device
 from trainer.meters import LossSum, Meters
-from trainer.optim import is_frozen
 from trainer.phases import Phase
+from trainer.preemption import Preempted
 from trainer.progress import Progress
+from trainer.random_state import random_state, set_random_state
 from trainer.recorder import Recorder
 from trainer.schedule import base_learning_rates, learning_rate_factor, set_learning_rates
+from trainer.strategy import Strategy
 
 
 class TrainingStopped(RuntimeError):
@@ -43,6 +48,8 @@ class Run:
     """`trainer.run_state.Saver`: writes what `progress` stands for."""
     scheduler: Any = None
     """The user's scheduler, or None: then the learning rate is a pure function of phase and step."""
+    activity: Activity = field(default_factory=Activity)
+    """What the main thread is doing, which trainer/watch.py watches."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,8 @@ class StepTotals:
     weight: float
     cells: float
     tokens: float
+    is_asked_to_stop: bool = False
+    """Whether any rank was asked to end with a checkpoint."""
 
 
 def train(run: Run) -> None:
@@ -64,16 +73,23 @@ def train(run: Run) -> None:
         )
     for phase in run.phases[run.progress.phase_index :]:
         begin_phase(run, phase)
+        if run.progress.evaluation_due:
+            evaluate_at_last(run, phase)
         while not is_over(run.progress, phase):
             run_epoch(run, phase, meters)
         run.progress.next_phase()
-        run.saver.save(run)
+        save(run)
         phase.close()
 
 
 def begin_phase(run: Run, phase: Phase) -> None:
-    """Announce a phase; one that sets a rate starts the user's scheduler afresh from it."""
+    """Announce a phase, start and hold still what it says; one that sets a rate starts the user's scheduler afresh."""
     run.recorder.phase_begins(phase, run.progress)
+    if phase.config.epochs > 0:
+        if phase.config.reinitialise and run.progress.phase_step == 0:
+            where = f"datasets.{phase.index}.reinitialise"
+            run.strategy.start_anew(phase.config.reinitialise, run.config.seed + 1 + phase.index, where)
+        run.strategy.hold_still(phase.config.freeze)
     groups = run.strategy.optimizer.param_groups
     rates = base_learning_rates(phase.config, groups)
     if run.scheduler is not None and run.progress.phase_step == 0 and sets_rate(phase):
@@ -87,15 +103,22 @@ def run_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     meters.restart_clock()
     with contextlib.closing(phase.loader.steps(progress.epoch, progress.epoch_step, stop)) as steps:
         while progress.epoch_step < stop:
+            run.activity.begin("waiting for data", progress.global_step + 1)
             micro_batches = meters.next_of(steps)
             if micro_batches is None:
                 break
+            run.activity.begin("agreeing on the step", progress.global_step + 1, is_collective=True)
             totals = add_up(run, micro_batches)
             if totals.cells == 0:  # the streams of all ranks have run dry
                 break
+            if totals.is_asked_to_stop and not phase.loader.may_run_dry:
+                leave(run, meters)
+            run.activity.begin("forward and backward", progress.global_step + 1, is_collective=True)
             train_step(run, phase, micro_batches, totals, meters)
             epoch_is_over = progress.epoch_step == stop and not phase.loader.may_run_dry
             after_step(run, phase, meters, epoch_is_over)
+            if totals.is_asked_to_stop:  # a stream cannot give back a step that it has yielded
+                leave(run, meters)
     end_epoch(run, phase, meters)
 
 
@@ -107,20 +130,19 @@ def train_step(
     rates = set_rates(run, phase)
     sums, norm, is_good = LossSum(), None, False
     if totals.weight > 0:
+        doubt: Any = 0.0  # NaN from the first loss on that is not finite: it makes the gradient NaN, on every rank
         for index, (micro, weight) in enumerate(zip(micro_batches, totals.weights, strict=True)):
-            # DDP averages gradients over ranks, so each rank's sum is scaled up by their number; a rank without
+            # Gradients are averaged over ranks, so each rank's sum is scaled up by their number; a rank without
             # cells runs the same passes at weight 0.
             scale = run.ranks.count / totals.weight if weight > 0 else 0.0
             with strategy.accumulation(is_last=index == len(micro_batches) - 1):
                 batch = move_to_device(micro.batch, strategy.device)
                 output = strategy.module(batch, progress.phase_step, phase.total_steps)
-                strategy.backward(output.sum * scale)
+                if weight > 0:
+                    doubt = doubt + 0.0 * output.sum.detach()
+                strategy.backward(output.sum * (scale + doubt))
             sums.add(output.sum, output.metrics, counts=weight > 0)
-        strategy.drop_gradients(frozen_names(run, phase))
-        norm = strategy.clip_gradients(run.config.max_grad_norm)
-        is_good = run.ranks.max([not all(map(math.isfinite, (float(norm), *sums.to_host()[:1])))])[0] == 0
-        strategy.step() if is_good else strategy.discard()
-        strategy.zero_gradients()
+        norm, is_good = strategy.step()
     if run.scheduler is not None:
         run.scheduler.step()
     count_step(progress, totals, is_good)
@@ -149,7 +171,7 @@ def after_step(run: Run, phase: Phase, meters: Meters, epoch_is_over: bool) -> N
     if evaluates:
         evaluate(run, phase)
     if saves:
-        run.saver.save(run)
+        save(run)
     if evaluates or saves:
         meters.restart_clock()
 
@@ -165,28 +187,43 @@ def end_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     if phase.validation is not None and (by_steps or is_last or is_due(progress.epoch, every)):
         evaluate(run, phase)
     if not is_last:
-        run.saver.save(run)
+        save(run)
+
+
+def evaluate_at_last(run: Run, phase: Phase) -> None:
+    """Make up for an evaluation that a request to stop cut short, and for the save that would have followed."""
+    progress, is_epoch_end = run.progress, run.progress.epoch_step == 0
+    if phase.validation is not None:
+        evaluate(run, phase)
+    progress.evaluation_due = 0
+    if not is_over(progress, phase) if is_epoch_end else is_due(progress.global_step, phase.config.save_every_steps):
+        save(run)
 
 
 @torch.no_grad()
 def evaluate(run: Run, phase: Phase) -> None:
     """Compute the mean validation loss over all ranks' cells, record it, and remember it for the next checkpoint."""
-    strategy, sums, totals = run.strategy, LossSum(), [0.0, 0.0]
-    limit = phase.config.validation_steps
+    strategy, progress, sums, totals = run.strategy, run.progress, LossSum(), [0.0, 0.0]
+    limit, before = phase.config.validation_steps, random_state()
+    progress.evaluation_due = 1
     strategy.module.eval()
     with contextlib.closing(phase.validation.evaluation_steps(limit)) as steps:
-        for index, micro_batches in enumerate(steps):
+        for index, micro_batches in enumerate(waited_for(run, steps)):
             if limit is not None and index >= limit:
                 break
-            if phase.validation.may_run_dry and add_up(run, micro_batches).cells == 0:
+            step = add_up(run, micro_batches)
+            if step.is_asked_to_stop:
+                set_random_state(before)  # the evaluation begins anew at the next start
+                leave(run)
+            if step.cells == 0:  # the streams of all ranks have run dry
                 break
-            for micro in micro_batches:
-                weight = run.module.weight(micro.batch) if micro.num_cells else 0.0
+            for micro, weight in zip(micro_batches, step.weights, strict=True):
                 batch = move_to_device(micro.batch, strategy.device)
-                output = strategy.module(batch, run.progress.phase_step, phase.total_steps)
+                output = strategy.module(batch, progress.phase_step, phase.total_steps)
                 sums.add(output.sum, output.metrics, counts=weight > 0)
                 totals = [totals[0] + weight, totals[1] + micro.num_cells]
     strategy.module.train()
+    progress.evaluation_due = 0
     *values, weight, cells = run.ranks.sum([*sums.to_host(), *totals])
     means = {name: value / weight for name, value in zip(sums.names, values, strict=True)} if weight else {}
     run.recorder.evaluated(
@@ -196,12 +233,46 @@ def evaluate(run: Run, phase: Phase) -> None:
 
 
 def add_up(run: Run, micro_batches: list[MicroBatch]) -> StepTotals:
-    """Agree on a step's weight, cells and tokens over all ranks, before any forward pass."""
+    """Agree on a step's weight, cells and tokens, and on requests to stop, before any forward pass."""
     weights = [run.module.weight(micro.batch) if micro.num_cells else 0.0 for micro in micro_batches]
     cells = sum(micro.num_cells for micro in micro_batches)
     tokens = sum(count_tokens(micro.batch) for micro in micro_batches if micro.num_cells)
-    weight, cells, tokens = run.ranks.sum([sum(weights), cells, tokens])
-    return StepTotals(weights, weight, cells, tokens)
+    is_asked = stop_request(run) is not None
+    weight, cells, tokens, asked = run.ranks.sum([sum(weights), cells, tokens, is_asked])
+    return StepTotals(weights, weight, cells, tokens, asked > 0)
+
+
+def waited_for(run: Run, steps: Iterator[list[MicroBatch]]) -> Iterator[list[MicroBatch]]:
+    """Yield the steps of an evaluation, and tell the watch which time went into waiting for one."""
+    while True:
+        run.activity.begin("waiting for validation data", run.progress.global_step)
+        micro_batches = next(steps, None)
+        run.activity.begin("evaluation", run.progress.global_step, is_collective=True)
+        if micro_batches is None:
+            return
+        yield micro_batches
+
+
+def save(run: Run) -> None:
+    """Hand the run's state to the writer; saving waits for files, not for other ranks' steps."""
+    run.activity.begin("saving", run.progress.global_step)
+    run.saver.save(run)
+
+
+def stop_request(run: Run) -> str | None:
+    """Return what asks this rank to end; the clock of rank 0 decides on the time limit."""
+    return preemption.request(run.config.max_wall_seconds if run.ranks.is_main else None)
+
+
+def leave(run: Run, meters: Meters | None = None) -> NoReturn:
+    """Save where the run stands, complete on every rank, and end it; all ranks have agreed on it."""
+    if meters is not None:
+        run.recorder.write(meters.take())
+    request = preemption.agreed_request(run.ranks, stop_request(run))
+    run.activity.begin("saving before the end", run.progress.global_step)
+    run.saver.save_for_good(run)
+    step = run.progress.global_step
+    raise Preempted(f"{request} at step {step}; checkpoint_{step} is complete, and resume_from: auto goes on from it")
 
 
 def count_step(progress: Progress, totals: StepTotals, is_good: bool) -> None:
@@ -236,7 +307,10 @@ def set_rates(run: Run, phase: Phase) -> dict[str, float]:
         set_learning_rates(groups, base_learning_rates(phase.config, groups), factor)
     rates = {"lr": float(groups[0]["lr"])}
     if len(groups) > 1:
-        rates |= {f"lr/{group.get('name', index)}": float(group["lr"]) for index, group in enumerate(groups)}
+        rates |= {
+            f"lr/{group.get('name', group.get('part_of', index))}": float(group["lr"])
+            for index, group in enumerate(groups)
+        }
     return rates
 
 
@@ -248,11 +322,6 @@ def position(progress: Progress, phase: Phase) -> dict[str, Any]:
         "phase_step": progress.phase_step,
         "epoch": progress.epoch,
     }
-
-
-def frozen_names(run: Run, phase: Phase) -> list[str]:
-    """Return the parameters that this phase holds still."""
-    return [name for name, _ in run.module.named_parameters() if is_frozen(name, phase.config.freeze)]
 
 
 def count_tokens(batch: dict[str, Any]) -> int:
@@ -287,8 +356,8 @@ def rehearse(run: Run) -> None:
             batch = move_to_device(micro_batches[0].batch, run.strategy.device)
             output = run.strategy.module(batch, 0, phase.total_steps)
             run.strategy.backward(output.sum * (run.ranks.count / totals.weight if weight > 0 else 0.0))
-        norm = run.strategy.clip_gradients(None)
-        run.strategy.zero_gradients()
+        run.strategy.hold_all()
+        norm, _ = run.strategy.step()
         loss = float(output.sum.detach()) / weight if weight else float("nan")
         notice(
             f"dry run: phase '{phase.name}' loss {loss:.4f}, gradient norm {float(norm):.4f} on one micro-batch"

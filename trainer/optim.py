@@ -100,17 +100,18 @@ def mark_trainable(config: RunConfig, trained: nn.Module) -> None:
     """Turn gradients off for parameters that every phase freezes; the others stay with the optimizer throughout.
 
     Raises:
-        ConfigError: a `freeze` pattern matches no parameter.
+        ConfigError: a `freeze` or `reinitialise` pattern matches no parameter.
     """
     running = [phase for phase in config.datasets if phase.epochs > 0]
     for phase in running:
-        for pattern in phase.freeze:
-            if not any(re.search(pattern, own_name(name)) for name, _ in trained.named_parameters()):
-                raise ConfigError(
-                    f"datasets '{phase.name}': freeze pattern {pattern!r} matches no parameter of the model"
-                )
+        for key, patterns in (("freeze", phase.freeze), ("reinitialise", phase.reinitialise)):
+            for pattern in patterns:
+                if not any(matches(name, [pattern]) for name, _ in trained.named_parameters()):
+                    raise ConfigError(
+                        f"datasets '{phase.name}': {key} pattern {pattern!r} matches no parameter of the model"
+                    )
     for name, parameter in trained.named_parameters():
-        if running and all(is_frozen(name, phase.freeze) for phase in running):
+        if running and all(matches(name, phase.freeze) for phase in running):
             parameter.requires_grad_(False)
 
 
@@ -119,7 +120,7 @@ def own_name(name: str) -> str:
     return name.removeprefix("model.")
 
 
-def is_frozen(name: str, patterns: Iterable[str]) -> bool:
+def matches(name: str, patterns: Iterable[str]) -> bool:
     """Tell whether one of the regular expressions is found in the name that a parameter's model knows it by."""
     return any(re.search(pattern, own_name(name)) for pattern in patterns)
 

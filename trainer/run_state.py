@@ -1,34 +1,34 @@
 """What a checkpoint holds, and how a run is put back to it: everything that the next step depends on."""
 
 import dataclasses
-import random
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
+from trainer import zero
 from trainer.checkpoint import CheckpointWriter, SavedCheckpoint
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
 from trainer.loop import Run
-from trainer.optim import parameter_names
 from trainer.phases import DataFacts, Phase
 from trainer.progress import Progress
+from trainer.random_state import random_state, seed_dropout, set_random_state
+from trainer.shards import SHARD, open_tensors
 
 
 class Saver:
     """Write the run's checkpoints."""
 
     def __init__(
-        self, writer: CheckpointWriter, config: RunConfig, facts: DataFacts, last_step: int | None
+        self, writer: CheckpointWriter, config: RunConfig, facts: DataFacts, last: Progress | None
     ) -> None:
-        """Take the writer and what does not change; `last_step` is the step that the run was resumed from."""
+        """Take the writer and what does not change; `last` is the progress that the run was resumed from."""
         self._writer = writer
         self._config = config
         self._facts = facts
-        self._last_step = last_step
+        self._last = None if last is None else last.to_dict()
         self._metric: float | None = None
         self._metric_phase = ""
 
@@ -37,11 +37,11 @@ class Saver:
         self._metric, self._metric_phase = validation_loss, phase
 
     def save(self, run: Run) -> None:
-        """Copy the run's state and let the writer write it; one checkpoint for a step at the most."""
+        """Copy the run's state and let the writer write it; nothing where this progress was saved last."""
         step = run.progress.global_step
-        if step == self._last_step:
+        if run.progress.to_dict() == self._last:
             return
-        self._last_step = step
+        self._last = run.progress.to_dict()
         run.recorder.sync()
         shared = collect_shared(run, self._config, self._facts) if run.ranks.is_main else {}
         phase = run.phases[min(run.progress.phase_index, len(run.phases) - 1)]
@@ -51,9 +51,17 @@ class Saver:
             "progress": run.progress.to_dict(),
         }
         rank_files = {"rank_state": collect_rank(run)}
+        shard = run.strategy.shard()
+        if shard is not None:
+            rank_files[SHARD] = shard
         self._writer.save(step, rank_files, shared, metric=self._metric, summary=summary)
         self._metric = None
         run.recorder.saved(step, f"checkpoint_{step}", self._writer.stall_seconds)
+
+    def save_for_good(self, run: Run) -> None:
+        """Save as `save` does, and return when all that was saved is complete on every rank."""
+        self.save(run)
+        self._writer.wait()
 
 
 def collect_shared(run: Run, config: RunConfig, facts: DataFacts) -> dict[str, Any]:
@@ -61,12 +69,8 @@ def collect_shared(run: Run, config: RunConfig, facts: DataFacts) -> dict[str, A
     module, strategy = run.module, run.strategy
     state: dict[str, Any] = {
         "progress": run.progress.to_dict(),
-        "optimizer": strategy.optimizer.state_dict(),
-        "parameter_names": parameter_names(strategy.optimizer, module),
+        **strategy.shared_state(),
         "scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
-        "gradient_scaler": None
-        if strategy.gradient_scaler is None
-        else strategy.gradient_scaler.state_dict(),
         "technical_batches": facts.technical_batches,
         "n_technical_batches": facts.n_technical_batches,
         "trackers": run.recorder.tracker_state(),
@@ -75,7 +79,7 @@ def collect_shared(run: Run, config: RunConfig, facts: DataFacts) -> dict[str, A
     if isinstance(module.loss, nn.Module):
         state["loss"] = dict(module.loss.state_dict())
     files: dict[str, Any] = {
-        "model.safetensors": dict(module.model.state_dict()),
+        "model.safetensors": strategy.weights(),
         "run_state.safetensors": state,
         "config.yaml": dump_yaml(config),
     }
@@ -101,20 +105,20 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
     state = saved.shared("run_state.safetensors")
     check_trajectory(state["trajectory"], trajectory(config, run.phases), saved)
     check_facts(state, saved, facts)
-    load_weights(run.module.model, saved.shared("model.safetensors"), str(saved.folder))
+    tensors = open_tensors(saved, run.ranks.index if saved.world_size == run.ranks.count else None)
+    check_fit(run.module.model, tensors.shapes(), str(saved.folder))
+    names = run.strategy.group_names
+    if state["group_names"] != names:
+        raise CheckpointError(
+            f"{saved.folder}: its optimizer holds {_groups(state['group_names'])}, this run's {_groups(names)}; "
+            "resume with the optimizer, freezing and reinitialising that it was saved with, or start from its weights "
+            "with init_from"
+        )
     if isinstance(run.module.loss, nn.Module):
         run.module.loss.load_state_dict(state["loss"])
-    names = parameter_names(run.strategy.optimizer, run.module)
-    if state["parameter_names"] != names:
-        raise CheckpointError(
-            f"{saved.folder}: its optimizer holds {_groups(state['parameter_names'])}, this run's {_groups(names)}; "
-            "resume with the optimizer and freezing that it was saved with, or start from its weights with init_from"
-        )
-    run.strategy.optimizer.load_state_dict(state["optimizer"])
+    run.strategy.load(tensors, state)
     if run.scheduler is not None and state["scheduler"] is not None:
         run.scheduler.load_state_dict(state["scheduler"])
-    if run.strategy.gradient_scaler is not None and state["gradient_scaler"] is not None:
-        run.strategy.gradient_scaler.load_state_dict(state["gradient_scaler"])
     for field in dataclasses.fields(Progress):
         setattr(run.progress, field.name, getattr(Progress.from_dict(state["progress"]), field.name))
     return _restore_rank(run, saved, config)
@@ -216,55 +220,30 @@ def check_gene_space(text: str, facts: DataFacts, where: str) -> None:
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
-    """Load weights strictly: every name and every shape must be the model's."""
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{name} is {list(weights[name].shape)} there and {list(own[name].shape)} here"
-        for name in sorted(own.keys() & weights.keys())
-        if own[name].shape != weights[name].shape
+    """Load weights strictly, into a model whose parameters may be sharded."""
+    check_fit(module, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        with zero.gathered_where_divided([tensor]), torch.no_grad():
+            tensor.copy_(weights[name])
+
+
+def check_fit(module: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
+    """Compare the names and shapes of saved weights with the model's; all must be there and none else."""
+    own = {name: zero.whole_shape(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+    missing, unexpected = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
+    other = [
+        f"{name} is {list(shapes[name])} there and {list(own[name])} here"
+        for name in sorted(own.keys() & shapes.keys())
+        if own[name] != tuple(shapes[name])
     ]
     problems = [f"it lacks {', '.join(missing[:6])}"] if missing else []
     problems += [f"it has {', '.join(unexpected[:6])}, which the model has not"] if unexpected else []
-    problems += shapes[:6]
+    problems += other[:6]
     if problems:
         raise CheckpointError(
-            f"{where} does not fit the model ({len(missing)} names missing, {len(unexpected)} unknown, {len(shapes)} "
+            f"{where} does not fit the model ({len(missing)} names missing, {len(unexpected)} unknown, {len(other)} "
             f"of another shape): {'; '.join(problems)}"
         )
-    module.load_state_dict(weights)
-
-
-def random_state() -> dict[str, Any]:
-    """Return the state of every random number generator of this process."""
-    numpy_state: Any = np.random.get_state()
-    version, numbers, gauss = random.getstate()
-    return {
-        "python": [version, list(numbers), gauss],
-        "numpy": [numpy_state[0], np.asarray(numpy_state[1]), *numpy_state[2:]],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `random_state` returned."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    np.random.set_state(tuple(state["numpy"]))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def seed_dropout(seed: int, rank: int, global_step: int) -> None:
-    """Seed every generator for this rank: ranks hold the same weights but must not share dropout masks."""
-    from data.hashing import stateless_hash
-
-    key = int(stateless_hash(seed, global_step, index=np.array([rank]))[0])
-    random.seed(key)
-    np.random.seed(key % 2**32)
-    torch.manual_seed(key % 2**63)
 
 
 def _groups(names: list[list[str]]) -> str:

@@ -4,6 +4,7 @@ A file holds the tensors under the path at which they stand in the tree ("model.
 dict of weights is an ordinary safetensors file; the rest of the tree is JSON in the file's metadata.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -126,28 +127,66 @@ def write_tree(sink: BinarySink, tree: Tree) -> None:
 
 def load_tree(path: str | Path, device: str | torch.device = "cpu") -> Tree:
     """Read the tree that `save_tree` wrote, its tensors in fresh memory on `device`."""
+    return _read_tree(path, device, is_lazy=False)
+
+
+class LazyTensor:
+    """Stand for a tensor of a state file, or for a stretch of a one-dimensional one, until it is read."""
+
+    def __init__(self, file: Any, name: str, path: str) -> None:
+        """Take the open file, which stays open as long as this object lives."""
+        self._file = file
+        self._name = name
+        self._path = path
+        self.shape: tuple[int, ...] = tuple(file.get_slice(name).get_shape())
+
+    def read(self, start: int | None = None, stop: int | None = None) -> torch.Tensor:
+        """Return the tensor, or the values from `start` to `stop` of a one-dimensional one, in fresh memory."""
+        try:
+            if start is None and stop is None:
+                return self._file.get_tensor(self._name).clone()
+            return self._file.get_slice(self._name)[start:stop].clone()
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._path}: {self._name} cannot be read ({error})") from error
+
+
+def open_tree(path: str | Path) -> Tree:
+    """Open the tree that `save_tree` wrote with a `LazyTensor` in the place of every tensor of a common dtype."""
+    return _read_tree(path, "cpu", is_lazy=True)
+
+
+def _read_tree(path: str | Path, device: str | torch.device, *, is_lazy: bool) -> Tree:
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
+        with contextlib.ExitStack() as stack:
+            file: Any = safe_open(str(path), framework="pt", device="cpu")
+            if not is_lazy:
+                stack.enter_context(file)  # a lazy tree keeps its file open
             metadata = file.metadata() or {}
             names = set(file.keys())
-            cache: dict[str, torch.Tensor] = {}
+            cache: dict[str, Any] = {}
+
+            def check(name: str) -> None:
+                if name not in names:
+                    raise CheckpointError(f"{path}: its tree names the tensor {name!r}, which the file lacks")
 
             def read(name: str) -> torch.Tensor:
                 # Copied, because later damage to the mapped file must not reach a running training.
                 if name not in cache:
-                    if name not in names:
-                        raise CheckpointError(
-                            f"{path}: its tree names the tensor {name!r}, which the file lacks"
-                        )
+                    check(name)
                     cache[name] = file.get_tensor(name).to(device, copy=True)
                 return cache[name]
+
+            def read_later(name: str) -> LazyTensor:
+                check(name)
+                return LazyTensor(file, name, str(path))
 
             if metadata.get("format") != FORMAT or "tree" not in metadata:
                 raise CheckpointError(
                     f"{path}: a safetensors file, but not a state file of this program "
                     f"(format {metadata.get('format')!r}, expected {FORMAT!r})"
                 )
-            return _Restorer(read, str(path)).value(json.loads(metadata["tree"]))
+            restorer = _Restorer(read, str(path), read_later=read_later if is_lazy else None)
+            return restorer.value(json.loads(metadata["tree"]))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except CheckpointError:
@@ -281,9 +320,15 @@ class _Restorer:
     """Turn JSON values and named tensors back into the tree; anything unexpected in them is an error."""
 
     def __init__(
-        self, read: Callable[[str], torch.Tensor], source: str, *, stored_as_bytes: bool = True
+        self,
+        read: Callable[[str], torch.Tensor],
+        source: str,
+        *,
+        stored_as_bytes: bool = True,
+        read_later: Callable[[str], LazyTensor] | None = None,
     ) -> None:
         self._read = read
+        self._read_later = read_later
         self._source = source
         self._stored_as_bytes = stored_as_bytes
         self._reshaped: dict[str, torch.Tensor] = {}
@@ -319,8 +364,10 @@ class _Restorer:
             return self._read(content).cpu().numpy().tobytes()
         raise ValueError(f"unknown tag {tag!r}")
 
-    def _tensor(self, node: dict[str, Any]) -> torch.Tensor:
+    def _tensor(self, node: dict[str, Any]) -> torch.Tensor | LazyTensor:
         name = node["tensor"]
+        if self._read_later is not None and "dtype" not in node:
+            return self._read_later(name)
         tensor = self._read(name)
         if "dtype" not in node or not self._stored_as_bytes:
             return tensor

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.loader import DrawKey
+from trainer import zero
 from trainer.checkpoint import list_checkpoints, open_checkpoint
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
@@ -17,6 +18,7 @@ from trainer.loop import Run
 from trainer.phases import DataFacts, Phase
 from trainer.reference_checkpoint import load_reference_checkpoint
 from trainer.run_state import check_gene_space, load_weights
+from trainer.shards import full_weights
 
 PRIOR_CELLS = 4096
 """Training cells of each phase that a model may take its priors from."""
@@ -38,7 +40,10 @@ def initialise_weights(
     arguments: dict[str, Any] = {}
     if "gene_ids" in inspect.signature(hook).parameters:
         arguments["gene_ids"] = None if facts.gene_space is None else facts.gene_space.ids
-    account: Any = hook(unmasked_batches(config, phases), **arguments) or {}
+    # Under ZeRO-3 the hook must find what it writes whole: what the model says, or else everything.
+    written = getattr(model, "data_initialised_parameters", model.parameters)
+    with zero.gathered_where_divided(list(written())):
+        account: Any = hook(unmasked_batches(config, phases), **arguments) or {}
     done = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in account.items())
     return [f"weights started from the data: {done}"] if done else []
 
@@ -67,7 +72,7 @@ def load_initial_weights(path: Path, model: nn.Module, facts: DataFacts) -> str:
                 f"init_from: {path} is neither a checkpoint nor a run folder with a complete one"
             )
         saved = open_checkpoint(folder if folder is not None else complete[-1])
-        weights: dict[str, Tensor] = saved.shared("model.safetensors")
+        weights: dict[str, Tensor] = full_weights(saved)
         genes = saved.text("genes.json") if saved.has("genes.json") else None
     elif not path.is_file():
         raise CheckpointError(f"init_from: {path} does not exist")
@@ -92,6 +97,11 @@ def restore_reference_checkpoint(path: Path, run: Run) -> list[str]:
     """
     saved = load_reference_checkpoint(path)
     load_weights(run.module.model, saved.model_state_dict, str(path))
+    if run.strategy.is_sharded:
+        raise CheckpointError(
+            f"{path} holds a whole optimizer state, which ZeRO cannot take; resume it once without DeepSpeed and go on "
+            "from the checkpoint of that, or take its weights alone with init_from"
+        )
     if saved.optimizer_state_dict is not None:
         theirs = [len(group["params"]) for group in saved.optimizer_state_dict["param_groups"]]
         ours = [len(group["params"]) for group in run.strategy.optimizer.param_groups]

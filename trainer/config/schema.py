@@ -244,6 +244,10 @@ class PhaseConfig(Section):
     freeze: Patterns = Field(
         default=(), description="Regular expressions on parameter names that are held still in this phase"
     )
+    reinitialise: Patterns = Field(
+        default=(),
+        description="Regular expressions on names of parameters that start anew with this phase, moments included",
+    )
 
 
 @dataclass(frozen=True)
@@ -340,6 +344,11 @@ class RunConfig(Section):
     )
     distributed_timeout_seconds: PositiveCount = Field(
         default=1800, description="A collective that waits longer than this fails (seconds)"
+    )
+    max_wall_seconds: PositiveCount | None = Field(
+        default=None,
+        description="The run saves a checkpoint and ends with exit code 75 after this time since its process started, "
+        "to be resumed (seconds; null: no limit)",
     )
     num_threads: PositiveCount | None = Field(
         default=None, description="CPU threads of torch per rank (threads; null: left alone)"

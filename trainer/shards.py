@@ -1,0 +1,201 @@
+"""Weights and optimizer state of a checkpoint by parameter name, whether one rank saved them whole or all in parts.
+
+Under ZeRO each rank saves, in `shard.rank<rank>.safetensors`, the stretches of the flattened parameters that it steps:
+the fp32 weights and every tensor of optimizer state of that shape, under the parameter's name with the place of the
+stretch. Whoever needs a stretch, on whatever number of ranks and under whatever strategy, reads it from the files that
+overlap it. DeepSpeed's own checkpoints are not used: they are pickles, and its conversion between numbers of ranks
+mixes up the settings of parameter groups and their step counters.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from trainer.checkpoint_folder import SavedCheckpoint
+from trainer.errors import CheckpointError
+from trainer.statefile import LazyTensor
+
+SHARD = "shard"
+"""Name of the ranks' files."""
+
+
+class Tensors(Protocol):
+    """Give the tensors of a checkpoint by parameter name; names start with `model.` or `loss.`."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every entry of the model's state dict, by the model's own names."""
+        ...
+
+    def model_weights(self) -> dict[str, Tensor]:
+        """Return the model's whole state dict."""
+        ...
+
+    def stretch(self, name: str, start: int, num: int, key: str | None = None) -> Tensor | None:
+        """Return a stretch of a flattened parameter, or of a tensor of its optimizer state; None: not saved."""
+        ...
+
+    def optimizer_keys(self, name: str) -> tuple[list[str], dict[str, Any]]:
+        """Return which tensors of optimizer state have the parameter's shape, and the rest by key."""
+        ...
+
+    def optimizer_state(self, name: str) -> dict[str, Any]:
+        """Return a parameter's whole optimizer state, empty where it has none."""
+        ...
+
+
+def open_tensors(saved: SavedCheckpoint, own_rank: int | None = None) -> Tensors:
+    """Open the tensors of a checkpoint; `own_rank`, where the world size is the same, looks into its own file first."""
+    return ShardedTensors(saved, own_rank) if saved.has(SHARD) else WholeTensors(saved)
+
+
+def full_weights(saved: SavedCheckpoint) -> dict[str, Tensor]:
+    """Return the model's whole state dict from any checkpoint; fp32 where training kept its weights in fp32."""
+    return open_tensors(saved).model_weights()
+
+
+class WholeTensors:
+    """Read a checkpoint in which rank 0 saved everything."""
+
+    def __init__(self, saved: SavedCheckpoint) -> None:
+        """Open the checkpoint's files; nothing is read before it is asked for."""
+        self._model = saved.lazy("model.safetensors")
+        state = saved.lazy("run_state.safetensors")
+        self._optimizer: Mapping[str, Mapping[str, Any]] = state["optimizer"] or {}
+        self._loss: Mapping[str, Any] = state.get("loss") or {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every entry of the model's state dict."""
+        return {name: tensor.shape for name, tensor in self._model.items()}
+
+    def model_weights(self) -> dict[str, Tensor]:
+        """Return the model's whole state dict."""
+        return {name: tensor.read() for name, tensor in self._model.items()}
+
+    def stretch(self, name: str, start: int, num: int, key: str | None = None) -> Tensor | None:
+        """Return a stretch of a flattened parameter, or of a tensor of its optimizer state."""
+        if key is None:
+            kind, _, own = name.partition(".")
+            found = (self._loss if kind == "loss" else self._model).get(own)
+        else:
+            found = self._optimizer.get(name, {}).get(key)
+        return None if found is None else found.read().reshape(-1)[start : start + num]
+
+    def optimizer_keys(self, name: str) -> tuple[list[str], dict[str, Any]]:
+        """Return which tensors of optimizer state have the parameter's shape, and the rest by key."""
+        kind, _, own = name.partition(".")
+        shape = (self._loss if kind == "loss" else self._model)[own].shape
+        state = self._optimizer.get(name, {})
+        shaped = [key for key, value in state.items() if isinstance(value, LazyTensor) and value.shape == shape]
+        return shaped, {key: _value(value) for key, value in state.items() if key not in shaped}
+
+    def optimizer_state(self, name: str) -> dict[str, Any]:
+        """Return a parameter's whole optimizer state."""
+        return {key: _value(value) for key, value in self._optimizer.get(name, {}).items()}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    start: int
+    num: int
+    weight: LazyTensor
+    state: Mapping[str, Any]
+    scalars: Mapping[str, Any]
+
+
+class ShardedTensors:
+    """Read a checkpoint in which every rank saved a part."""
+
+    def __init__(self, saved: SavedCheckpoint, own_rank: int | None = None) -> None:
+        """Take the checkpoint; ranks' files are opened as they are needed."""
+        self._saved = saved
+        self._whole = saved.lazy("model.safetensors")
+        state = saved.lazy("run_state.safetensors")
+        self._shapes: dict[str, tuple[int, ...]] = {k: tuple(v) for k, v in state["sharded_shapes"].items()}
+        self._aliases: dict[str, str] = dict(state["aliases"])
+        self._files: dict[int, dict[str, _Piece]] = {}
+        self._own_rank = own_rank
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every entry of the model's state dict."""
+        found = {name: tensor.shape for name, tensor in self._whole.items()}
+        found |= {_own(name): shape for name, shape in self._shapes.items() if name.startswith("model.")}
+        return found | {alias: found[name] for alias, name in self._aliases.items()}
+
+    def model_weights(self) -> dict[str, Tensor]:
+        """Return the model's whole state dict."""
+        weights = {name: tensor.read() for name, tensor in self._whole.items()}
+        for name, shape in self._shapes.items():
+            if name.startswith("model."):
+                flat = self.stretch(name, 0, _numel(shape))
+                assert flat is not None
+                weights[_own(name)] = flat.reshape(shape)
+        return weights | {alias: weights[name] for alias, name in self._aliases.items()}
+
+    def stretch(self, name: str, start: int, num: int, key: str | None = None) -> Tensor | None:
+        """Return a stretch of a flattened parameter, or of a tensor of its optimizer state."""
+        if name not in self._shapes:
+            own = self._whole.get(_own(name))
+            return None if own is None or key is not None else own.read().reshape(-1)[start : start + num]
+        parts: list[tuple[int, Tensor]] = []
+        left = num
+        for piece in self._pieces(name):
+            first, last = max(start, piece.start), min(start + num, piece.start + piece.num)
+            if first >= last:
+                continue
+            source = piece.weight if key is None else piece.state.get(key)
+            if source is None:
+                return None
+            parts.append((first, source.read(first - piece.start, last - piece.start)))
+            left -= last - first
+            if left == 0:
+                break
+        if left:
+            raise CheckpointError(
+                f"{self._saved.folder}: the ranks' shards lack {left} of {num} values of {name} from {start} on"
+            )
+        return torch.cat([part for _, part in sorted(parts, key=lambda found: found[0])])
+
+    def optimizer_keys(self, name: str) -> tuple[list[str], dict[str, Any]]:
+        """Return which tensors of optimizer state have the parameter's shape, and the rest by key."""
+        for piece in self._pieces(name):
+            return list(piece.state), {key: _value(value) for key, value in piece.scalars.items()}
+        return [], {}
+
+    def optimizer_state(self, name: str) -> dict[str, Any]:
+        """Return a parameter's whole optimizer state."""
+        shaped, state = self.optimizer_keys(name)
+        shape = self._shapes.get(name, ())
+        for key in shaped:
+            flat = self.stretch(name, 0, _numel(shape), key)
+            assert flat is not None
+            state[key] = flat.reshape(shape)
+        return state
+
+    def _pieces(self, name: str) -> Iterable[_Piece]:
+        ranks = list(range(self._saved.world_size))
+        if self._own_rank is not None:
+            ranks.sort(key=lambda rank: rank != self._own_rank)
+        for rank in ranks:
+            if rank not in self._files:
+                tree = self._saved.lazy_rank(SHARD, rank)
+                self._files[rank] = {
+                    name: _Piece(p["start"], _numel(p["weight"].shape), p["weight"], p["state"], p["scalars"])
+                    for name, p in tree.items()
+                }
+            if name in self._files[rank]:
+                yield self._files[rank][name]
+
+
+def _value(value: Any) -> Any:
+    return value.read() if isinstance(value, LazyTensor) else value
+
+
+def _own(name: str) -> str:
+    return name.removeprefix("model.")
+
+
+def _numel(shape: Iterable[int]) -> int:
+    return int(torch.Size(shape).numel())

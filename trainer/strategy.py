@@ -1,0 +1,191 @@
+"""How a prepared model takes its steps: one process, or plain data parallelism (DDP). `zero.py` is the other way.
+
+The loop owns the accumulation boundary: gradients are summed over micro-batches and averaged over ranks on the last one,
+with no division by the number of micro-batches.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from trainer.freezing import HeldStill, owners
+from trainer.optim import matches, parameter_names
+from trainer.shards import Tensors
+
+_HOW_IT_IS_COMPUTED = ("fused", "foreach", "capturable", "differentiable", "is_held")
+"""Settings of a parameter group that belong to the machine, not to the run."""
+
+
+class Strategy:
+    """Run backward passes and optimizer steps of a prepared model, and hand over its state by parameter name."""
+
+    is_sharded = False
+    """Whether each rank holds, and saves, a part of weights and optimizer state."""
+
+    name = "DDP"
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        max_grad_norm: float | None,
+    ) -> None:
+        """Prepare the module and its optimizer; call once.
+
+        Args:
+            accelerator: What Accelerate knows of the launch.
+            module: The model with its loss, as built.
+            optimizer: Over the module's own parameters.
+            max_grad_norm: Gradients are scaled to at most this global L2 norm; None leaves them.
+        """
+        self.accelerator = accelerator
+        self.device: torch.device = accelerator.device
+        self.own_module = module
+        self.optimizer = optimizer
+        """The torch optimizer: its groups' settings act under every strategy."""
+        self.group_names = parameter_names(optimizer, module)
+        """The parameters of each group by name, in the optimizer's order."""
+        self._max_grad_norm = max_grad_norm
+        self._held = HeldStill(optimizer, [list(group["params"]) for group in optimizer.param_groups])
+        self.module: Any = self._prepare()
+
+    def _prepare(self) -> Any:
+        self._parameters = [p for p in self.own_module.parameters() if p.requires_grad]
+        module, self._stepper = self.accelerator.prepare(self.own_module, self.optimizer)
+        return module
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one micro-batch's gradient."""
+        self.accelerator.backward(loss)
+
+    @contextlib.contextmanager
+    def accumulation(self, is_last: bool) -> Iterator[None]:
+        """Wrap a micro-batch's forward and backward; gradients cross ranks in the last one only."""
+        with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
+            yield
+
+    def step(self) -> tuple[float, bool]:
+        """Clip, update, drop the gradients; return their global L2 norm and whether the update took place.
+
+        A norm that is not finite leaves the update out, on every rank alike: all have the same gradients.
+        """
+        self.accelerator.unscale_gradients()
+        limit = math.inf if self._max_grad_norm is None else self._max_grad_norm
+        norm = float(nn.utils.clip_grad_norm_(self._parameters, limit))
+        is_good = math.isfinite(norm)
+        # fp16's loss scaler leaves a bad update out by itself, and has to learn of it.
+        if is_good or self.accelerator.scaler is not None:
+            self._stepper.step()
+        self._stepper.zero_grad()
+        return norm, is_good
+
+    def hold_still(self, patterns: Sequence[str]) -> None:
+        """Hold the parameters of these patterns still from here on, and no others."""
+        self._held.hold(self._groups_of(patterns))
+
+    def hold_all(self) -> None:
+        """Let steps compute their norm and change nothing."""
+        self._held.hold(range(len(self.group_names)))
+
+    def start_anew(self, patterns: Sequence[str], seed: int, where: str) -> None:
+        """Draw the parameters of these patterns anew, the same on every rank, and forget their moments.
+
+        Raises:
+            ConfigError: a module cannot draw its parameters alone.
+        """
+        chosen = self._groups_of(patterns)
+        names = [name for name, _ in self.own_module.named_parameters() if matches(name, patterns)]
+        modules = owners(self.own_module, names, where)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            for module in modules:
+                with self.gathered(list(module.parameters(recurse=False))), torch.no_grad():
+                    module.reset_parameters()  # type: ignore[operator]
+        self._forget(chosen)
+
+    def _groups_of(self, patterns: Sequence[str]) -> list[int]:
+        return [
+            index
+            for index, names in enumerate(self.group_names)
+            if names and all(matches(name, patterns) for name in names)
+        ]
+
+    def _forget(self, groups: Iterable[int]) -> None:
+        for index in groups:
+            for parameter in self.optimizer.param_groups[index]["params"]:
+                self.optimizer.state.pop(parameter, None)
+
+    @contextlib.contextmanager
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Have whole parameters within the block, where each rank holds a part of them."""
+        yield
+
+    def num_parameters(self, *, trained: bool = False) -> int:
+        """Return the number of weights, or of those that train."""
+        return sum(p.numel() for p in self.own_module.parameters() if p.requires_grad or not trained)
+
+    def shared_state(self) -> dict[str, Any]:
+        """Return what rank 0 saves for all: the groups' settings, and the state that is not sharded."""
+        return {
+            "groups": group_settings(self.optimizer),
+            "group_names": self.group_names,
+            "optimizer": self._optimizer_state(),
+            "gradient_scaler": None
+            if self.accelerator.scaler is None
+            else self.accelerator.scaler.state_dict(),
+        }
+
+    def _optimizer_state(self) -> dict[str, Any] | None:
+        names = {
+            id(parameter): name
+            for group, members in zip(self.optimizer.param_groups, self.group_names, strict=True)
+            for parameter, name in zip(group["params"], members, strict=True)
+        }
+        return {names[id(parameter)]: dict(state) for parameter, state in self.optimizer.state.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the entries of the model's state dict that rank 0 saves, by the model's own names."""
+        return dict(self.own_module.model.state_dict())  # type: ignore[union-attr]
+
+    def shard(self) -> dict[str, Any] | None:
+        """Return this rank's part of weights and optimizer state, or None where nothing is sharded."""
+        return None
+
+    def load(self, tensors: Tensors, state: dict[str, Any]) -> None:
+        """Take the weights and the optimizer's state of a checkpoint, whatever strategy and world size saved it.
+
+        Names and shapes have been compared before.
+        """
+        module = self.own_module
+        module.model.load_state_dict(tensors.model_weights())  # type: ignore[union-attr]
+        own = {name: index for index, name in enumerate(n for names in self.group_names for n in names)}
+        settings, first = [], 0
+        for group, names in zip(state["groups"], self.group_names, strict=True):
+            settings.append({**group, "params": list(range(first, first + len(names)))})
+            first += len(names)
+        states = {own[name]: tensors.optimizer_state(name) for name in own}
+        machine = [{key: group[key] for key in _HOW_IT_IS_COMPUTED if key in group} for group in self._groups()]
+        self.optimizer.load_state_dict(
+            {"state": {index: held for index, held in states.items() if held}, "param_groups": settings}
+        )
+        for group, kept in zip(self._groups(), machine, strict=True):
+            group.update(kept)
+        if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return each group's settings without its parameters."""
+    leave_out = ("params", *_HOW_IT_IS_COMPUTED)
+    return [
+        {key: value for key, value in group.items() if key not in leave_out} for group in optimizer.param_groups
+    ]
