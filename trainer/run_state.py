@@ -73,6 +73,8 @@ def collect_shared(run: Run, config: RunConfig, facts: DataFacts) -> dict[str, A
         "scheduler": None if run.scheduler is None else run.scheduler.state_dict(),
         "technical_batches": facts.technical_batches,
         "n_technical_batches": facts.n_technical_batches,
+        "sizes": facts.sizes,
+        "value_kinds": value_kinds(run.phases),
         "trackers": run.recorder.tracker_state(),
         "trajectory": trajectory(config, run.phases),
     }
@@ -86,6 +88,16 @@ def collect_shared(run: Run, config: RunConfig, facts: DataFacts) -> dict[str, A
     if facts.gene_space is not None:
         files["genes.json"] = facts.gene_space.to_json()
     return files
+
+
+def value_kinds(phases: list[Phase]) -> dict[str, str]:
+    """Return by phase what its cells' values are (`counts`, `lognorm`), of those whose data tells it."""
+    kinds = {}
+    for phase in phases:
+        facts = getattr(getattr(phase.loader, "source", None), "facts", dict)()
+        if facts.get("value_kind") is not None:
+            kinds[phase.name] = facts["value_kind"]
+    return kinds
 
 
 def collect_rank(run: Run) -> dict[str, Any]:
