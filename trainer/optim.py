@@ -92,7 +92,7 @@ class UserScheduler:
 
 def parameter_names(optimizer: torch.optim.Optimizer, trained: nn.Module) -> list[list[str]]:
     """Return the names of the parameters in each group, in the optimizer's order."""
-    names = {id(parameter): own_name(name) for name, parameter in trained.named_parameters()}
+    names = {id(parameter): name for name, parameter in trained.named_parameters()}
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
