@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.errors import DataError
+from data.worker_process import start_fork_server, worker_init
 
 Item = TypeVar("Item")
 Key = TypeVar("Key")
@@ -81,6 +82,7 @@ class WorkerPool(Generic[Key, Item]):
             prefetch_factor=max(1, -(-depth // num_workers)),
             persistent_workers=True,
             multiprocessing_context="forkserver",
+            worker_init_fn=worker_init(),
             # Its own generator: the global one, which dropout draws from, must not move.
             generator=torch.Generator(),
         )
@@ -91,6 +93,7 @@ class WorkerPool(Generic[Key, Item]):
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Got pickle error", category=UserWarning)
+                start_fork_server()
                 iterator = iter(self._loader)
         except (AttributeError, TypeError, pickle.PicklingError) as error:
             if "pickle" not in str(error):

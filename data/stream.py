@@ -12,6 +12,7 @@ from data.errors import DataError
 from data.hashing import stateless_hash
 from data.loader import MicroBatch
 from data.technical_batches import BatchIndexer, batch_size
+from data.worker_process import worker_init
 
 
 class StreamLoader:
@@ -39,6 +40,8 @@ class StreamLoader:
     ) -> None:
         """Take the loader, what completes its batches, and the longest rank's number of micro-batches if known."""
         self.loader = loader
+        if loader.num_workers:
+            loader.worker_init_fn = worker_init(loader.worker_init_fn)
         self.indexer = indexer
         self.accumulation = accumulation
         self.seed = seed

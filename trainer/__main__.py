@@ -4,6 +4,7 @@ import importlib
 import sys
 from typing import NamedTuple
 
+from trainer import preemption
 from trainer.exits import USER_MISTAKE, is_main_process, run_command
 
 
@@ -23,6 +24,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["train"]:
+        preemption.install()  # importing the command takes seconds, in which a signal would be lost
     if argv and argv[0] in COMMANDS:
         return run_command(lambda: importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:]))
     is_help = bool(argv) and argv[0] in ("-h", "--help")

@@ -18,7 +18,7 @@ from torch import nn
 
 from data.errors import DataError
 from models.errors import ModelError
-from trainer import distributed, runfolder
+from trainer import control, distributed, preemption, runfolder, watch
 from trainer.account import build_account
 from trainer.checkpoint import CheckpointWriter, Retention, open_checkpoint
 from trainer.config.load import dump_yaml
@@ -27,17 +27,20 @@ from trainer.console import startup_account as print_account
 from trainer.distributed import Ranks
 from trainer.dotted import check_dotted_paths, resolve
 from trainer.errors import ConfigError, UserError
+from trainer.exits import PREEMPTED
 from trainer.freezing import split_groups
 from trainer.loop import Run, rehearse, train
 from trainer.losses import LossModule, build_loss
 from trainer.optim import UserScheduler, build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
+from trainer.preemption import Preempted
 from trainer.progress import Progress
-from trainer.recorder import Recorder
 from trainer.random_state import seed_dropout
+from trainer.recorder import Recorder
 from trainer.run_state import Saver, restore
 from trainer.schedule import base_learning_rates, learning_rate_factor
 from trainer.trackers import check_trackers
+from trainer.watch import Watch
 from trainer.weights import initialise_weights, restore_reference_checkpoint
 
 
@@ -96,9 +99,15 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
 def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> int:
     """Open the run folder, put the run back to its checkpoint if it has one, and train."""
     config, ranks = run.config, run.ranks
+    if resume.kind != "run":
+        leave_early(config, ranks, "before its run folder was made; a restart begins anew")
     folder, lease = open_run_folder(config, ranks, resume)
-    exit_code, reason = 1, "stopped by an error"
+    control.note_run_folder(folder)
+    watcher = start_watch(run, folder)
+    exit_code, reason, is_consequence = 1, "stopped by an error", False
     try:
+        if resume.kind == "run":
+            leave_early(config, ranks, f"before it went on; {resume.checkpoint} is its checkpoint")
         saved = None
         if resume.kind == "run" and resume.checkpoint is not None:
             # Rank 0 verified it when it was chosen.
@@ -111,7 +120,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         step = None if saved is None else saved.step
         if ranks.is_main:
             trackers = {} if saved is None else saved.shared("run_state.safetensors")["trackers"]
-            run.recorder = Recorder.open(config, folder, step, trackers)
+            run.recorder = Recorder.open(config, folder, step, trackers, redone_record(run))
         resumed_from = (
             None if resume.checkpoint is None else f"{resume.checkpoint} (step {run.progress.global_step})"
         )
@@ -119,26 +128,75 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
             build_account(run, facts, run_folder=str(folder), resumed_from=resumed_from, notes=notes)
         )
         with build_writer(config, ranks, folder) as writer:
-            run.saver = Saver(writer, config, facts, step)
+            run.saver = Saver(writer, config, facts, None if saved is None else run.progress)
             train(run)
         exit_code, reason = 0, "done"
         return 0
     except (UserError, DataError, ModelError) as error:
         exit_code, reason = 2, str(error)
         raise
+    except Preempted as stop:
+        exit_code, reason = PREEMPTED, str(stop)
+        raise
     except KeyboardInterrupt:
         exit_code, reason = 130, "interrupted"
         raise
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise
+        lost = watcher.explain(error)
+        is_consequence = lost is not None
+        reason = f"{type(error).__name__}: {error}" if lost is None else str(lost)
+        if lost is None:
+            raise
+        raise lost from error
     finally:
+        is_wanted = exit_code in (0, PREEMPTED)
+        watcher.close(exit_code, reason, is_consequence=is_consequence, is_wanted=is_wanted)
         run.recorder.close(exit_code)
         if ranks.is_main:
             with contextlib.suppress(OSError):  # a full disk must not hide what stopped the run
                 runfolder.write_exit_status(folder, exit_code, reason)
         if lease is not None:
             lease.release()
+        if exit_code == PREEMPTED:
+            # A launcher ends all ranks when the first one has ended: they leave together, when all is written.
+            with contextlib.suppress(RuntimeError):
+                ranks.barrier()
+
+
+def leave_early(config: RunConfig, ranks: Ranks, where: str) -> None:
+    """End before training has begun where any rank is asked to: all of them agree here."""
+    request = preemption.request(config.max_wall_seconds if ranks.is_main else None)
+    agreed = preemption.agreed_request(ranks, request)
+    if agreed:
+        raise Preempted(f"{agreed} {where}")
+
+
+def start_watch(run: Run, folder: Path) -> Watch:
+    """Begin to watch the ranks of a run."""
+
+    def say_why(reason: str) -> None:
+        control.leave_exit(1, reason)
+        if run.ranks.is_main:
+            with contextlib.suppress(OSError):
+                runfolder.write_exit_status(folder, 1, reason)
+
+    run.module.register_forward_pre_hook(lambda *_: run.activity.move_on())
+    return Watch(
+        folder,
+        run.ranks,
+        run.activity,
+        attempt=run.ranks.broadcast(secrets.token_hex(4)),
+        timeout_seconds=run.config.distributed_timeout_seconds,
+        on_end=say_why,
+    )
+
+
+def redone_record(run: Run) -> dict[str, Any] | None:
+    """Return what tells the record of an evaluation that the checkpoint says is still due; None: none is."""
+    if not run.progress.evaluation_due:
+        return None
+    phase = run.phases[run.progress.phase_index]
+    return {"kind": "validation", "phase": phase.name, "epoch": run.progress.epoch}
 
 
 def build_writer(config: RunConfig, ranks: Ranks, folder: Path) -> CheckpointWriter:
@@ -170,11 +228,20 @@ def open_run_folder(
                 folder = runfolder.create_run_folder(config.output_dir, config.run_name)
                 lease = runfolder.RunLease(folder)
             (folder / "config.yaml").write_text(dump_yaml(config))
+            if ranks.count > 1:
+                watch.clear(folder)
             path = str(folder)
         except (UserError, OSError) as failure:
             error = failure
     ranks.agree_on_error(error)
-    return Path(ranks.broadcast(path)), lease
+    folder = Path(ranks.broadcast(path))
+    try:
+        runfolder.check_same_folder(ranks, folder)
+    except UserError:
+        if lease is not None:
+            lease.release()
+        raise
+    return folder, lease
 
 
 def decide_resume(config: RunConfig, ranks: Ranks) -> Resume:

@@ -133,7 +133,8 @@ def start(config: RunConfig) -> tuple[Accelerator, Ranks]:
     group = None
     if accelerator.num_processes > 1 and not on_cpu:
         # Numbers that the host needs travel through host memory: asking the GPU for them would stop its queue.
-        group = torch.distributed.new_group(backend="gloo")
+        timeout = timedelta(seconds=config.distributed_timeout_seconds)
+        group = torch.distributed.new_group(backend="gloo", timeout=timeout)
     return accelerator, Ranks(accelerator.process_index, accelerator.num_processes, group)
 
 

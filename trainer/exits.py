@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 from data.errors import DataError
 from models.errors import ModelError
+from trainer import control
 from trainer.errors import ConfigError, UserError
+from trainer.preemption import Preempted
 
-FAILED, USER_MISTAKE, INTERRUPTED = 1, 2, 130
+FAILED, USER_MISTAKE, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
 
 GRACE_SECONDS = 3.0
 """How long a further process waits with its mistake: launchers end all when the first one ends."""
@@ -28,18 +30,29 @@ def is_main_process() -> bool:
 
 def run_command(command: Callable[[], int]) -> int:
     """Run a command and return its exit code; a user's mistake becomes a message, printed by one process."""
+    code, reason = FAILED, "ended by an exception"
     try:
-        return command()
+        code = command()
+        reason = "done" if code == 0 else "a mistake in the command"
     except (UserError, DataError, ModelError) as error:
+        # Before the message: a process that waits with its own may be ended by its launcher meanwhile.
+        control.leave_exit(USER_MISTAKE, str(error))
         _report(error)
-        return USER_MISTAKE
+        code, reason = USER_MISTAKE, str(error)
+    except Preempted as stop:
+        if is_main_process():
+            print(f"stopped: {stop}", file=sys.stderr, flush=True)
+        code, reason = PREEMPTED, str(stop)
     except KeyboardInterrupt:
         if is_main_process():
             print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except Exception:
+        code, reason = INTERRUPTED, "interrupted"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
         traceback.print_exc()
-        return FAILED
+    finally:
+        control.leave_exit(code, reason)
+    return code
 
 
 def _report(error: Exception) -> None:

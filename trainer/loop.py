@@ -196,7 +196,8 @@ def evaluate_at_last(run: Run, phase: Phase) -> None:
     if phase.validation is not None:
         evaluate(run, phase)
     progress.evaluation_due = 0
-    if not is_over(progress, phase) if is_epoch_end else is_due(progress.global_step, phase.config.save_every_steps):
+    is_save_due = is_due(progress.global_step, phase.config.save_every_steps)
+    if not is_over(progress, phase) if is_epoch_end else is_save_due:
         save(run)
 
 
@@ -272,7 +273,9 @@ def leave(run: Run, meters: Meters | None = None) -> NoReturn:
     run.activity.begin("saving before the end", run.progress.global_step)
     run.saver.save_for_good(run)
     step = run.progress.global_step
-    raise Preempted(f"{request} at step {step}; checkpoint_{step} is complete, and resume_from: auto goes on from it")
+    raise Preempted(
+        f"{request} at step {step}; checkpoint_{step} is complete, and resume_from: auto goes on from it"
+    )
 
 
 def count_step(progress: Progress, totals: StepTotals, is_good: bool) -> None:

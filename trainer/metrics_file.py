@@ -44,17 +44,24 @@ _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 class MetricsFile:
     """Append records to a metrics file; each is with the operating system when `append` returns."""
 
-    def __init__(self, path: Path | str, *, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        resume_step: int | None = None,
+        redone: Mapping[str, MetricValue] | None = None,
+    ) -> None:
         """Open the file for appending and cut off a line that a killed process left half written.
 
         Args:
             path: The file; its folder must exist.
             resume_step: Drop every record after this global step: the checkpoint's, when a run goes on. None
                 keeps them all.
+            redone: Fields of the record at that step itself that the run writes again; None: none of them.
         """
         self.path = Path(path)
         if self.path.exists():
-            os.truncate(self.path, _end_of_kept_records(self.path, resume_step))
+            os.truncate(self.path, _end_of_kept_records(self.path, resume_step, redone))
         self._file = open(self.path, "ab")  # noqa: SIM115
 
     def __enter__(self) -> "MetricsFile":
@@ -180,7 +187,9 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, dict[str, MetricValue]]]:
             line, number = following, number + 1
 
 
-def _end_of_kept_records(path: Path, resume_step: int | None) -> int:
+def _end_of_kept_records(
+    path: Path, resume_step: int | None, redone: Mapping[str, MetricValue] | None
+) -> int:
     """Return the size to which the file is cut before records are appended."""
     kept = 0
     for end, record in _whole_lines(path):
@@ -188,6 +197,8 @@ def _end_of_kept_records(path: Path, resume_step: int | None) -> int:
         if not isinstance(step, int):
             raise CheckpointError(f"{path}: a metrics record without an integer global_step: {record}")
         if resume_step is not None and step > resume_step:
+            break
+        if redone and step == resume_step and redone.items() <= record.items():
             break
         kept = end
     return kept

@@ -28,6 +28,8 @@ class Progress:
     """Steps whose update was left out: a non-finite loss or gradient, or nothing to learn from."""
     skipped_in_a_row: int = 0
     """Such steps since the last good one."""
+    evaluation_due: int = 0
+    """1 from the beginning of an evaluation until it is recorded: a start from there begins with it."""
 
     def next_epoch(self) -> None:
         """Move to the start of the phase's next epoch."""

@@ -1,7 +1,7 @@
 """What rank 0 writes and says of a run: metrics.jsonl, trackers, and the terminal."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +29,23 @@ class Recorder:
 
     @classmethod
     def open(
-        cls, config: RunConfig, folder: Path, resume_step: int | None, tracker_state: dict[str, Any]
+        cls,
+        config: RunConfig,
+        folder: Path,
+        resume_step: int | None,
+        tracker_state: dict[str, Any],
+        redone: Mapping[str, Any] | None = None,
     ) -> "Recorder":
-        """Open the run's files; a resumed run drops the records after its checkpoint's step."""
+        """Open the run's files; a resumed run drops the records after its checkpoint's step, and those redone at it."""
         recorder = cls(folder)
-        recorder._metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step)
+        recorder._metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step, redone=redone)
         recorder._trackers = build_trackers(
             config.trackers,
             run_folder=folder,
             run_name=config.run_name,
             config=config.model_dump(mode="json"),
             resume_state=tracker_state,
+            redone=redone,
         )
         return recorder
 

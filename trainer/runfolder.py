@@ -5,8 +5,10 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
+import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +27,14 @@ from trainer.checkpoint_folder import (
     set_aside,
     verify_checkpoint,
 )
+from trainer.distributed import Ranks
 from trainer.errors import CheckpointError, UserError
 
 _WEIGHTS_FILE_SUFFIXES = (".pt", ".pth", ".ckpt")
 _MOST_LISTED = 8
+
+SAME_FOLDER_SECONDS = 10.0
+"""How long a rank waits to see what rank 0 has made in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +140,34 @@ def write_exit_status(run_folder: str | Path, code: int, reason: str) -> None:
     """Write `exit_status.json`, from which launch scripts learn what launchers' exit codes do not tell."""
     status = {"exit_code": code, "reason": reason, "time": datetime.now(UTC).isoformat()}
     replace_text(Path(run_folder) / "exit_status.json", json.dumps(status) + "\n")
+
+
+def check_same_folder(ranks: Ranks, folder: Path) -> None:
+    """Refuse ranks that do not see the run folder of rank 0: their parts of a checkpoint would lie elsewhere.
+
+    Raises:
+        UserError: on every rank, naming those that do not see it.
+    """
+    if ranks.count == 1:
+        return
+    mark = folder / f".seen_{ranks.broadcast(secrets.token_hex(8))}"
+    if ranks.is_main:
+        mark.touch()
+    ranks.barrier()
+    # A network file system may show a new file seconds later.
+    deadline = time.monotonic() + SAME_FOLDER_SECONDS
+    while not (is_seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    hosts = ranks.gather_text(socket.gethostname() + ("" if is_seen else " does not see it"))
+    if ranks.is_main:
+        mark.unlink()
+    blind = [f"rank {rank} on {host.split()[0]}" for rank, host in enumerate(hosts) if " " in host]
+    if blind:
+        raise UserError(
+            f"{', '.join(blind[:8])}{' and others' if len(blind) > 8 else ''} cannot see the run folder {folder} that "
+            f"rank 0 on {hosts[0]} has made; all ranks need the same file system there: choose an output_dir on one "
+            "that every node mounts"
+        )
 
 
 class RunLease:

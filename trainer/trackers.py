@@ -11,7 +11,7 @@ import io
 import netrc
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 from urllib.parse import urlsplit
@@ -45,6 +45,8 @@ class TrackedRun:
     """The resolved config."""
     resume_step: int | None
     """Global step of the checkpoint that the run goes on from; None for a new run."""
+    redone: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of a record at that step that the run writes again; empty: none."""
 
 
 class Tracker(Protocol):
@@ -120,6 +122,7 @@ def build_trackers(
     run_name: str,
     config: Mapping[str, Any],
     resume_state: Mapping[str, Any] | None = None,
+    redone: Mapping[str, Any] | None = None,
 ) -> Trackers:
     """Build the trackers; call on rank 0 only.
 
@@ -131,6 +134,7 @@ def build_trackers(
         resume_state: What `Trackers.state` returned for the checkpoint that the run goes on from; None or
             empty for a new run. What came after its step is dropped from CSV, hidden by TensorBoard, and sent
             to W&B again, which keeps what it got first. A tracker that is new since then starts there.
+        redone: Fields of a record at that step itself that is dropped from CSV too, because it comes again.
 
     Raises:
         ConfigError: a tracker cannot be built as asked.
@@ -139,7 +143,7 @@ def build_trackers(
     check_trackers(specs)
     resume_step = resume_state["step"] if resume_state else None
     states = resume_state["trackers"] if resume_state else {}
-    run = TrackedRun(Path(run_folder), run_name, config, resume_step)
+    run = TrackedRun(Path(run_folder), run_name, config, resume_step, redone or {})
     trackers = {
         spec.name: _KINDS[spec.name].build(run, spec.args, states.get(spec.name, {})) for spec in specs
     }
@@ -168,7 +172,7 @@ class CsvTracker:
         self.path = run.folder / "metrics.csv"
         self._columns: list[str] = []
         columns, rows = _read_csv(self.path) if self.path.exists() else ([], [])
-        self._file = self._rewritten(columns, _rows_up_to(self.path, columns, rows, run.resume_step))
+        self._file = self._rewritten(columns, _rows_up_to(run, self.path, columns, rows))
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Append a row."""
@@ -341,13 +345,21 @@ def _write_rows(file: TextIO, rows: Iterable[Sequence[str]]) -> None:
     csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def _rows_up_to(path: Path, columns: list[str], rows: list[list[str]], step: int | None) -> list[list[str]]:
+def _rows_up_to(run: TrackedRun, path: Path, columns: list[str], rows: list[list[str]]) -> list[list[str]]:
+    step = run.resume_step
     if step is None or not rows:
         return rows
     if "global_step" not in columns:
         raise UserError(f"{path}: has no column global_step; move the file away to go on with a new one")
     column = columns.index("global_step")
-    return [row for row in rows if int(row[column]) <= step]
+    redone = {columns.index(name): _csv_cell(value) for name, value in run.redone.items() if name in columns}
+
+    def stays(row: list[str]) -> bool:
+        if int(row[column]) < step or not redone:
+            return int(row[column]) <= step
+        return int(row[column]) == step and any(row[index] != value for index, value in redone.items())
+
+    return [row for row in rows if stays(row)]
 
 
 def _csv_cell(value: Any) -> str:

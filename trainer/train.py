@@ -7,6 +7,11 @@ if not __package__:  # run as a file: put the repository root, not trainer/, on 
     _HERE = Path(__file__).resolve().parent
     sys.path[:] = [str(_HERE.parent), *(p for p in sys.path if p != str(_HERE))]
 
+from trainer import preemption
+
+if __name__ == "__main__":
+    preemption.install()  # the imports below take seconds, in which a signal would be lost or end the process
+
 import argparse
 import contextlib
 import importlib
@@ -22,7 +27,7 @@ from trainer.exits import is_main_process, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; return 0 when done, 2 for the user's mistake, 130 when interrupted, 1 for anything else."""
+    """Run the command; return an exit code of trainer/exits.py."""
     return run_command(lambda: _train(argv))
 
 
@@ -30,6 +35,8 @@ def _train(argv: list[str] | None) -> int:
     arguments = _parse(sys.argv[1:] if argv is None else argv)
     if isinstance(arguments, int):
         return arguments
+    if arguments.check or arguments.print_config or arguments.dry_run:
+        preemption.uninstall()
     # At the end: a user's modules beside the config are found, and shadow neither ours nor installed ones.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
@@ -65,7 +72,8 @@ def _parse(argv: list[str]) -> argparse.Namespace | int:
         prog="train",
         allow_abbrev=False,
         description="Train the model that a YAML file describes.",
-        epilog="Exit codes: 0 done, 2 a mistake in the command or its files, 130 interrupted, 1 anything else.",
+        epilog="Exit codes: 0 done, 2 a mistake in the command or its files, 75 stopped by SIGTERM, SIGUSR1 or "
+        "max_wall_seconds with a checkpoint, 130 interrupted, 1 anything else.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
     parser.add_argument(
