@@ -12,6 +12,31 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRando
 
 NUM_TOKENS = 6
 
+_pauses: dict[str, int] = {}
+
+
+def pause_at(place):
+    """Say so and wait where $TOY_PAUSE ("PLACE:NTH:SECONDS") names this place, for a test that stops rank 0 there."""
+    wanted, nth, seconds = (os.environ.get("TOY_PAUSE") or ":0:0").split(":")
+    if place != wanted or os.environ.get("RANK", "0") != os.environ.get("TOY_PAUSE_RANK", "0"):
+        return
+    _pauses[place] = _pauses.get(place, 0) + 1
+    if _pauses[place] == int(nth):
+        print(f"toy: {place}", flush=True)
+        time.sleep(float(seconds))
+
+
+if (os.environ.get("TOY_PAUSE") or "").startswith("writing:"):
+    import trainer.checkpoint
+
+    _write_tree = trainer.checkpoint.write_tree
+
+    def _write_slowly(sink, tree):
+        pause_at("writing")
+        _write_tree(sink, tree)
+
+    trainer.checkpoint.write_tree = _write_slowly
+
 
 @dataclass
 class ToyConfig:
@@ -26,6 +51,7 @@ class ToyModel(nn.Module):
     def __init__(self, config=None, **arguments):
         super().__init__()
         self.config = config or ToyConfig(**arguments)
+        pause_at("building")
         self.embedding = nn.Embedding(32, self.config.width)
         self.batch_embedding = nn.Embedding(max(1, self.config.n_technical_batches), self.config.width)
         self.body = nn.Sequential(
@@ -34,6 +60,8 @@ class ToyModel(nn.Module):
         self.head = nn.Linear(self.config.width, 1)
 
     def forward(self, batch):
+        if self.training:
+            pause_at("forward")
         if self.training and "TOY_LOG" in os.environ and "cell_index" in batch:
             with open(f"{os.environ['TOY_LOG']}.{os.environ.get('RANK', '0')}", "a") as file:
                 file.write(json.dumps(batch["cell_index"].tolist()) + "\n")
@@ -59,6 +87,12 @@ class ToyCells(Dataset):
     def __getitem__(self, index):
         time.sleep(self.seconds_per_cell)
         return {"tokens": self.tokens[index], "cell_index": torch.tensor(index)}
+
+
+class ValidationCells(ToyCells):
+    def __getitem__(self, index):
+        pause_at("validating")
+        return super().__getitem__(index)
 
 
 class NoisyCells(ToyCells):
@@ -91,7 +125,7 @@ def map_loader(
     dataset = (NoisyCells if noisy else ToyCells)(num_cells, seed, seconds_per_cell=seconds_per_cell)
     loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, num_workers=num_workers)
     if validation:
-        loader.val_dataset = ToyCells(10, seed + 1)
+        loader.val_dataset = ValidationCells(10, seed + 1)
     return dataset, loader
 
 
@@ -100,8 +134,8 @@ def tensor_loader(num_cells=24, batch_size=4):
     return DataLoader([row for row in ToyCells(num_cells).tokens], batch_size=batch_size, shuffle=True)
 
 
-def stream_loader(num_cells=48, batch_size=4):
-    return DataLoader(StreamedCells(num_cells), batch_size=batch_size)
+def stream_loader(num_cells=48, batch_size=4, num_workers=0):
+    return DataLoader(StreamedCells(num_cells), batch_size=batch_size, num_workers=num_workers)
 
 
 def sharded_loader(num_cells=48, batch_size=4, *, rank, world_size):
@@ -147,3 +181,57 @@ def named_loader(names, num_cells=48, batch_size=4):
 
 def wrong_loader(batch_size=4):
     return DataLoader([{"input": torch.zeros(2)} for _ in range(8)], batch_size=batch_size)
+
+
+class SometimesInfinite(ToyModel):
+    """Every second step, one rank's loss is not finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.passes = 0
+
+    def compute_loss(self, batch):
+        loss = super().compute_loss(batch)
+        if not self.training:
+            return loss
+        self.passes += 1
+        is_second_step = (self.passes - 1) // 6 % 2 == 1
+        is_last_rank = os.environ.get("RANK") == "1"
+        return loss + (float("inf") if is_second_step and is_last_rank and self.passes % 6 == 3 else 0.0)
+
+
+class OneMatrix(nn.Module):
+    """A model that an optimizer of matrices alone can train."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 4))
+
+    def compute_loss(self, batch):
+        return self.weight[batch["tokens"]].square().mean()
+
+
+class NormalisedMatrices(torch.optim.SGD):
+    """Steps by a gradient of norm 1: what a stretch gets depends on the whole."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad /= parameter.grad.norm() + 1e-8
+        return super().step(closure)
+
+
+class StartsItself(ToyModel):
+    """Draws its modules' weights after they are built."""
+
+    def __init__(self, start):
+        super().__init__()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                if start == "torch_nn_init":
+                    nn.init.xavier_uniform_(module.weight)
+                elif start == "in_place":
+                    with torch.no_grad():
+                        module.weight.normal_(0.0, 0.3)
+                else:
+                    module.weight.data.normal_(0.0, 0.3)

@@ -4,6 +4,7 @@ A handler only sets a flag. The loop reads it between steps, where all ranks agr
 one rank ends all of them at the same step. Imports no torch: the handlers stand before anything slow begins.
 """
 
+import atexit
 import os
 import signal
 import time
@@ -39,6 +40,7 @@ def install() -> None:
     for number in SIGNALS:
         signal.signal(number, _receive)
     os.register_at_fork(after_in_child=_forget)
+    atexit.register(_ignore)
     # Only under a launcher: `nohup python ... &` legitimately loses its parent.
     if any(name in os.environ for name in LAUNCHER_VARIABLES):
         _launcher = os.getppid()
@@ -85,6 +87,13 @@ def agreed_request(ranks: _Ranks, own: str | None) -> str:
 
 def _receive(number: int, frame: FrameType | None) -> None:
     _received.append(signal.Signals(number).name)
+
+
+def _ignore() -> None:
+    # The outcome stands, and the end of the interpreter would let signals end the process with another exit code.
+    for number in SIGNALS:
+        if signal.getsignal(number) is _receive:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _forget() -> None:
