@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from models.layers import (
 )
 from models.masked_heads import IGNORED_LABEL, NUM_SPECIAL_TOKENS, GeneHead, ValueHead, value_prior
 from models.outputs import LossOutput
+from models.pretrained import from_pretrained
 from models.transformer import Transformer
 
 PAD, UNKNOWN, MASK, CLS = range(4)
@@ -208,6 +210,15 @@ class MaskedCellEncoder(nn.Module):
         self.value_head = None
         if config.expression_loss_weight > 0:
             self.value_head = ValueHead(dim, config.vocab_size, config.n_bins or 1, init_std=std)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
+        """Load an exported model (`python -m trainer export`), in evaluation mode; no other file is needed.
+
+        Raises:
+            ModelError: a file of the folder is missing, damaged, or describes another kind of model.
+        """
+        return cast(Self, from_pretrained(folder, model_class=cls, device=device))
 
     def forward(self, batch: dict[str, Any]) -> EncoderOutput:
         """Return hidden states of all tokens and the logits of the masked positions."""

@@ -1,0 +1,266 @@
+"""The tokenizer of an exported model: which settings turned cells into tokens, and how new cells are given the same.
+
+`cell_tokenizer.json` holds the settings of a run's phases, complete with defaults, `genes.json` the genes that token
+ids stand for, `technical_batches.json` the index of each technical batch.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from data.cell_rows import BadValueError, cell_rows
+from data.cell_source import CellSource, cell_loader
+from data.collate import collate
+from data.errors import DataError
+from data.genes import GeneSpace, SourceGenes, looks_like_ensembl, match_genes, strip_version
+from data.h5ad_matrix import MatrixChunk
+from data.hashing import DrawKey
+from data.readers import RaggedBatch
+from data.tokenizers import CLS, MASK, PAD, UNKNOWN, Tokenizer, build_tokenizer
+
+FORMAT = 1
+TOKENIZER_FILE = "cell_tokenizer.json"
+GENES_FILE = "genes.json"
+TECHNICAL_BATCHES_FILE = "technical_batches.json"
+
+CELL_LOADERS = ("data.loader.cell_loader", "data.cell_source.cell_loader")
+HF_LOADER = "data.hf.hf_loader"
+_HF_OPTIONS = ("columns", "vocab_size", "pad_id", "mask_id", "special_ids", "max_length")
+
+ValueKind = Literal["counts", "lognorm"]
+
+
+class PhaseSettings(NamedTuple):
+    """Say how a phase of a run read its cells."""
+
+    phase: str
+    loader: str
+    """Dotted path of the loader factory."""
+    arguments: Mapping[str, Any]
+    value_kind: str | None
+    """What its corpora hold: `counts` or `lognorm`; None where the data does not tell."""
+
+
+@dataclass(frozen=True)
+class ExportedTokenizer:
+    """Turn new cells into batches as a run did with its own; made by `load_tokenizer`."""
+
+    phases: tuple[str, ...]
+    """The phases of the run whose cells were tokenized so."""
+    options: dict[str, Any]
+    """The `tokenizer` options of `data.loader.cell_loader`, complete."""
+    value_kind: ValueKind
+    """What the cells' values must be: raw counts, or log-normalised values."""
+    gene_space: GeneSpace
+    """The genes that token ids stand for: gene i is token 4 + i."""
+    technical_batches: dict[str, int]
+    """Index of each technical batch that the model knows."""
+
+    def open_corpus(self, path: str | Path, **arguments: Any) -> CellSource:
+        """Open a converted corpus of new cells, which must be over the model's genes.
+
+        A technical batch that the model does not know has the index -1: `encode` does not look at it, and a forward
+        pass that needs it fails.
+
+        Args:
+            path: the corpus, converted with `--genes` and the `genes.json` of the exported folder.
+            arguments: further ones of `data.loader.cell_loader`, such as `masking` or `num_workers`.
+
+        Raises:
+            DataError: its genes or its kind of values are others than the model's.
+        """
+        source = cell_loader(path, tokenizer=self.options, **arguments)
+        facts = source.facts()
+        if facts["gene_space"].sha256 != self.gene_space.sha256:
+            raise DataError(
+                f"{path}: its gene space has {len(facts['gene_space'])} genes and is not the model's of "
+                f"{len(self.gene_space)}, so token ids would mean other genes; convert it with --genes and the "
+                f"{GENES_FILE} of the exported folder"
+            )
+        self._check_kind(facts["value_kind"], str(path))
+        for part in (source, source.validation):
+            if part is not None:
+                part.set_batch_mapping(
+                    {name: self.technical_batches.get(name, -1) for name in part.unique_batches}
+                )
+        return source
+
+    def tokenize(
+        self, values: Any, genes: Sequence[str], *, seed: int = 0, min_match: float = 0.5
+    ) -> dict[str, Any]:
+        """Return a batch of cells that are in memory, without masking.
+
+        Args:
+            values: [cells, genes] matrix, a NumPy array or any SciPy sparse one (`adata.X`, `adata.layers[...]`), of
+                the kind that `value_kind` says.
+            genes: the name of each column: Ensembl ids, or symbols; those that the model does not know are left
+                out, but count in a cell's total.
+            seed: of the choice among genes, where that is random.
+            min_match: least share of the columns, or of the model's genes if these are fewer, that must match.
+
+        Raises:
+            DataError: names and columns differ in number, too few names match, or a value is of the wrong kind.
+        """
+        matrix: Any = sparse.csr_array(values, copy=True)  # duplicates are summed below, in place
+        num_cells, num_columns = matrix.shape
+        if num_columns != len(genes):
+            raise DataError(f"genes: {len(genes)} names were given for a matrix of {num_columns} columns")
+        matrix.sum_duplicates()
+        remap = self._match(genes, min_match)
+        columns = matrix.indices.astype(np.int32)
+        chunk = MatrixChunk(0, matrix.indptr.astype(np.int64), columns, matrix.data)
+        try:
+            cells = cell_rows(chunk, remap, self.value_kind, 0)
+        except BadValueError as error:
+            raise DataError(
+                f"values: {error.value} {error.reason}; the model was trained on {self.value_kind}, so give it those"
+            ) from None
+        rows = np.arange(num_cells, dtype=np.int64)
+        scalars = {"total": cells.totals, "source": np.zeros(len(rows), np.int64)}
+        tokenizer = self._build([np.isin(np.arange(len(self.gene_space)), remap)])
+        ragged = RaggedBatch(cells.offsets, cells.genes, cells.counts, scalars)
+        tokens = tokenizer(ragged, rows, DrawKey(seed, 0, -1))
+        width = tokenizer.max_genes if tokenizer.padding == "max_genes" else None
+        batch = collate(tokens, None, prepend_cls=tokenizer.prepend_cls, width=width)
+        batch["depth"] = torch.from_numpy(np.log1p(cells.totals))
+        return batch
+
+    def _match(self, genes: Sequence[str], min_match: float) -> np.ndarray:
+        names = tuple(map(str, genes))
+        has_ids = looks_like_ensembl(names)
+        ids = tuple(strip_version(name) for name in names) if has_ids else None
+        remap, _ = match_genes(self.gene_space, SourceGenes("genes", ids, None if has_ids else names))
+        num_matched, needed = int((remap >= 0).sum()), min_match * min(len(names), len(self.gene_space))
+        if num_matched < needed or num_matched == 0:
+            raise DataError(
+                f"genes: {num_matched} of {len(names)} names are among the model's {len(self.gene_space)} genes "
+                f"(such as {', '.join(self.gene_space.ids[:3])}), fewer than min_match {min_match:g} asks for"
+            )
+        return remap
+
+    def _build(self, measured: Sequence[np.ndarray]) -> Tokenizer:
+        return build_tokenizer(self.options, value_kind=self.value_kind, measured=measured)
+
+    def _check_kind(self, found: str, where: str) -> None:
+        if found != self.value_kind:
+            raise DataError(
+                f"{where}: it holds {found} values, and phase '{self.phases[0]}' of the model's run read "
+                f"{self.value_kind}; convert the layer that holds these, or take the settings of another phase"
+            )
+
+
+def load_tokenizer(folder: str | Path, phase: str | None = None) -> ExportedTokenizer:
+    """Load the tokenizer of an exported model.
+
+    Args:
+        folder: what `python -m trainer export` wrote.
+        phase: the phase of the run whose settings are meant; needed where phases differ in them.
+
+    Raises:
+        DataError: a file is missing or damaged, the phases differ and none was named, or the run's cells were not
+            tokenized by `data.loader.cell_loader`.
+    """
+    folder = Path(folder)
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{folder}: no {TOKENIZER_FILE} in it; it is written by python -m trainer export, for runs whose loaders "
+            "are those of this program"
+        )
+    record = _read_json(path)
+    try:
+        if record["format"] != FORMAT:
+            raise DataError(f"{path}: format {record['format']!r} is not {FORMAT}, the only one known here")
+        entries = [(tuple(entry["phases"]), entry) for entry in record["settings"]]
+        entry = _chosen(entries, phase, path)
+        if entry["loader"] not in CELL_LOADERS:
+            raise DataError(
+                f"{path}: phase '{entry['phases'][0]}' read cells that were tokenized before, by {entry['loader']}; "
+                f"prepare new cells the same way ({json.dumps(entry['options'])}) and read them with that loader"
+            )
+        tokenizer = ExportedTokenizer(
+            tuple(entry["phases"]),
+            dict(entry["options"]),
+            entry["value_kind"],
+            GeneSpace.from_json(_read_json(folder / GENES_FILE), str(folder / GENES_FILE)),
+            {str(name): int(index) for name, index in _read_json(folder / TECHNICAL_BATCHES_FILE).items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{path}: not the settings of a tokenizer ({error!r}); export the model again"
+        ) from None
+    build_tokenizer(tokenizer.options, value_kind=tokenizer.value_kind, measured=[], where=str(path))
+    return tokenizer
+
+
+def tokenizer_record(phases: Iterable[PhaseSettings]) -> dict[str, Any] | None:
+    """Return what `cell_tokenizer.json` holds, or None where no phase read cells with a loader of ours."""
+    settings: list[dict[str, Any]] = []
+    for phase in phases:
+        if phase.loader.replace(":", ".") in CELL_LOADERS and phase.value_kind in ("counts", "lognorm"):
+            built = build_tokenizer(phase.arguments["tokenizer"], value_kind=phase.value_kind, measured=[])
+            entry = {
+                "loader": CELL_LOADERS[0],
+                "value_kind": phase.value_kind,
+                "options": complete_options(built, phase.value_kind),
+            }
+        elif phase.loader.replace(":", ".") == HF_LOADER:
+            given = {name: phase.arguments[name] for name in _HF_OPTIONS if name in phase.arguments}
+            entry = {"loader": HF_LOADER, "value_kind": None, "options": given}
+        else:
+            continue
+        same = next((known for known in settings if entry == {k: known[k] for k in entry}), None)
+        if same is None:
+            settings.append({"phases": [phase.phase], **entry})
+        else:
+            same["phases"].append(phase.phase)
+    special = {"pad": PAD, "unknown": UNKNOWN, "mask": MASK, "cls": CLS}
+    return {"format": FORMAT, "special_tokens": special, "settings": settings} if settings else None
+
+
+def complete_options(tokenizer: Tokenizer, value_kind: str) -> dict[str, Any]:
+    """Return the options that build this tokenizer, none left to a default."""
+    options: dict[str, Any] = {
+        name: getattr(tokenizer, name)
+        for name in ("strategy", "max_genes", "prepend_cls", "padding", "gene_selection")
+    }
+    transform = tokenizer.transform
+    options["normalize"] = None if transform.target_sum is None else "library_size"
+    if transform.target_sum is not None:
+        options["target_sum"] = transform.target_sum
+    options["log1p"] = transform.log1p
+    if tokenizer.strategy == "binned_expression":
+        options |= {"n_bins": tokenizer.n_bins, "binning_method": tokenizer.binning_method}
+        if tokenizer.binning_method == "uniform":
+            options["max_value"] = tokenizer.max_value
+        options["include_zero_genes"] = tokenizer.measured is not None
+    return options
+
+
+def _chosen(entries: list[tuple[tuple[str, ...], Any]], phase: str | None, path: Path) -> Any:
+    named = "; ".join(", ".join(phases) for phases, _ in entries)
+    if phase is not None:
+        for phases, entry in entries:
+            if phase in phases:
+                return entry
+        raise DataError(f"{path}: no settings of a phase {phase!r}; there are those of: {named}")
+    if len(entries) != 1:
+        raise DataError(f"{path}: the run's phases differ in their settings; give phase=, one of: {named}")
+    return entries[0][1]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file; export the model again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not a readable JSON file ({error})") from None
