@@ -121,3 +121,13 @@ def test_a_restarted_scheduler_begins_at_the_new_rate():
     optimizer.step()
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 4.0
+
+
+@pytest.mark.parametrize(
+    ("device_type", "arguments", "is_fused"),
+    [("cuda", {}, True), ("cpu", {}, None), ("cuda", {"fused": False}, False), ("cuda", {"foreach": True}, None)],
+)
+def test_torch_optimizers_are_fused_on_a_gpu_unless_told_otherwise(device_type, arguments, is_fused):
+    model = Model()
+    optimizer = build_optimizer(config(optimizer_args=arguments), model, model, device_type)
+    assert optimizer.param_groups[0]["fused"] is is_fused

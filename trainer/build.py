@@ -77,7 +77,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         notes = list(resume.notices)
         if resume.kind == "fresh":
             notes += initialise_weights(config, model, phases, facts)
-        optimizer = build_optimizer(config, model, module)
+        optimizer = build_optimizer(config, model, module, accelerator.device.type)
         split_groups(optimizer, module, config.datasets)
         check_rates(phases, optimizer)
         strategy = distributed.prepare(accelerator, module, optimizer, config.max_grad_norm)

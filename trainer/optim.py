@@ -14,12 +14,19 @@ from trainer.dotted import resolve
 from trainer.errors import ConfigError
 
 
-def build_optimizer(config: RunConfig, model: nn.Module, trained: nn.Module) -> torch.optim.Optimizer:
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+"""Optimizers of torch that step all their parameters in a few kernels where they are told to."""
+
+
+def build_optimizer(
+    config: RunConfig, model: nn.Module, trained: nn.Module, device_type: str = "cpu"
+) -> torch.optim.Optimizer:
     """Build the optimizer over every parameter that trains in any phase, each in exactly one group.
 
     A `torch.optim.Optimizer` subclass gets the parameters (or the groups of `optimizer.groups`) and
     `optimizer_args`; any other callable the same, and `model` where it names it. `trained` holds the model and a
-    loss with parameters of its own.
+    loss with parameters of its own. For a GPU (`device_type` cuda), torch's own take their fused form unless
+    `optimizer_args` choose.
 
     Raises:
         ConfigError: a parameter is in no group or in two, a group matches nothing, or the factory returns
@@ -35,6 +42,8 @@ def build_optimizer(config: RunConfig, model: nn.Module, trained: nn.Module) -> 
     arguments = dict(settings.optimizer_args)
     if _names_model(factory):
         arguments["model"] = model
+    if device_type == "cuda" and factory in _FUSED and not {"fused", "foreach"} & arguments.keys():
+        arguments["fused"] = True
     optimizer = factory(_parameter_groups(settings, names), **arguments)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(

@@ -314,10 +314,10 @@ class ZeroStrategy(Strategy):
         settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
         self._stage = settings["zero_optimization"]["stage"]
         self.name = f"ZeRO-{self._stage}"
-        if self._stage == 3 and isinstance(self.optimizer, torch.optim.Adagrad):
+        if isinstance(self.optimizer, torch.optim.Adagrad):
             raise ConfigError(
-                "optimizer.optimizer_class: DeepSpeed's ZeRO-3 merges Adagrad's parameter groups; use ZeRO-2, or another "
-                "optimizer"
+                "optimizer.optimizer_class: DeepSpeed builds Adagrad anew and merges its parameter groups; use DDP, or "
+                "another optimizer"
             )
         check_elementwise(self.optimizer)
         if self.accelerator.mixed_precision in ("bf16", "fp16"):

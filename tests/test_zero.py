@@ -1,0 +1,298 @@
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from running import comparable_records, newest_run, records, strategy_environment, toy, train_ranks
+
+from trainer.checkpoint import open_checkpoint
+from trainer.errors import CheckpointError, ConfigError
+from trainer.shards import full_weights, open_tensors
+from trainer.zero import check_elementwise, check_given, complete_config
+
+CELLS = {"dataloader_args": {"batch_size": 2}}
+CONFIG = toy(
+    {"epochs": 2, "save_every_steps": 1, "schedule": "cosine", **CELLS},
+    {"lr": 0.003, "global_batch_size": 12, "freeze": ["^embedding"], "reinitialise": ["^head"], **CELLS},
+    micro_batch_size=2,
+    optimizer={
+        "optimizer_args": {"lr": 0.01, "weight_decay": 0.3},
+        "groups": [{"name": "head", "match": ["head"], "args": {"weight_decay": 0.0}}],
+    },
+)
+STAGES = ("zero1", "zero2", "zero3")
+LAST_OF_FIRST_PHASE = 4
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return the run folder of a run that was not interrupted, by strategy and number of ranks."""
+
+    @functools.cache
+    def run(strategy, num_ranks=2):
+        folder = tmp_path_factory.mktemp(f"{strategy}_{num_ranks}")
+        train_ranks(num_ranks, folder, CONFIG, strategy=strategy)
+        return newest_run(folder)
+
+    return run
+
+
+def copy_until(run_folder, step, folder):
+    """Copy a run as if it had been killed after the checkpoint of a step."""
+    copied = folder / "runs" / run_folder.name
+    shutil.copytree(run_folder, copied)
+    for checkpoint in copied.glob("checkpoint_*"):
+        if int(checkpoint.name.removeprefix("checkpoint_")) > step:
+            shutil.rmtree(checkpoint)
+    return copied
+
+
+def state_of(run_folder, step):
+    """Return every tensor of weights and optimizer state by name, and the groups' settings."""
+    saved = open_checkpoint(run_folder / f"checkpoint_{step}")
+    tensors, state = open_tensors(saved), saved.shared("run_state.safetensors")
+    found = dict(full_weights(saved))
+    for name in (name for group in state["group_names"] for name in group):
+        found |= {f"{name}/{k}": torch.as_tensor(v) for k, v in tensors.optimizer_state(name).items()}
+    return found, state["groups"]
+
+
+def assert_close(first, second):
+    assert first.keys() == second.keys()
+    assert any(name.endswith("/step") for name in first) and any(name.endswith("/exp_avg") for name in first)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def losses(run_folder, kind="train"):
+    return [record["loss"] for record in records(run_folder, kind)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STAGES)
+def test_a_stage_trains_as_ddp_does(finished, strategy):
+    ddp, zero = finished("ddp"), finished(strategy)
+    for kind in ("train", "validation"):
+        assert losses(zero, kind) == pytest.approx(losses(ddp, kind), abs=1e-5)
+    norms = [[record["grad_norm"] for record in records(folder)] for folder in (ddp, zero)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    last = len(losses(ddp))
+    (of_ddp, groups), (of_zero, same) = state_of(ddp, last), state_of(zero, last)
+    assert_close(of_ddp, of_zero)
+    assert groups == same
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ("ddp", *STAGES))
+def test_a_phase_holds_frozen_weights_still_and_starts_others_anew(finished, strategy):
+    folder = finished(strategy)
+    before, after = (state_of(folder, step)[0] for step in (LAST_OF_FIRST_PHASE, len(losses(folder))))
+    assert torch.equal(before["embedding.weight"], after["embedding.weight"])
+    assert torch.equal(before["model.embedding.weight/exp_avg"], after["model.embedding.weight/exp_avg"])
+    assert not torch.equal(before["body.0.weight"], after["body.0.weight"])
+    steps = {name: int(after[f"model.{name}.weight/step"]) for name in ("embedding", "body.0", "head")}
+    assert steps == {"embedding": 4, "body.0": 8, "head": 4}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STAGES)
+def test_a_resumed_run_equals_one_that_was_not_interrupted(finished, strategy, tmp_path):
+    whole = finished(strategy)
+    folder = copy_until(whole, 3, tmp_path)
+    train_ranks(2, tmp_path, CONFIG, strategy=strategy, resume_from="latest")
+    assert comparable_records(folder) == comparable_records(whole)
+    first, second = (state_of(run, len(losses(whole)))[0] for run in (whole, folder))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "before", "strategy", "after"),
+    [
+        ("ddp", 2, "ddp", 3),
+        ("zero1", 2, "zero1", 1),
+        ("zero2", 2, "zero2", 3),
+        ("zero3", 2, "zero3", 3),
+        ("zero3", 3, "zero3", 2),
+        ("zero3", 2, "ddp", 1),
+        ("ddp", 2, "zero2", 2),
+    ],
+)
+def test_a_run_goes_on_on_another_number_of_ranks_or_strategy(
+    finished, source, before, strategy, after, tmp_path
+):
+    whole = finished(source, before)
+    folder = copy_until(whole, 3, tmp_path)
+    output = train_ranks(after, tmp_path, CONFIG, strategy=strategy, resume_from="latest")
+    if before != after:
+        assert f"saved by {before} ranks, resumed on {after}" in output
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
+    rates = [[record["lr"] for record in records(run)] for run in (whole, folder)]
+    assert rates[0] == rates[1]
+    for step in (4, len(losses(whole))):
+        (first, groups), (second, same) = state_of(whole, step), state_of(folder, step)
+        assert_close(first, second)
+        assert groups == same
+
+
+@pytest.mark.slow
+def test_a_global_batch_that_does_not_divide_is_an_error_with_the_numbers(finished, tmp_path):
+    copy_until(finished("zero2"), 3, tmp_path)
+    config = {**CONFIG, "micro_batch_size": 4}
+    config["datasets"] = [{**phase, "dataloader_args": {"batch_size": 4}} for phase in CONFIG["datasets"]]
+    output = train_ranks(3, tmp_path, config, strategy="zero2", resume_from="latest", expect=2, global_batch_size=20)
+    assert "global batch 20 is not a multiple of micro-batch 4 x 3 ranks = 12" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ("zero2", "zero3"))
+def test_bf16_keeps_fp32_weights_and_holds_frozen_ones_still(tmp_path, strategy):
+    train_ranks(2, tmp_path, CONFIG, strategy=strategy, precision="bf16")
+    folder = newest_run(tmp_path)
+    before, after = (state_of(folder, step)[0] for step in (LAST_OF_FIRST_PHASE, len(losses(folder))))
+    assert after["body.0.weight"].dtype == torch.float32
+    assert not torch.equal(after["body.0.weight"], after["body.0.weight"].bfloat16().float())
+    assert torch.equal(before["embedding.weight"], after["embedding.weight"])
+    assert losses(folder)[3] < losses(folder)[0]
+
+
+@pytest.mark.slow
+def test_dropout_continues_exactly_under_zero_3(tmp_path):
+    model = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.3}}
+    config = {**CONFIG, "model": model}
+    train_ranks(2, tmp_path / "whole", config, strategy="zero3")
+    whole = newest_run(tmp_path / "whole")
+    folder = copy_until(whole, 5, tmp_path / "cut")
+    train_ranks(2, tmp_path / "cut", config, strategy="zero3", resume_from="latest")
+    assert comparable_records(folder) == comparable_records(whole)
+
+
+@pytest.mark.slow
+def test_offloading_trains_as_ddp_does(finished, tmp_path):
+    train_ranks(2, tmp_path, CONFIG, strategy="zero3_offload")
+    assert losses(newest_run(tmp_path)) == pytest.approx(losses(finished("ddp")), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_is_a_skipped_step_on_all_ranks(tmp_path):
+    config = toy({"epochs": 3, **CELLS}, micro_batch_size=2, max_nonfinite_steps=50)
+    config["model"] = {"model_class": "toy.SometimesInfinite", "model_args": {}}
+    skipped = {}
+    for strategy in ("ddp", "zero1", "zero2", "zero3"):
+        train_ranks(2, tmp_path / strategy, config, strategy=strategy)
+        skipped[strategy] = [record["is_skipped"] for record in records(newest_run(tmp_path / strategy))]
+    assert skipped["ddp"] == [False, True] * 3
+    assert all(of_stage == skipped["ddp"] for of_stage in skipped.values())
+
+
+def test_a_pickle_in_the_place_of_a_shard_is_refused_and_not_run(finished, tmp_path):
+    folder = copy_until(finished("zero2"), 3, tmp_path) / "checkpoint_3"
+    witness = tmp_path / "executed"
+
+    class Hostile:
+        def __reduce__(self):
+            return (Path.touch, (witness,))
+
+    shard = folder / "shard.rank00001.safetensors"
+    torch.save({"weight": Hostile()}, shard)
+    with pytest.raises(CheckpointError, match="shard.rank00001.safetensors"):
+        open_checkpoint(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    unverified = type(open_checkpoint(finished("zero2") / "checkpoint_3"))(folder, manifest)
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        full_weights(unverified)
+    assert not witness.exists()
+
+
+def test_a_shard_that_lacks_a_stretch_is_named(finished, tmp_path):
+    folder = copy_until(finished("zero2"), 3, tmp_path) / "checkpoint_3"
+    saved = open_checkpoint(folder)
+    short = type(saved)(folder, {**saved.manifest, "world_size": 1})
+    with pytest.raises(CheckpointError, match="shards lack .* values of model"):
+        full_weights(short)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["torch.optim.Muon", "toy.NormalisedMatrices"])
+def test_an_optimizer_of_whole_matrices_is_refused_with_the_reason(tmp_path, optimizer):
+    config = toy(model={"model_class": "toy.OneMatrix", "model_args": {}}, optimizer={"optimizer_class": optimizer})
+    output = train_ranks(2, tmp_path, config, strategy="zero2", expect=2)
+    assert "ZeRO divides parameters into stretches" in output and "use DDP" in output
+
+
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "SGD", "RMSprop", "NAdam", "RAdam", "Adamax"])
+def test_optimizers_that_treat_every_value_alone_pass(kind):
+    optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(3, 2))], lr=0.1)
+    before = optimizer.param_groups[0]["params"][0].detach().clone()
+    check_elementwise(optimizer)
+    assert torch.equal(optimizer.param_groups[0]["params"][0], before) and not optimizer.state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["torch_nn_init", "in_place"])
+def test_a_model_that_starts_its_modules_weights_itself_is_the_same_in_shards(tmp_path, start):
+    config = toy({"lr": 0.0, **CELLS}, micro_batch_size=2)
+    config["model"] = {"model_class": "toy.StartsItself", "model_args": {"start": start}}
+    weights = {}
+    for strategy in ("ddp", "zero3"):
+        train_ranks(2, tmp_path / strategy, config, strategy=strategy)
+        weights[strategy] = full_weights(open_checkpoint(newest_run(tmp_path / strategy) / "checkpoint_2"))
+    for name, value in weights["ddp"].items():
+        assert torch.equal(value, weights["zero3"][name]), name
+
+
+@pytest.mark.slow
+def test_initial_weights_that_would_be_lost_are_an_error(tmp_path):
+    config = toy(model={"model_class": "toy.StartsItself", "model_args": {"start": "data"}})
+    assert "divided over the ranks" in train_ranks(2, tmp_path, config, strategy="zero3", expect=2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "zero_optimization.stage must be 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 0}}, "use DDP for none"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "set the run's `optimizer` instead"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "none and cpu are supported"),
+    ],
+)
+def test_a_deepspeed_configuration_that_cannot_be_carried_out_is_refused(given, message):
+    with pytest.raises(ConfigError, match=message):
+        check_given(given, "ds.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gradient_clipping": 0.5}, "gradient_clipping to 0.5, but the run's max_grad_norm makes it 1.0"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps to 4"),
+        ({"train_micro_batch_size_per_gpu": 3}, "micro_batch_size makes it 2"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled to True, but the run's precision"),
+    ],
+)
+def test_a_value_that_contradicts_the_run_is_an_error(given, message):
+    from trainer.config.schema import BatchPlan, RunConfig
+
+    config = RunConfig.model_validate({k: v for k, v in CONFIG.items() if k != "checkpoint"})
+    settings = {"zero_optimization": {"stage": 2}, **given}
+    with pytest.raises(ConfigError, match=message):
+        complete_config(settings, given, config, [BatchPlan(2, 6, 2, 24)], "no")
+
+
+def test_auto_and_equal_values_are_accepted():
+    from trainer.config.schema import BatchPlan, RunConfig
+
+    config = RunConfig.model_validate({k: v for k, v in CONFIG.items() if k != "checkpoint"})
+    given = {"gradient_clipping": 1.0, "train_batch_size": "auto"}
+    settings = {"zero_optimization": {"stage": 2}, **given}
+    complete_config(settings, given, config, [BatchPlan(2, 6, 2, 24)], "bf16")
+    assert settings["bf16"]["enabled"] and settings["gradient_accumulation_steps"] == 1
+
+
+@pytest.mark.slow
+def test_a_configuration_file_that_is_not_there_is_named(tmp_path):
+    environment = strategy_environment(tmp_path, "zero2", 2) | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_configs/no.json"}
+    output = train_ranks(2, tmp_path, toy(), env=environment, expect=2)
+    assert "deepspeed_config_file ds_configs/no.json is not there" in output
