@@ -25,7 +25,6 @@ from data.loader import MicroBatch  # noqa: E402
 from models.encoder import EncoderConfig, MaskedCellEncoder  # noqa: E402
 from trainer import distributed  # noqa: E402
 from trainer.config import RunConfig  # noqa: E402
-from trainer.distributed import Strategy  # noqa: E402
 from trainer.loop import Run, run_epoch  # noqa: E402
 from trainer.losses import LossModule  # noqa: E402
 from trainer.meters import Meters  # noqa: E402
@@ -33,6 +32,7 @@ from trainer.optim import build_optimizer  # noqa: E402
 from trainer.phases import Phase  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
 from trainer.recorder import Recorder  # noqa: E402
+from trainer.strategy import Strategy  # noqa: E402
 
 NUM_GENES, NUM_BINS, NUM_TOKENS = 2000, 12, 129
 
@@ -129,7 +129,8 @@ def our_run(folder: Path, steps: list[list[MicroBatch]], width: int, num_layers:
     )
     accelerator, ranks = distributed.start(config)
     module = LossModule(build_model(width, num_layers))
-    strategy = Strategy(accelerator, module, build_optimizer(config, module.model, module))
+    optimizer = build_optimizer(config, module.model, module)
+    strategy = Strategy(accelerator, module, optimizer, config.max_grad_norm)
     recorder = Recorder.open(config, folder, None, {})
     plan = config.batch_plan(config.datasets[0], 1, steps[0][0].num_cells)
     phase = Phase(0, config.datasets[0], plan, FromMemory(steps), None, [], [])

@@ -314,6 +314,10 @@ class MaskedCellEncoder(nn.Module):
             account["prior_values"] = int(counted.sum())
         return account
 
+    def data_initialised_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that `initialise_from_data` writes, which must be whole then."""
+        return [self.token_embedding.weight] if self.config.gene_embedding_path is not None else []
+
     def _hidden_states(self, batch: dict[str, Any]) -> Tensor:
         tokens = batch["tokens"]  # [B, N]
         limit = self.config.max_seq_len

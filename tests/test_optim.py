@@ -86,9 +86,9 @@ def test_a_factory_that_returns_something_else_is_an_error():
 def test_parameters_frozen_in_every_phase_leave_the_optimizer_and_others_stay():
     model = Model()
     phases = [
-        SimpleNamespace(name="a", epochs=1, freeze=["embedding", "norm"]),
-        SimpleNamespace(name="b", epochs=1, freeze=["embedding"]),
-        SimpleNamespace(name="skipped", epochs=0, freeze=[]),
+        SimpleNamespace(name="a", epochs=1, freeze=["embedding", "norm"], reinitialise=[]),
+        SimpleNamespace(name="b", epochs=1, freeze=["embedding"], reinitialise=[]),
+        SimpleNamespace(name="skipped", epochs=0, freeze=[], reinitialise=[]),
     ]
     mark_trainable(SimpleNamespace(datasets=phases), model)
     optimizer = build_optimizer(config(), model, model)
@@ -96,7 +96,7 @@ def test_parameters_frozen_in_every_phase_leave_the_optimizer_and_others_stay():
 
 
 def test_a_freeze_pattern_without_a_match_is_an_error():
-    phases = [SimpleNamespace(name="a", epochs=1, freeze=["embeddings"])]
+    phases = [SimpleNamespace(name="a", epochs=1, freeze=["embeddings"], reinitialise=[])]
     with pytest.raises(ConfigError, match="'a': freeze pattern 'embeddings' matches no parameter"):
         mark_trainable(SimpleNamespace(datasets=phases), Model())
 
@@ -125,7 +125,12 @@ def test_a_restarted_scheduler_begins_at_the_new_rate():
 
 @pytest.mark.parametrize(
     ("device_type", "arguments", "is_fused"),
-    [("cuda", {}, True), ("cpu", {}, None), ("cuda", {"fused": False}, False), ("cuda", {"foreach": True}, None)],
+    [
+        ("cuda", {}, True),
+        ("cpu", {}, None),
+        ("cuda", {"fused": False}, False),
+        ("cuda", {"foreach": True}, None),
+    ],
 )
 def test_torch_optimizers_are_fused_on_a_gpu_unless_told_otherwise(device_type, arguments, is_fused):
     model = Model()

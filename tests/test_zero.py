@@ -10,7 +10,8 @@ from running import comparable_records, newest_run, records, strategy_environmen
 from trainer.checkpoint import open_checkpoint
 from trainer.errors import CheckpointError, ConfigError
 from trainer.shards import full_weights, open_tensors
-from trainer.zero import check_elementwise, check_given, complete_config
+from trainer.zero import check_elementwise
+from trainer.zero_config import check_given, complete_config
 
 CELLS = {"dataloader_args": {"batch_size": 2}}
 CONFIG = toy(
@@ -63,7 +64,9 @@ def assert_close(first, second):
     assert first.keys() == second.keys()
     assert any(name.endswith("/step") for name in first) and any(name.endswith("/exp_avg") for name in first)
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            first[name], second[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def losses(run_folder, kind="train"):
@@ -142,7 +145,9 @@ def test_a_global_batch_that_does_not_divide_is_an_error_with_the_numbers(finish
     copy_until(finished("zero2"), 3, tmp_path)
     config = {**CONFIG, "micro_batch_size": 4}
     config["datasets"] = [{**phase, "dataloader_args": {"batch_size": 4}} for phase in CONFIG["datasets"]]
-    output = train_ranks(3, tmp_path, config, strategy="zero2", resume_from="latest", expect=2, global_batch_size=20)
+    output = train_ranks(
+        3, tmp_path, config, strategy="zero2", resume_from="latest", expect=2, global_batch_size=20
+    )
     assert "global batch 20 is not a multiple of micro-batch 4 x 3 ranks = 12" in output
 
 
@@ -217,7 +222,9 @@ def test_a_shard_that_lacks_a_stretch_is_named(finished, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["torch.optim.Muon", "toy.NormalisedMatrices"])
 def test_an_optimizer_of_whole_matrices_is_refused_with_the_reason(tmp_path, optimizer):
-    config = toy(model={"model_class": "toy.OneMatrix", "model_args": {}}, optimizer={"optimizer_class": optimizer})
+    config = toy(
+        model={"model_class": "toy.OneMatrix", "model_args": {}}, optimizer={"optimizer_class": optimizer}
+    )
     output = train_ranks(2, tmp_path, config, strategy="zero2", expect=2)
     assert "ZeRO divides parameters into stretches" in output and "use DDP" in output
 
@@ -255,7 +262,10 @@ def test_initial_weights_that_would_be_lost_are_an_error(tmp_path):
         ({}, "zero_optimization.stage must be 1, 2 or 3"),
         ({"zero_optimization": {"stage": 0}}, "use DDP for none"),
         ({"zero_optimization": {"stage": 2}, "optimizer": {}}, "set the run's `optimizer` instead"),
-        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "none and cpu are supported"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "none and cpu are supported",
+        ),
     ],
 )
 def test_a_deepspeed_configuration_that_cannot_be_carried_out_is_refused(given, message):
@@ -293,6 +303,7 @@ def test_auto_and_equal_values_are_accepted():
 
 @pytest.mark.slow
 def test_a_configuration_file_that_is_not_there_is_named(tmp_path):
-    environment = strategy_environment(tmp_path, "zero2", 2) | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds_configs/no.json"}
+    environment = strategy_environment(tmp_path, "zero2", 2)
+    environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = "ds_configs/no.json"
     output = train_ranks(2, tmp_path, toy(), env=environment, expect=2)
     assert "deepspeed_config_file ds_configs/no.json is not there" in output

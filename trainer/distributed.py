@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 
-from trainer import zero
+from trainer import zero_building, zero_config
 from trainer.config.schema import BatchPlan, RunConfig
 from trainer.errors import ConfigError, UserError
 from trainer.strategy import Strategy
+from trainer.zero import ZeroStrategy
 
 
 @dataclass(frozen=True)
@@ -110,11 +111,12 @@ def start(config: RunConfig) -> tuple[Accelerator, Ranks]:
         timeout = timedelta(seconds=config.distributed_timeout_seconds)
         handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
     precision = autocast_precision(config, on_cpu)
-    uses_deepspeed = zero.is_asked_for()
+    uses_deepspeed = zero_config.is_asked_for()
     if uses_deepspeed:
-        zero.prepare_environment(on_cpu, precision)
+        zero_config.prepare_environment(on_cpu, precision)
     accelerator = Accelerator(
-        cpu=on_cpu and not uses_deepspeed,  # Accelerate would leave DeepSpeed aside; it takes the CPU by itself
+        cpu=on_cpu
+        and not uses_deepspeed,  # Accelerate would leave DeepSpeed aside; it takes the CPU by itself
         mixed_precision=precision,
         # The loop owns the accumulation boundary; Accelerate must not divide or count.
         gradient_accumulation_steps=1,
@@ -143,10 +145,10 @@ def building_model(
 ) -> contextlib.AbstractContextManager[None]:
     """Return what a model is built within: under ZeRO-3 no rank ever holds all of it."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        settings = accelerator.state.deepspeed_plugin.deepspeed_config
-        given = zero.read_given(os.environ[zero.CONFIG_VARIABLE])
-        zero.complete_config(settings, given, config, plans, accelerator.mixed_precision)
-    return zero.building(accelerator)
+        settings = zero_config.settings_of(accelerator)
+        given = zero_config.read_given(os.environ[zero_config.CONFIG_VARIABLE])
+        zero_config.complete_config(settings, given, config, plans, accelerator.mixed_precision)
+    return zero_building.building(accelerator)
 
 
 def prepare(
@@ -154,7 +156,7 @@ def prepare(
 ) -> Strategy:
     """Prepare a model and its optimizer for the launch's way of training."""
     is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED
-    kind = zero.ZeroStrategy if is_zero else Strategy
+    kind = ZeroStrategy if is_zero else Strategy
     return kind(accelerator, module, optimizer, max_grad_norm)
 
 

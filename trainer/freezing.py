@@ -17,9 +17,7 @@ from trainer.errors import ConfigError
 from trainer.optim import matches
 
 
-def split_groups(
-    optimizer: torch.optim.Optimizer, trained: nn.Module, phases: Sequence[PhaseConfig]
-) -> None:
+def split_groups(optimizer: torch.optim.Optimizer, trained: nn.Module, phases: Sequence[PhaseConfig]) -> None:
     """Split the optimizer's groups so that each holds parameters which the same phases freeze and start anew.
 
     The parts keep the group's settings and name; `part_of` is the index of the group they come from.
@@ -46,7 +44,9 @@ def split_groups(
 class HeldStill:
     """Hold groups of parameters still, from one `hold` to the next."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, group_parameters: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, group_parameters: Sequence[Sequence[Tensor]]
+    ) -> None:
         """Take the optimizer and the model's own parameters in each of its groups."""
         self._optimizer = optimizer
         self._parameters = group_parameters

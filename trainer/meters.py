@@ -43,7 +43,7 @@ class _Pending:
     record: dict[str, Any]
     sums: LossSum
     weight: float
-    gradient_norm: Tensor | None
+    gradient_norm: Tensor | float | None
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Meters:
         *,
         sums: LossSum,
         weight: float,
-        gradient_norm: Tensor | None,
+        gradient_norm: Tensor | float | None,
         cells: float,
         tokens: float,
     ) -> None:

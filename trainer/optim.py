@@ -13,7 +13,6 @@ from trainer.config.schema import OptimizerConfig, RunConfig
 from trainer.dotted import resolve
 from trainer.errors import ConfigError
 
-
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers of torch that step all their parameters in a few kernels where they are told to."""
 

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import zero
 from trainer.checkpoint import CheckpointWriter, SavedCheckpoint
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
@@ -16,6 +15,7 @@ from trainer.phases import DataFacts, Phase
 from trainer.progress import Progress
 from trainer.random_state import random_state, seed_dropout, set_random_state
 from trainer.shards import SHARD, open_tensors
+from trainer.zero_building import gathered_where_divided, whole_shape
 
 
 class Saver:
@@ -235,13 +235,13 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], where: str
     """Load weights strictly, into a model whose parameters may be sharded."""
     check_fit(module, {name: tuple(tensor.shape) for name, tensor in weights.items()}, where)
     for name, tensor in module.state_dict(keep_vars=True).items():
-        with zero.gathered_where_divided([tensor]), torch.no_grad():
+        with gathered_where_divided([tensor]), torch.no_grad():
             tensor.copy_(weights[name])
 
 
 def check_fit(module: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
     """Compare the names and shapes of saved weights with the model's; all must be there and none else."""
-    own = {name: zero.whole_shape(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+    own = {name: whole_shape(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
     missing, unexpected = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
     other = [
         f"{name} is {list(shapes[name])} there and {list(own[name])} here"

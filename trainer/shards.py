@@ -88,7 +88,9 @@ class WholeTensors:
         kind, _, own = name.partition(".")
         shape = (self._loss if kind == "loss" else self._model)[own].shape
         state = self._optimizer.get(name, {})
-        shaped = [key for key, value in state.items() if isinstance(value, LazyTensor) and value.shape == shape]
+        shaped = [
+            key for key, value in state.items() if isinstance(value, LazyTensor) and value.shape == shape
+        ]
         return shaped, {key: _value(value) for key, value in state.items() if key not in shaped}
 
     def optimizer_state(self, name: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""How a prepared model takes its steps: one process, or plain data parallelism (DDP). `zero.py` is the other way.
+"""How a prepared model takes its steps: one process, or plain data parallelism (DDP); `zero.py` is the other way.
 
-The loop owns the accumulation boundary: gradients are summed over micro-batches and averaged over ranks on the last one,
-with no division by the number of micro-batches.
+The loop owns the accumulation boundary: gradients are summed over micro-batches and averaged over ranks on the last
+one, with no division by the number of micro-batches.
 """
 
 import contextlib
@@ -170,7 +170,9 @@ class Strategy:
             settings.append({**group, "params": list(range(first, first + len(names)))})
             first += len(names)
         states = {own[name]: tensors.optimizer_state(name) for name in own}
-        machine = [{key: group[key] for key in _HOW_IT_IS_COMPUTED if key in group} for group in self._groups()]
+        machine = [
+            {key: group[key] for key in _HOW_IT_IS_COMPUTED if key in group} for group in self._groups()
+        ]
         self.optimizer.load_state_dict(
             {"state": {index: held for index, held in states.items() if held}, "param_groups": settings}
         )
@@ -187,5 +189,6 @@ def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return each group's settings without its parameters."""
     leave_out = ("params", *_HOW_IT_IS_COMPUTED)
     return [
-        {key: value for key, value in group.items() if key not in leave_out} for group in optimizer.param_groups
+        {key: value for key, value in group.items() if key not in leave_out}
+        for group in optimizer.param_groups
     ]

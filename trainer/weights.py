@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data.loader import DrawKey
-from trainer import zero
 from trainer.checkpoint import list_checkpoints, open_checkpoint
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
@@ -19,6 +18,7 @@ from trainer.phases import DataFacts, Phase
 from trainer.reference_checkpoint import load_reference_checkpoint
 from trainer.run_state import check_gene_space, load_weights
 from trainer.shards import full_weights
+from trainer.zero_building import gathered_where_divided
 
 PRIOR_CELLS = 4096
 """Training cells of each phase that a model may take its priors from."""
@@ -42,7 +42,7 @@ def initialise_weights(
         arguments["gene_ids"] = None if facts.gene_space is None else facts.gene_space.ids
     # Under ZeRO-3 the hook must find what it writes whole: what the model says, or else everything.
     written = getattr(model, "data_initialised_parameters", model.parameters)
-    with zero.gathered_where_divided(list(written())):
+    with gathered_where_divided(list(written())):
         account: Any = hook(unmasked_batches(config, phases), **arguments) or {}
     done = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in account.items())
     return [f"weights started from the data: {done}"] if done else []

@@ -1,240 +1,24 @@
-"""Training under DeepSpeed ZeRO: its configuration, models built in shards, and the engine's steps and state.
+"""Training under DeepSpeed ZeRO: the engine's steps, and this rank's part of weights and optimizer state.
 
-The engine computes; what a step is, and what a checkpoint holds, stays ours: the loop sets the accumulation boundary, the
-run's YAML sets clipping, precision and batch sizes, and each rank's part of the flattened weights and optimizer state is
-saved by parameter name (see shards.py).
+The engine computes. What a step is and what a checkpoint holds stays ours: the loop sets the accumulation boundary, and
+each rank's stretches of the flattened weights and optimizer state are saved by parameter name (see shards.py).
 """
 
 import contextlib
 import copy
-import json
 import math
-import os
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from trainer.config.schema import BatchPlan, RunConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.shards import Tensors
 from trainer.strategy import Strategy
-
-CONFIG_VARIABLE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
-ROOT = Path(__file__).resolve().parent.parent
-
-
-def is_asked_for() -> bool:
-    """Tell whether the launcher asks for DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
-def prepare_environment(on_cpu: bool, precision: str) -> None:
-    """Find the launcher's DeepSpeed configuration from any working directory, and settle DeepSpeed's own choices.
-
-    Raises:
-        ConfigError: there is no such file, or it asks for another device or precision than the run.
-    """
-    named = os.environ.get(CONFIG_VARIABLE, "none")
-    if named == "none":
-        raise ConfigError(
-            "the accelerate configuration asks for DeepSpeed without deepspeed_config.deepspeed_config_file; name one, "
-            "as accelerate_configs/zero2.yaml does"
-        )
-    candidates = [Path(named), *([] if Path(named).is_absolute() else [ROOT / named])]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise ConfigError(
-            f"deepspeed_config_file {named} is not there; looked for {', '.join(map(str, candidates))}"
-        )
-    given = read_given(found)
-    check_given(given, str(found))
-    settle_precision(given, precision)
-    os.environ[CONFIG_VARIABLE] = str(found)
-    # DeepSpeed calls collectives by names that torch is renaming.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if on_cpu:
-        if torch.cuda.is_available():
-            raise ConfigError(
-                "device: cpu under DeepSpeed needs a machine whose GPUs are hidden; set CUDA_VISIBLE_DEVICES to nothing"
-            )
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        import deepspeed.ops
-
-        # It serves inference alone, and would be compiled for minutes on first use.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-
-def read_given(path: str | Path) -> dict[str, Any]:
-    """Read DeepSpeed's configuration as the user wrote it."""
-    try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error})") from error
-
-
-def check_given(given: dict[str, Any], where: str) -> None:
-    """Refuse what a DeepSpeed configuration cannot decide or this trainer cannot carry out."""
-    zero = given.get("zero_optimization")
-    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
-        raise ConfigError(f"{where}: zero_optimization.stage must be 1, 2 or 3; use DDP for none")
-    for key, instead in (("optimizer", "optimizer"), ("scheduler", "optimizer.scheduler_class")):
-        if key in given:
-            raise ConfigError(f"{where}: {key} is set there; set the run's `{instead}` instead, and leave it out")
-    for key in ("offload_optimizer", "offload_param"):
-        device = (zero.get(key) or {}).get("device", "none")
-        if device not in ("none", "cpu"):
-            raise ConfigError(f"{where}: zero_optimization.{key}.device is {device}; none and cpu are supported")
-    if zero.get("round_robin_gradients"):
-        raise ConfigError(f"{where}: zero_optimization.round_robin_gradients is not supported; leave it out")
-
-
-def complete_config(
-    settings: dict[str, Any], given: dict[str, Any], config: RunConfig, plans: Sequence[BatchPlan], precision: str
-) -> None:
-    """Write what the run's YAML says into DeepSpeed's configuration.
-
-    Args:
-        settings: DeepSpeed's configuration as Accelerate has filled it, completed in place.
-        given: The same as the user wrote it.
-        config: The run.
-        plans: The batch arithmetic of its phases.
-        precision: `no`, `bf16` or `fp16`.
-
-    Raises:
-        ConfigError: a value that stands there contradicts the run's.
-    """
-    clipping = 0.0 if config.max_grad_norm is None else config.max_grad_norm
-    _agree(given, "gradient_clipping", clipping, "max_grad_norm")
-    for plan in plans:
-        for key, value, of_run in (
-            ("train_micro_batch_size_per_gpu", plan.micro_batch_size, "micro_batch_size"),
-            ("gradient_accumulation_steps", plan.accumulation, "gradient_accumulation_steps"),
-            ("train_batch_size", plan.global_batch_size, "global_batch_size"),
-        ):
-            _agree(given, key, value, of_run)
-    settle_precision(settings, precision)
-    settings["gradient_clipping"] = clipping
-    # The loop owns the accumulation boundary, and may set another one in another phase: DeepSpeed must not count.
-    settings["gradient_accumulation_steps"] = 1
-    settings["train_micro_batch_size_per_gpu"] = plans[0].micro_batch_size
-    settings["train_batch_size"] = plans[0].micro_batch_size * plans[0].world_size
-    settings["zero_allow_untested_optimizer"] = True
-    settings["zero_force_ds_cpu_optimizer"] = False  # the run's own optimizer, on the host too
-    settings.setdefault("steps_per_print", 2**31)
-    settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-
-
-def settle_precision(given: dict[str, Any], precision: str) -> None:
-    """Write the run's precision into DeepSpeed's configuration."""
-    for kind in ("bf16", "fp16"):
-        section = given.setdefault(kind, {})
-        _agree(section, "enabled", precision == kind, "precision", f"{kind}.enabled")
-        section["enabled"] = precision == kind
-
-
-def _agree(section: dict[str, Any], key: str, value: Any, of_run: str, named: str | None = None) -> None:
-    found = section.get(key, "auto")
-    if found != "auto" and found != value:
-        raise ConfigError(
-            f"DeepSpeed's configuration sets {named or key} to {found}, but the run's {of_run} makes it {value}; leave it "
-            "out there"
-        )
-
-
-@contextlib.contextmanager
-def building(accelerator: Accelerator) -> Iterator[None]:
-    """Build a model within: under ZeRO-3 each module's parameters are divided over the ranks when it is complete.
-
-    No rank ever holds the whole model. What writes to a parameter that is divided already, as a model does that starts
-    its modules' weights itself, finds it gathered: the functions of `torch.nn.init`, and in-place methods.
-    """
-    if not is_stage_3(accelerator):
-        yield
-        return
-    from deepspeed import zero
-
-    with zero.Init(config_dict_or_path=accelerator.state.deepspeed_plugin.deepspeed_config), _gathering_init():
-        with _NoLostWrites():
-            yield
-
-
-def is_stage_3(accelerator: Accelerator) -> bool:
-    """Tell whether weights are sharded."""
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        return False
-    return accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage"] == 3
-
-
-@contextlib.contextmanager
-def _gathering_init() -> Iterator[None]:
-    """Let the functions of `torch.nn.init` gather parameters that are divided, as when a parent starts its children."""
-    from deepspeed import zero
-
-    originals = {name: f for name, f in vars(nn.init).items() if name.endswith("_") and callable(f)}
-
-    def gathering(function: Callable[..., Any]) -> Callable[..., Any]:
-        def initialise(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if not is_divided(tensor):
-                return function(tensor, *args, **kwargs)
-            with zero.GatheredParameters([tensor], modifier_rank=0):
-                function(tensor, *args, **kwargs)
-            return tensor
-
-        return initialise
-
-    for name, function in originals.items():
-        if not name.startswith("_"):
-            setattr(nn.init, name, gathering(function))
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(nn.init, name, function)
-
-
-class _NoLostWrites(TorchFunctionMode):
-    """Gather a divided parameter for an in-place write to it, and refuse writes that would be lost."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        kwargs = kwargs or {}
-        if not args or not name.endswith("_") or (name.startswith("_") and name != "__setitem__"):
-            return function(*args, **kwargs)
-        target = args[0]
-        if isinstance(target, nn.Parameter):
-            if is_divided(target) and name != "requires_grad_":
-                from deepspeed import zero
-
-                with zero.GatheredParameters([target], modifier_rank=0):
-                    function(*args, **kwargs)
-                return target
-        elif isinstance(target, Tensor) and target.numel() == 0 and name in _DRAWS:
-            raise ConfigError(
-                f"model.model_class: an empty tensor is written to (Tensor.{name}) while the model is built under ZeRO-3: "
-                "the parameter behind `.data` has been divided over the ranks. Write to the parameter itself under "
-                "torch.no_grad(), or use torch.nn.init"
-            )
-        return function(*args, **kwargs)
-
-
-_DRAWS = frozenset(
-    ("normal_", "uniform_", "zero_", "fill_", "trunc_normal_", "copy_", "mul_", "add_", "div_", "bernoulli_")
-)
-
-
-def is_divided(tensor: Any) -> bool:
-    """Tell whether a parameter is sharded and not gathered at present."""
-    status = getattr(tensor, "ds_status", None)
-    return status is not None and status.name == "NOT_AVAILABLE"
+from trainer.zero_config import settings_of
 
 
 def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
@@ -255,25 +39,30 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
             parts = _two_steps(optimizer, group, list(cut[0]), [list(g) for g in cut[1:]])
         except Exception as error:
             raise ConfigError(
-                f"{what} cannot step a stretch of a parameter ({error}), and ZeRO divides parameters into stretches; use "
-                "DDP, or an optimizer that treats every value alone, as AdamW does"
+                f"{what} cannot step a stretch of a parameter ({error}), and ZeRO divides parameters into stretches; "
+                "use DDP, or an optimizer that treats every value alone, as AdamW does"
             ) from error
         if not torch.allclose(whole, parts, rtol=1e-5, atol=1e-7):
             raise ConfigError(
-                f"{what} steps a matrix otherwise than stretches of it, and ZeRO divides parameters into stretches; use "
-                "DDP, or an optimizer that treats every value alone, as AdamW does"
+                f"{what} steps a matrix otherwise than stretches of it, and ZeRO divides parameters into stretches; "
+                "use DDP, or an optimizer that treats every value alone, as AdamW does"
             )
 
 
 def _two_steps(
-    optimizer: torch.optim.Optimizer, group: dict[str, Any], values: list[Tensor], gradients: list[list[Tensor]]
+    optimizer: torch.optim.Optimizer,
+    group: dict[str, Any],
+    values: list[Tensor],
+    gradients: list[list[Tensor]],
 ) -> Tensor:
     device = group["params"][0].device
     parameters = [nn.Parameter(value.clone().to(device)) for value in values]
     trial = object.__new__(type(optimizer))
     trial.__dict__.update(optimizer.__dict__)
     trial.state = defaultdict(dict)
-    trial.param_groups = [{**copy.deepcopy({k: v for k, v in group.items() if k != "params"}), "params": parameters}]
+    trial.param_groups = [
+        {**copy.deepcopy({k: v for k, v in group.items() if k != "params"}), "params": parameters}
+    ]
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone().to(device)
@@ -311,7 +100,7 @@ class ZeroStrategy(Strategy):
     engine: Any
 
     def _prepare(self) -> Any:
-        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        settings = settings_of(self.accelerator)
         self._stage = settings["zero_optimization"]["stage"]
         self.name = f"ZeRO-{self._stage}"
         if isinstance(self.optimizer, torch.optim.Adagrad):
@@ -390,7 +179,12 @@ class ZeroStrategy(Strategy):
             for index, parameters in enumerate(optimizer.bit16_groups):
                 mapped = [(names[id(p)], p._hp_mapping) for p in parameters if p._hp_mapping is not None]
                 stretches = [
-                    _Stretch(n, m.hp_fragment_address.start, m.lp_fragment_address.start, m.hp_fragment_address.numel)
+                    _Stretch(
+                        n,
+                        m.hp_fragment_address.start,
+                        m.lp_fragment_address.start,
+                        m.hp_fragment_address.numel,
+                    )
                     for n, m in mapped
                 ]
                 values = optimizer.single_partition_of_fp32_groups[index]
@@ -425,7 +219,9 @@ class ZeroStrategy(Strategy):
         state["aliases"] = self._aliases()
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         if self.accelerator.mixed_precision == "fp16":
-            state["gradient_scaler"] = {key: vars(scaler)[key] for key in _SCALER_STATE if key in vars(scaler)}
+            state["gradient_scaler"] = {
+                key: vars(scaler)[key] for key in _SCALER_STATE if key in vars(scaler)
+            }
         return state
 
     def _optimizer_state(self) -> None:
@@ -454,7 +250,9 @@ class ZeroStrategy(Strategy):
         tree: dict[str, Any] = {}
         for flat in self._flats():
             state = self.optimizer.state.get(flat.values, {})
-            shaped = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == flat.values.shape}
+            shaped = {
+                k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == flat.values.shape
+            }
             scalars = {key: value for key, value in state.items() if key not in shaped}
             for stretch in flat.stretches:
                 span = slice(stretch.place, stretch.place + stretch.num)
@@ -532,18 +330,3 @@ class ZeroStrategy(Strategy):
 
 
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-def gathered_where_divided(parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-    """Have whole parameters within the block, those that are divided gathered; what rank 0 writes stays."""
-    divided = [parameter for parameter in parameters if is_divided(parameter)]
-    if not divided:
-        return contextlib.nullcontext()
-    from deepspeed import zero
-
-    return zero.GatheredParameters(divided, modifier_rank=0)
-
-
-def whole_shape(tensor: Tensor) -> tuple[int, ...]:
-    """Return a tensor's shape, of a sharded parameter that of the whole."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
