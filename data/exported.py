@@ -17,6 +17,7 @@ from scipy import sparse
 from data.cell_rows import BadValueError, cell_rows
 from data.cell_source import CellSource, cell_loader
 from data.collate import collate
+from data.corpus import open_corpus
 from data.errors import DataError
 from data.genes import GeneSpace, SourceGenes, looks_like_ensembl, match_genes, strip_version
 from data.h5ad_matrix import MatrixChunk
@@ -75,20 +76,23 @@ class ExportedTokenizer:
         Raises:
             DataError: its genes or its kind of values are others than the model's.
         """
-        source = cell_loader(path, tokenizer=self.options, **arguments)
-        facts = source.facts()
-        if facts["gene_space"].sha256 != self.gene_space.sha256:
+        info = open_corpus(path)
+        if info.gene_space.sha256 != self.gene_space.sha256:
             raise DataError(
-                f"{path}: its gene space has {len(facts['gene_space'])} genes and is not the model's of "
+                f"{path}: its gene space has {len(info.gene_space)} genes and is not the model's of "
                 f"{len(self.gene_space)}, so token ids would mean other genes; convert it with --genes and the "
                 f"{GENES_FILE} of the exported folder"
             )
-        self._check_kind(facts["value_kind"], str(path))
+        if info.manifest.value_kind != self.value_kind:
+            raise DataError(
+                f"{path}: it holds {info.manifest.value_kind} values, and phase '{self.phases[0]}' of the model's run "
+                f"read {self.value_kind}; convert the layer that holds these, or take the settings of another phase"
+            )
+        source = cell_loader(path, tokenizer=self.options, **arguments)
         for part in (source, source.validation):
             if part is not None:
-                part.set_batch_mapping(
-                    {name: self.technical_batches.get(name, -1) for name in part.unique_batches}
-                )
+                indices = {name: self.technical_batches.get(name, -1) for name in part.unique_batches}
+                part.set_batch_mapping(indices)
         return source
 
     def tokenize(
@@ -134,6 +138,10 @@ class ExportedTokenizer:
     def _match(self, genes: Sequence[str], min_match: float) -> np.ndarray:
         names = tuple(map(str, genes))
         has_ids = looks_like_ensembl(names)
+        has_symbols = any(symbol is not None for symbol in self.gene_space.symbols)
+        if (self.gene_space.key == "symbol") if has_ids else not has_symbols:
+            known, given = ("symbols", "Ensembl ids") if has_ids else ("Ensembl ids", "symbols")
+            raise DataError(f"genes: these are {given}, and the model knows its genes by {known}; give those")
         ids = tuple(strip_version(name) for name in names) if has_ids else None
         remap, _ = match_genes(self.gene_space, SourceGenes("genes", ids, None if has_ids else names))
         num_matched, needed = int((remap >= 0).sum()), min_match * min(len(names), len(self.gene_space))
@@ -146,13 +154,6 @@ class ExportedTokenizer:
 
     def _build(self, measured: Sequence[np.ndarray]) -> Tokenizer:
         return build_tokenizer(self.options, value_kind=self.value_kind, measured=measured)
-
-    def _check_kind(self, found: str, where: str) -> None:
-        if found != self.value_kind:
-            raise DataError(
-                f"{where}: it holds {found} values, and phase '{self.phases[0]}' of the model's run read "
-                f"{self.value_kind}; convert the layer that holds these, or take the settings of another phase"
-            )
 
 
 def load_tokenizer(folder: str | Path, phase: str | None = None) -> ExportedTokenizer:

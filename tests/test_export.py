@@ -1,0 +1,619 @@
+"""Exported models: the folder, loading it without a configuration, tokenizing new cells, and what is refused."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import shutil
+import stat
+
+import anndata
+import numpy as np
+import pytest
+import torch
+import yaml
+from corpora import gene_space, make_cells, write_corpus
+from running import newest_run, toy, train, train_ranks
+from safetensors.torch import load_file, save_file
+from scipy import sparse
+from torch import nn
+from toy import ToyConfig, ToyModel
+
+from data.errors import DataError
+from data.exported import PhaseSettings, complete_options, load_tokenizer, tokenizer_record
+from data.loader import DrawKey, cell_loader
+from data.tokenizers import build_tokenizer
+from models.encoder import EncoderConfig, MaskedCellEncoder
+from models.errors import ModelError
+from models.pretrained import ModelDescription, from_pretrained, save_pretrained
+from trainer import export as export_module
+from trainer import export_probe
+from trainer.__main__ import main
+from trainer.checkpoint_folder import open_checkpoint
+from trainer.errors import UserError
+from trainer.export import export, load_trained
+from trainer.shards import SHARD, full_weights
+from trainer.statefile import load_tree
+
+NUM_GENES = 40
+TOKENIZER = {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": 5, "max_genes": 24}
+ENCODER = {
+    "model_class": "models.encoder.MaskedCellEncoder",
+    "config_class": "models.encoder.EncoderConfig",
+    "config_args": {"hidden_dim": 16, "num_layers": 1, "num_heads": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("export")
+
+
+@pytest.fixture(scope="module")
+def run(home):
+    """Train our encoder for four steps, with a checkpoint after each two, and take the data away."""
+    cells = make_cells(60, NUM_GENES, 12)
+    corpus = write_corpus(home / "secret_place" / "cells", cells, NUM_GENES)
+    masking = {"mask_ratio": 0.3, "target": "both"}
+    phase = {
+        "name": "chips | and pipes",
+        "dataloader_factory": "data.loader.cell_loader",
+        "dataloader_args": {
+            "path": str(corpus),
+            "tokenizer": TOKENIZER,
+            "masking": masking,
+            "val_fraction": 0.2,
+        },
+        "epochs": 2,
+    }
+    folder = train(home / "ours", toy(phase, model=ENCODER))
+    shutil.rmtree(corpus)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(home, run):
+    said = export(run, home / "exported")
+    assert "computes logits and embeddings of a made-up batch, equal bit for bit" in said[-1]
+    return home / "exported"
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    return shutil.copytree(exported, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def toy_run(home):
+    return train(home / "toy", toy({"max_steps": 2}))
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def command(*arguments):
+    """Run the command and return its exit code and what it said of a mistake."""
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+        code = main(["export", *map(str, arguments)])
+    return code, said.getvalue()
+
+
+def newest(run):
+    return run / (run / "latest").read_text().strip()
+
+
+def left_over(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+# What an export computes
+
+
+def test_an_export_computes_what_the_trained_model_computes(run, exported):
+    trained = load_trained(open_checkpoint(newest(run))).model
+    loaded = MaskedCellEncoder.from_pretrained(exported)
+    batch = export_probe.encoder_probe(trained, seed=7)
+    one, two = (export_probe.answer(model, "logits", batch, None) for model in (trained, loaded))
+    assert {"hidden", "gene_logits", "value_logits", "embedding"} == one.keys()
+    assert export_probe.differences(one, two) == [] and not loaded.training
+
+
+def test_the_weights_are_those_of_the_checkpoint(run, exported):
+    saved, ours = load_file(newest(run) / "model.safetensors"), load_file(exported / "model.safetensors")
+    assert saved.keys() == ours.keys() and all(torch.equal(saved[name], ours[name]) for name in saved)
+
+
+def test_the_gene_head_uses_the_token_embedding_after_loading(exported):
+    model = MaskedCellEncoder.from_pretrained(exported)
+    batch = export_probe.encoder_probe(model)
+    before = model(batch).gene_logits
+    rare = max(
+        set(range(4, 44)) - set(batch["tokens"].flatten().tolist()) - set(batch["labels"].flatten().tolist())
+    )
+    with torch.no_grad():
+        model.token_embedding.weight[rare] += 1
+    changed = (model(batch).gene_logits != before).any(dim=0).nonzero().flatten().tolist()
+    assert changed == [rare]
+
+
+def test_a_difference_stops_the_export_and_leaves_nothing(home, run, monkeypatch):
+    real = export_probe.answer
+    monkeypatch.setattr(export_probe, "answer", lambda *a: {k: v + 1e-3 for k, v in real(*a).items()})
+    with pytest.raises(UserError, match="not the trained one: embedding differs by up to 0.001"):
+        export(run, home / "different")
+    assert not (home / "different").exists() and not left_over(home)
+
+
+def test_a_weight_that_is_lost_stops_the_export(home, run, monkeypatch):
+    real = export_module.save_pretrained
+
+    def damaged(model, folder, **arguments):
+        real(model, folder, **arguments)
+        weights = load_file(folder / "model.safetensors")
+        weights["gene_head.bias"][3] += 1e-6
+        save_file({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
+
+    monkeypatch.setattr(export_module, "save_pretrained", damaged)
+    with pytest.raises(UserError, match="weight gene_head.bias"):
+        export(run, home / "lossy")
+    assert not (home / "lossy").exists() and not left_over(home)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"n_bins": None, "pooling": "mean"}, {"gene_loss_weight": 0.0, "n_bins": 7}]
+)
+def test_a_batch_is_made_up_for_every_kind_of_encoder(changes):
+    arguments = {"vocab_size": 9, "hidden_dim": 16, "num_layers": 1, "num_heads": 2, "max_seq_len": 5}
+    model = MaskedCellEncoder(EncoderConfig(**arguments | changes)).eval()
+    batch = export_probe.encoder_probe(model)
+    assert batch["tokens"].shape == (4, 5) and batch["masked_index"].numel() >= 4
+    assert all(
+        tensor.isfinite().all() for tensor in export_probe.answer(model, "logits", batch, None).values()
+    )
+
+
+# The folder
+
+
+def test_the_genes_are_the_checkpoints_own_file(run, exported):
+    assert (exported / "genes.json").read_bytes() == (newest(run) / "genes.json").read_bytes()
+
+
+def test_the_configuration_holds_every_argument_with_its_value(exported):
+    config = json.loads((exported / "config.json").read_text())
+    assert config["config_args"].keys() == EncoderConfig.__dataclass_fields__.keys()
+    sizes = {
+        name: config["config_args"][name]
+        for name in ("vocab_size", "n_bins", "n_technical_batches", "dropout")
+    }
+    assert sizes == {"vocab_size": 44, "n_bins": 5, "n_technical_batches": 3, "dropout": 0.1}
+
+
+def test_the_technical_batches_are_listed_with_their_index(exported):
+    found = json.loads((exported / "technical_batches.json").read_text())
+    assert found == {"lane-a": 0, "lane-b": 1, "lane-c": 2}
+
+
+def test_the_card_has_front_matter_and_the_figures_of_the_run(run, exported):
+    card = (exported / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["library_name"] == "cellphase" and front["pipeline_tag"] == "feature-extraction"
+    progress = open_checkpoint(newest(run)).summary["progress"]
+    assert f"| cells seen, each time counted | {progress['cells']:,} |" in card
+    assert f"| tokens seen, without padding | {progress['tokens']:,} |" in card
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = {record["kind"]: record["loss"] for record in records}
+    assert f"| chips \\| and pipes | 4 | training, last step | loss | {last['train']:.6g} |" in card
+    assert f"| chips \\| and pipes | 4 | validation | loss | {last['validation']:.6g} |" in card
+
+
+def test_no_file_of_the_folder_says_where_the_data_was(exported):
+    assert not [file.name for file in exported.iterdir() if b"secret_place" in file.read_bytes()]
+
+
+def test_every_file_can_be_read_by_whoever_can_read_the_others(exported):
+    assert len({stat.S_IMODE(file.stat().st_mode) for file in exported.iterdir()}) == 1
+
+
+# Which checkpoint, and where to
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(home, run, exported):
+    export(newest(run), home / "from_checkpoint")
+    for file in exported.iterdir():
+        assert file.read_bytes() == (home / "from_checkpoint" / file.name).read_bytes()
+
+
+def test_an_earlier_checkpoint_has_its_own_figures(home, run):
+    export(run / "checkpoint_2", home / "earlier")
+    card = (home / "earlier" / "README.md").read_text()
+    assert "from step 2" in card and "| 2 | validation |" in card and "| 4 |" not in card
+
+
+def test_a_folder_that_exists_is_refused(home, run, exported):
+    before = {file.name: file.read_bytes() for file in exported.iterdir()}
+    code, said = command(run, exported)
+    assert code == 2 and "exists; name another folder, or give --overwrite" in said
+    assert {file.name: file.read_bytes() for file in exported.iterdir()} == before
+
+
+def test_overwrite_replaces_an_export_and_nothing_else(run, copy, tmp_path):
+    (copy / "README.md").write_text("old")
+    assert command(run, copy, "--overwrite") == (0, "")
+    assert "# toy" in (copy / "README.md").read_text() and not left_over(tmp_path)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("all of it")
+    code, said = command(run, precious, "--overwrite")
+    assert code == 2 and "not an exported model" in said and (precious / "thesis.txt").exists()
+
+
+def test_a_failing_export_leaves_the_folder_that_it_was_to_replace(run, copy, tmp_path, monkeypatch):
+    (copy / "README.md").write_text("old")
+    monkeypatch.setattr(export_probe, "differences", lambda *_: ["hidden differs"])
+    with pytest.raises(UserError, match="hidden differs"):
+        export(run, copy, overwrite=True)
+    assert (copy / "README.md").read_text() == "old" and not left_over(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(run, tmp_path):
+    damaged = shutil.copytree(newest(run), tmp_path / "run" / newest(run).name)
+    content = bytearray((damaged / "model.safetensors").read_bytes())
+    content[-3] ^= 1
+    (damaged / "model.safetensors").write_bytes(content)
+    for source in (damaged, tmp_path / "run"):
+        code, said = command(source, tmp_path / "out")
+        assert code == 2 and "model.safetensors has changed since it was written" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_checkpoint_is_refused(run, tmp_path):
+    unfinished = shutil.copytree(newest(run), tmp_path / newest(run).name)
+    (unfinished / "manifest.json").unlink()
+    code, said = command(unfinished, tmp_path / "out")
+    assert code == 2 and "is not a complete checkpoint" in said
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    code, said = command(tmp_path, tmp_path / "out")
+    assert code == 2 and "neither a checkpoint nor a run folder" in said
+    assert command(tmp_path / "nothing", tmp_path / "out")[0] == 2
+
+
+@pytest.mark.slow
+def test_the_shards_of_a_zero_run_are_put_together(tmp_path):
+    corpus = write_corpus(tmp_path / "cells", make_cells(48, NUM_GENES, 12), NUM_GENES)
+    arguments = {
+        "path": str(corpus),
+        "tokenizer": TOKENIZER,
+        "masking": {"mask_ratio": 0.3, "target": "both"},
+    }
+    phase = {"dataloader_factory": "data.loader.cell_loader", "dataloader_args": arguments, "max_steps": 2}
+    model = {**ENCODER, "config_args": {**ENCODER["config_args"], "use_cell_summary": False}}
+    train_ranks(2, tmp_path, toy(phase, model=model), strategy="zero3")
+    saved = open_checkpoint(newest(newest_run(tmp_path)))
+    assert saved.has(SHARD) and "token_embedding.weight" not in load_tree(saved.folder / "model.safetensors")
+    export(saved.folder, tmp_path / "out")
+    whole, ours = full_weights(saved), MaskedCellEncoder.from_pretrained(tmp_path / "out").state_dict()
+    assert whole.keys() == ours.keys() and all(torch.equal(whole[name], ours[name]) for name in ours)
+
+
+# Loading
+
+
+def test_a_folder_without_its_files_is_an_error_that_names_them(copy, run):
+    with pytest.raises(ModelError, match="there is no such folder"):
+        from_pretrained(copy / "none")
+    with pytest.raises(ModelError, match="this is a checkpoint of a run: export it first"):
+        from_pretrained(newest(run))
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no model.safetensors in it"):
+        from_pretrained(copy)
+    (copy / "config.json").unlink()
+    with pytest.raises(ModelError, match="no config.json in it; it holds README.md"):
+        from_pretrained(copy)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB_CRATER"],)
+
+
+def test_a_pickle_named_safetensors_is_refused_without_being_run(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOMB_CRATER", str(tmp_path / "crater"))
+    (copy / "model.safetensors").write_bytes(pickle.dumps({"token_embedding.weight": Bomb()}))
+    with pytest.raises(ModelError, match="not a readable safetensors file"):
+        MaskedCellEncoder.from_pretrained(copy)
+    assert not (tmp_path / "crater").exists()
+    pickle.loads((copy / "model.safetensors").read_bytes())
+    assert (tmp_path / "crater").exists(), "the bomb is no bomb, so the test shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("bomb.Model", "importing bomb would run its code"),
+        ("os.system", "importing os would run its code"),
+        ("models.pretrained.os.system", "cannot be found here"),
+        ("models.pretrained:os.system", "no class of models"),
+        ("models.pretrained:importlib.import_module", "no class of models"),
+        ("models.pretrained.save_pretrained", "neither a model nor a config class"),
+        ("models.encoder.nn", "no class of models|cannot be found"),
+        ("modelsx.Model", "importing modelsx would run its code"),
+        ("models.encoder.Missing", "has no attribute 'Missing'"),
+        ("Model", "must be a dotted path"),
+    ],
+)
+@pytest.mark.parametrize("key", ["model_class", "config_class"])
+def test_a_class_path_that_is_not_trusted_is_refused_unimported(
+    copy, tmp_path, monkeypatch, key, path, message
+):
+    for name in ("bomb", "modelsx"):
+        (tmp_path / f"{name}.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'crater')!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    edit(copy, **{key: path})
+    with pytest.raises(ModelError, match=message):
+        from_pretrained(copy)
+    assert not (tmp_path / "crater").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": "other-1"}, "format 'other-1' is not"),
+        ({"model_class": 3}, "model_class is 3"),
+        ({"config_args": {"vocab_size": 44, "hidden_dims": 3}}, "arguments do not fit .* 'hidden_dims'"),
+        ({"config_args": {"vocab_size": 44, "hidden_dim": 15}}, "not divisible by num_heads"),
+        ({"tied_weights": {"a.weight": "b.weight"}}, "ties a.weight to b.weight"),
+        ({"tied_weights": {"output.weight": "token_embedding.weight"}}, "has no attribute"),
+    ],
+)
+def test_an_edited_configuration_is_an_error(copy, changes, message):
+    edit(copy, **changes)
+    with pytest.raises(ModelError, match=message):
+        from_pretrained(copy)
+
+
+def test_a_configuration_that_is_no_json_is_an_error(copy):
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="config.json: not a readable JSON file"):
+        from_pretrained(copy)
+
+
+def test_weights_that_do_not_fit_are_an_error_that_names_them(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["surplus"] = weights.pop("gene_head.bias")
+    weights["value_head.bias"] = torch.zeros(2, 2)
+    save_file(weights, copy / "model.safetensors")
+    with pytest.raises(ModelError) as caught:
+        from_pretrained(copy)
+    message = str(caught.value)
+    assert "lacks gene_head.bias" in message and "has surplus" in message
+    assert "value_head.bias is [2, 2] there and [44, 5] in the model" in message
+
+
+class Tied(nn.Module):
+    """Two names for one weight; `ties` says whether the constructor does it."""
+
+    def __init__(self, ties=True, scale=1.5):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.register_buffer("counts", torch.zeros(0))
+        self.register_buffer("others", torch.zeros(0))
+        if ties:
+            self.head.weight = self.embedding.weight
+
+
+@pytest.mark.parametrize("ties", [True, False])
+def test_tied_weights_are_stored_once_and_share_memory_after_loading(tmp_path, ties):
+    model = Tied()
+    described = ModelDescription(f"{__name__}.Tied", {"ties": ties})
+    save_pretrained(model, tmp_path, description=described)
+    assert load_file(tmp_path / "model.safetensors").keys() == {"embedding.weight", "counts", "others"}
+    loaded = from_pretrained(tmp_path, model_class=Tied)
+    assert loaded.head.weight is loaded.embedding.weight
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+def test_a_model_keeps_the_precision_that_it_was_saved_in(tmp_path):
+    config = EncoderConfig(vocab_size=9, hidden_dim=8, num_layers=1, num_heads=2)
+    model = MaskedCellEncoder(config).to(torch.bfloat16)
+    save_pretrained(model, tmp_path)
+    loaded = MaskedCellEncoder.from_pretrained(tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16} and loaded.config == config
+    assert export_probe.weight_hashes(loaded) == export_probe.weight_hashes(model)
+
+
+def test_the_path_of_gene_vectors_stays_on_the_machine_that_had_them(tmp_path):
+    arguments = {"vocab_size": 9, "hidden_dim": 8, "num_layers": 1, "num_heads": 2}
+    save_pretrained(
+        MaskedCellEncoder(EncoderConfig(**arguments, gene_embedding_path="/data/v.npy")), tmp_path
+    )
+    assert MaskedCellEncoder.from_pretrained(tmp_path).config == EncoderConfig(**arguments)
+
+
+def test_a_model_that_does_not_tell_its_arguments_needs_a_description(tmp_path):
+    with pytest.raises(ModelError, match="give save_pretrained a description"):
+        save_pretrained(nn.Linear(2, 2), tmp_path)
+
+
+def test_arguments_that_json_cannot_hold_are_an_error(tmp_path):
+    with pytest.raises(ModelError, match="cannot be written as JSON"):
+        save_pretrained(nn.Linear(2, 2), tmp_path, description=ModelDescription("a.B", {"x": float("nan")}))
+
+
+# Models of the user's
+
+
+def test_a_model_of_ones_own_is_compared_by_the_loss_of_its_data(home, toy_run):
+    said = export(toy_run, home / "toy_exported")
+    assert "the loss of a batch of the run's data, equal bit for bit" in said[-1]
+    with pytest.raises(ModelError, match="give trusted_modules=.'toy',."):
+        from_pretrained(home / "toy_exported")
+    for arguments in ({"trusted_modules": ("toy",)}, {"model_class": ToyModel}):
+        loaded = from_pretrained(home / "toy_exported", **arguments)
+        assert type(loaded) is ToyModel and loaded.config == ToyConfig(n_technical_batches=1)
+    names = {file.name for file in (home / "toy_exported").iterdir()}
+    assert names == {"README.md", "config.json", "model.safetensors", "technical_batches.json"}
+
+
+def test_a_model_whose_data_is_gone_is_compared_by_weights_and_says_so(home, toy_run, monkeypatch):
+    def gone(**_):
+        raise FileNotFoundError("cells.h5ad is gone")
+
+    monkeypatch.setattr("toy.map_loader", gone)
+    said = export(toy_run, home / "toy_without_data")
+    for text in (said[-1], (home / "toy_without_data" / "README.md").read_text()):
+        assert (
+            "nothing was computed: no batch of the run's data could be had (FileNotFoundError: cells" in text
+        )
+
+
+def test_a_model_without_a_config_class_is_exported_with_its_defaults(home):
+    model = {"model_class": "toy.ToyModel", "model_args": {"width": 4}}
+    export(train(home / "plain", toy({"max_steps": 1}, model=model)), home / "plain_exported")
+    config = json.loads((home / "plain_exported" / "config.json").read_text())
+    assert config["config_class"] is None and config["model_args"]["width"] == 4
+    assert from_pretrained(home / "plain_exported", model_class=ToyModel).config.width == 4
+
+
+def test_a_list_of_trusted_modules_that_is_a_text_is_refused(exported):
+    with pytest.raises(ModelError, match="give a tuple: .'toy',."):
+        from_pretrained(exported, trusted_modules="toy")
+
+
+# The tokenizer
+
+
+@pytest.fixture(scope="module")
+def new_cells(home):
+    """Write a corpus of new cells over the same genes; return it, its cells as a matrix, and the gene names."""
+    cells = make_cells(20, NUM_GENES, 15, seed=5)
+    corpus = write_corpus(home / "new", cells, NUM_GENES)
+    matrix = sparse.csr_matrix((cells.counts, cells.genes, cells.offsets), shape=(20, NUM_GENES))
+    return corpus, matrix, list(gene_space(NUM_GENES).ids)
+
+
+def test_new_cells_are_tokenized_as_in_training(exported, new_cells):
+    corpus, matrix, genes = new_cells
+    rows, draw = np.arange(20), DrawKey(0, 0, 0)
+    expected = cell_loader(corpus, tokenizer=TOKENIZER).fetch_unmasked(rows, draw)
+    tokenizer = load_tokenizer(exported)
+    from_corpus = tokenizer.open_corpus(corpus).fetch_unmasked(rows, draw)
+    in_memory = tokenizer.tokenize(matrix, genes)
+    assert in_memory.keys() == expected.keys() - {"cell_index", "batch_idx", "target_gene_idx"}
+    for name in in_memory:
+        same = torch.equal if isinstance(expected[name], torch.Tensor) else lambda a, b: a == b
+        assert same(in_memory[name], expected[name]) and same(from_corpus[name], expected[name]), name
+
+
+def test_columns_are_matched_by_name_and_unknown_genes_count_in_the_total(exported, new_cells):
+    _, matrix, genes = new_cells
+    tokenizer = load_tokenizer(exported)
+    order = np.random.default_rng(0).permutation(NUM_GENES)
+    wider = sparse.hstack([matrix[:, order], sparse.csr_matrix(np.full((20, 1), 100))])
+    plain = tokenizer.tokenize(matrix.toarray(), genes)
+    mixed = tokenizer.tokenize(wider, [*(genes[i] for i in order), "UNKNOWN"])
+    assert torch.equal(plain["tokens"], mixed["tokens"]) and torch.equal(plain["bins"], mixed["bins"])
+    totals = torch.expm1(mixed["depth"]) - torch.expm1(plain["depth"])
+    assert torch.allclose(totals, torch.full((20,), 100.0), atol=1e-2)
+
+
+def test_new_technical_batches_do_no_harm_to_embeddings_and_stop_a_forward_pass(exported, new_cells):
+    source = load_tokenizer(exported).open_corpus(new_cells[0], masking={"mask_ratio": 0.3, "target": "both"})
+    known = source.fetch(np.arange(4), DrawKey(0, 0, 0))
+    model = MaskedCellEncoder.from_pretrained(exported)
+    assert model(known).gene_logits is not None
+    fewer = load_tokenizer(exported)
+    fewer.technical_batches.pop("lane-b")
+    source = fewer.open_corpus(new_cells[0], masking={"mask_ratio": 0.3, "target": "both"})
+    batch = source.fetch(np.arange(20), DrawKey(0, 0, 0))
+    assert model.encode(batch).isfinite().all() and (batch["batch_idx"] == -1).any()
+    with pytest.raises(IndexError):
+        model(batch)
+
+
+def test_cells_that_the_model_cannot_know_are_refused(exported, new_cells, home):
+    corpus, matrix, genes = new_cells
+    tokenizer = load_tokenizer(exported)
+    with pytest.raises(DataError, match="values: [0-9.]+5 is fractional; the model was trained on counts"):
+        tokenizer.tokenize(matrix * 0.5, genes)
+    with pytest.raises(DataError, match="39 names were given for a matrix of 40 columns"):
+        tokenizer.tokenize(matrix, genes[1:])
+    with pytest.raises(DataError, match="genes: 4 of 40 names are among the model's 40 genes"):
+        tokenizer.tokenize(matrix, genes[:4] + [f"mouse{i}" for i in range(36)])
+    with pytest.raises(DataError, match="these are Ensembl ids, and the model knows its genes by symbols"):
+        tokenizer.tokenize(matrix, [f"ENSG{i:011d}" for i in range(40)])
+    other = write_corpus(home / "wider", make_cells(9, 42, 12), 42)
+    with pytest.raises(DataError, match="its gene space has 42 genes and is not the model's of 40"):
+        tokenizer.open_corpus(other)
+    cells = make_cells(9, NUM_GENES, 12)
+    values = cells._replace(counts=(cells.counts * 0.5).astype(np.float32))
+    lognorm = write_corpus(home / "lognorm", values, NUM_GENES, value_kind="lognorm")
+    with pytest.raises(
+        DataError, match="it holds lognorm values, and phase 'chips . and pipes'.*read counts"
+    ):
+        tokenizer.open_corpus(lognorm)
+
+
+def test_a_tokenizer_that_is_missing_or_damaged_is_an_error(copy):
+    (copy / "genes.json").write_text((copy / "genes.json").read_text().replace("GENE7", "GENE777"))
+    with pytest.raises(DataError, match="the file was edited"):
+        load_tokenizer(copy)
+    with pytest.raises(DataError, match="no settings of a phase 'other'"):
+        load_tokenizer(copy, "other")
+    (copy / "cell_tokenizer.json").write_text('{"format": 1, "settings": [{"phases": ["a"]}]}')
+    with pytest.raises(DataError, match="not the settings of a tokenizer"):
+        load_tokenizer(copy)
+    (copy / "cell_tokenizer.json").unlink()
+    with pytest.raises(DataError, match="no cell_tokenizer.json in it"):
+        load_tokenizer(copy)
+
+
+def test_phases_that_differ_keep_their_own_settings(copy):
+    path, other = "data.loader.cell_loader", {"strategy": "rank_value", "max_genes": 9}
+    phases = [
+        PhaseSettings("a", path, {"tokenizer": TOKENIZER}, "counts"),
+        PhaseSettings("b", path, {"tokenizer": other}, "lognorm"),
+        PhaseSettings("c", "data.loader:cell_loader", {"tokenizer": {**TOKENIZER, "log1p": True}}, "counts"),
+        PhaseSettings("d", "my_loaders.cells", {"tokenizer": TOKENIZER}, None),
+        PhaseSettings("e", "data.hf.hf_loader", {"path": "x", "columns": {"tokens": "input_ids"}}, None),
+    ]
+    (copy / "cell_tokenizer.json").write_text(json.dumps(tokenizer_record(phases)))
+    with pytest.raises(DataError, match="phases differ in their settings; give phase=, one of: a, c; b; e"):
+        load_tokenizer(copy)
+    assert (
+        load_tokenizer(copy, "c").phases == ("a", "c") and load_tokenizer(copy, "b").value_kind == "lognorm"
+    )
+    with pytest.raises(DataError, match="tokenized before, by data.hf.hf_loader"):
+        load_tokenizer(copy, "e")
+
+
+@pytest.mark.parametrize("value_kind", ["counts", "lognorm"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"strategy": "rank_value", "gene_selection": "random"},
+        {"strategy": "binned_expression", "max_value": 8, "prepend_cls": False, "padding": "max_genes"},
+        {"strategy": "binned_expression", "include_zero_genes": True, "log1p": False},
+        {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": 9},
+    ],
+)
+def test_complete_options_build_the_same_tokenizer(options, value_kind):
+    built = build_tokenizer(options, value_kind=value_kind, measured=[])
+    complete = json.loads(json.dumps(complete_options(built, value_kind)))
+    assert options.items() <= complete.items()
+    assert build_tokenizer(complete, value_kind=value_kind, measured=[]) == built
+
+
+def test_an_anndata_object_can_be_embedded(exported, new_cells):
+    _, matrix, genes = new_cells
+    cells = anndata.AnnData(matrix.astype(np.float32))
+    cells.var_names = genes
+    batch = load_tokenizer(exported).tokenize(cells.X, cells.var_names)
+    with torch.no_grad():
+        assert MaskedCellEncoder.from_pretrained(exported).encode(batch).shape == (20, 16)
