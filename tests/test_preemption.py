@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import ROOT, RankGroup, start_ranks
+from launching import ROOT, Launcher, RankGroup, start_ranks
 from running import comparable_records, newest_run, records, same_weights, toy, write_config
 
 from trainer.metrics_file import MetricsFile, read_metrics
@@ -42,7 +42,13 @@ def configuration(num_ranks: int, *phases: dict[str, Any], **changes: Any) -> di
 
 
 def start(
-    num_ranks: int, folder: Path, config: dict[str, Any], *, launcher="processes", env=None, **changes
+    num_ranks: int,
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    launcher: Launcher = "processes",
+    env=None,
+    **changes: Any,
 ) -> RankGroup:
     path = write_config(folder, config, **changes)
     script = [ROOT / "trainer" / "train.py", "--config", path]
@@ -210,7 +216,8 @@ def test_a_run_asked_to_end_before_its_folder_exists_ends_at_once(tmp_path, by):
 
 
 def test_a_mistake_and_ctrl_c_are_told_to_the_launch_script_too(tmp_path):
-    for number, (changes, code) in enumerate([({"micro_batch_size": 5}, 2), ({}, 130)]):
+    cases: list[tuple[dict[str, Any], int]] = [({"micro_batch_size": 5}, 2), ({}, 130)]
+    for number, (changes, code) in enumerate(cases):
         control = tmp_path / f"control{number}"
         control.mkdir()
         environment = {"CELLPHASE_CONTROL": str(control)}

@@ -232,10 +232,11 @@ class Watch:
             }
             if silent:
                 return silent
-        furthest = max([self._activity.count, *(beat.count for beat in beats.values())])
+        beats[self._rank] = self._now()
+        furthest = max(beat.count for beat in beats.values())
         return {
             rank: f"{beat.who} is late: {beat.where} for {beat.seconds:.0f} s"
-            for rank, beat in beats.items()
+            for rank, beat in sorted(beats.items())
             if beat.count < furthest
         }
 
@@ -254,6 +255,7 @@ class Watch:
                     return _ended(beat)
             waited = time.monotonic() - began
             late = self._late_ranks(is_long_ago=waited > _SILENT_SECONDS + 1)
+            late.pop(self._rank, None)
             if late and (waited > _SILENT_SECONDS + 1 or "is stopped" in self._reason(late)):
                 return self._reason(late)
             if waited > _FIND_SECONDS:
@@ -296,17 +298,14 @@ class Watch:
         except (OSError, ValueError):
             return None
 
-    def _write(self) -> None:
+    def _now(self) -> Beat:
+        """Return this rank's heartbeat as it would be written now."""
         name, step, _ = self._activity.now
-        seconds = time.monotonic() - self._activity.changed
-        self._own = replace(
-            self._own,
-            number=self._own.number + 1,
-            count=self._activity.count,
-            step=step,
-            activity=name,
-            seconds=round(seconds, 1),
-        )
+        seconds = round(time.monotonic() - self._activity.changed, 1)
+        return replace(self._own, count=self._activity.count, step=step, activity=name, seconds=seconds)
+
+    def _write(self) -> None:
+        self._own = replace(self._now(), number=self._own.number + 1)
         self._replace(self._path(self._rank), asdict(self._own))
 
     def _leave_ending(self, reason: str, is_consequence: bool) -> None:
