@@ -46,7 +46,13 @@ class ValueEmbedding(nn.Module):
         super().__init__()
         self.linear1 = Linear(1, dim, init_std=1.0)
         self.linear2 = Linear(dim, 2 * dim, init_std=init_std)
-        self.hidden = nn.Parameter(torch.empty(2 * dim).normal_(std=init_std))
+        self.init_std = init_std
+        self.hidden = nn.Parameter(torch.empty(2 * dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the vector that stands for hidden expression; the linear layers draw their own."""
+        nn.init.normal_(self.hidden, std=self.init_std)
 
     def forward(self, gene_vectors: Tensor, values: Tensor, is_hidden: Tensor) -> Tensor:
         """Return [B, N, D] for gene vectors [B, N, D] and values [B, N], not looking at hidden ones."""
@@ -74,6 +80,21 @@ class DepthEmbedding(nn.Module):
         return self.linear(torch.exp(-(((depth[:, None] - centres) / (2 * self.SPACING)) ** 2)))
 
 
+class BinWeight(Embedding):
+    """How much a gene counts in a cell's summary, for its expression bin; the last row stands for hidden expression."""
+
+    def __init__(self, n_bins: int, dim: int, init_std: float) -> None:
+        """Draw the table."""
+        super().__init__(n_bins + 1, dim, init_std=init_std)
+
+    def reset_parameters(self) -> None:
+        """Let unexpressed genes count against their vector and expressed ones for it, the more the higher the bin."""
+        super().reset_parameters()
+        n_bins = self.num_embeddings - 1
+        with torch.no_grad():
+            self.weight[:n_bins] += torch.linspace(-0.3, 0.7, n_bins).unsqueeze(1)
+
+
 class CellSummary(nn.Module):
     """Sum up what a cell shows: each visible gene's vector, weighted by its expression, as one normalised vector.
 
@@ -87,11 +108,7 @@ class CellSummary(nn.Module):
         self.gene = Embedding(vocab_size, dim, init_std=init_std)
         self.scale = None
         if n_bins is not None:
-            self.scale = Embedding(n_bins + 1, dim, init_std=init_std)
-            # Unexpressed genes count against their vector and expressed ones for it, the more the higher the bin.
-            ramp = torch.linspace(-0.3, 0.7, n_bins).unsqueeze(1)
-            with torch.no_grad():
-                self.scale.weight[:n_bins] += ramp
+            self.scale = BinWeight(n_bins, dim, init_std)
         self.norm = Norm(dim)
 
     def forward(self, tokens: Tensor, expression: Tensor, is_visible: Tensor) -> Tensor:

@@ -314,7 +314,7 @@ class MaskedCellEncoder(nn.Module):
             account["prior_values"] = int(counted.sum())
         return account
 
-    def data_initialised_parameters(self) -> list[nn.Parameter]:
+    def data_initialised_parameters(self) -> list[Tensor]:
         """Return the parameters that `initialise_from_data` writes, which must be whole then."""
         return [self.token_embedding.weight] if self.config.gene_embedding_path is not None else []
 

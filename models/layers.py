@@ -37,6 +37,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
         self.bias = nn.Parameter(torch.zeros(dim)) if normalization == "LayerNorm" else None
 
+    def reset_parameters(self) -> None:
+        """Start as the plain norm."""
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension."""
         return _normalise(x, self.weight, self.bias)
@@ -94,13 +100,23 @@ class NormLinear(nn.Module):
         super().__init__()
         check_choice("normalization", normalization, Normalization)
         self.in_features, self.out_features = in_features, out_features
+        self.init_std = init_std
         self.linear_function = linear_function
         self.layer_norm_weight = nn.Parameter(torch.ones(in_features))
         self.layer_norm_bias = (
             nn.Parameter(torch.zeros(in_features)) if normalization == "LayerNorm" else None
         )
-        self.weight = nn.Parameter(torch.empty(out_features, in_features).normal_(std=init_std))
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight, set the bias to zero and the norm to the plain one."""
+        nn.init.normal_(self.weight, std=self.init_std)
+        nn.init.ones_(self.layer_norm_weight)
+        for bias in (self.bias, self.layer_norm_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def normalise(self, x: Tensor) -> Tensor:
         """Return the input of the linear part."""

@@ -27,6 +27,10 @@ class GeneHead(nn.Module):
         self.output = None if tied else Linear(dim, vocab_size, bias=False, init_std=init_std)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
+    def reset_parameters(self) -> None:
+        """Set the bias to zero; the layers draw their own."""
+        nn.init.zeros_(self.bias)
+
     def forward(self, hidden: Tensor, cells: Tensor, rows: Tensor, token_weight: Tensor) -> Tensor:
         """Return logits [M, V] for hidden states [M, D] in cells [B, D], whose numbers are `rows` [M]."""
         x = self.norm(F.gelu(self.transform(hidden) + self.cell(cells)[rows]))
@@ -57,6 +61,10 @@ class ValueHead(nn.Module):
         self.product_output = Linear(dim, num_outputs, bias=False, init_std=init_std)
         self.bias = nn.Parameter(torch.zeros(vocab_size, num_outputs))
         self.register_buffer("prior", torch.zeros(vocab_size, num_outputs))
+
+    def reset_parameters(self) -> None:
+        """Set the bias to zero; the layers draw their own, and the prior stays."""
+        nn.init.zeros_(self.bias)
 
     def forward(
         self, hidden: Tensor, cells: Tensor, rows: Tensor, gene_vectors: Tensor, genes: Tensor

@@ -449,3 +449,8 @@ def test_a_cells_key_in_a_phases_config_is_an_unknown_key(folder):
     text += "datasets: [{dataloader_factory: a.b}]\n"
     with pytest.raises(ConfigError, match=r"tokenizer: unknown key"):
         load_run_config(folder(main=text + "tokenizer: {}\n") / "main.yml", [])
+
+
+def test_config_dir_is_the_folder_of_the_file_that_was_named(folder):
+    where = folder(sub__run="path: ${config_dir:}/data\n")
+    assert composed(where / "sub", name="run.yml")["path"] == f"{(where / 'sub').resolve()}/data"

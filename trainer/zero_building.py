@@ -91,7 +91,7 @@ def is_divided(tensor: Any) -> bool:
     return status is not None and status.name == "NOT_AVAILABLE"
 
 
-def gathered_where_divided(parameters: Sequence[nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+def gathered_where_divided(parameters: Sequence[Tensor]) -> contextlib.AbstractContextManager[Any]:
     """Have whole parameters within the block, those that are divided gathered; what rank 0 writes stays."""
     divided = [parameter for parameter in parameters if is_divided(parameter)]
     if not divided:

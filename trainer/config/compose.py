@@ -37,6 +37,8 @@ def compose(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[Prob
         except ConfigError as error:
             problems.append(Problem(key, str(error)))
     content.pop("hydra", None)
+    # For data and presets that lie beside the file, wherever the command is given.
+    OmegaConf.register_resolver("config_dir", lambda: str(path.parent.resolve()), replace=True)
     return _resolve_interpolations(content, problems), problems
 
 
