@@ -2,6 +2,7 @@
 
     python benchmarks/kill_resume.py --trials 20 --ranks 1 2
     python benchmarks/kill_resume.py --trials 5 --ranks 3 4
+    python benchmarks/kill_resume.py --trials 5 --ranks 2 --strategy zero3
 
 Two phases (our own cell loader on the bundled-like synthetic corpus, and a user's map-style loader with random
 augmentation), dropout on, accumulation 2, a checkpoint every other step. Prints one line a trial and the count of
@@ -21,7 +22,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from launching import RankGroup, start_ranks  # noqa: E402
-from running import comparable_records, newest_run, same_weights, toy, write_config  # noqa: E402
+from running import (  # noqa: E402
+    comparable_records,
+    newest_run,
+    same_weights,
+    strategy_environment,
+    toy,
+    write_config,
+)
 
 FIRST_STEP = "one 1/"
 """What a run prints when training has begun."""
@@ -53,25 +61,29 @@ def configuration(global_batch_size: int) -> dict[str, Any]:
     )
 
 
-def start(num_ranks: int, folder: Path, **changes: Any) -> RankGroup:
+def start(num_ranks: int, folder: Path, strategy: str, **changes: Any) -> RankGroup:
     """Start the run on some ranks."""
     path = write_config(folder, configuration(8 * num_ranks), **changes)
     script = [ROOT / "trainer" / "train.py", "--config", path]
-    return start_ranks(num_ranks, script, env={"PYTHONPATH": str(ROOT / "tests")})
+    environment = {
+        "PYTHONPATH": str(ROOT / "tests"),
+        **strategy_environment(folder, strategy, num_ranks, sub_group_size=2000),
+    }
+    return start_ranks(num_ranks, script, env=environment)
 
 
-def run_to_end(num_ranks: int, folder: Path, **changes: Any) -> tuple[Path, float]:
+def run_to_end(num_ranks: int, folder: Path, strategy: str, **changes: Any) -> tuple[Path, float]:
     """Run without a kill and return the run folder and the seconds between the first step and the end."""
-    with start(num_ranks, folder, **changes) as group:
+    with start(num_ranks, folder, strategy, **changes) as group:
         group.wait_for(FIRST_STEP)
         began = time.monotonic()
         group.wait()
     return newest_run(folder), time.monotonic() - began
 
 
-def kill_once(num_ranks: int, folder: Path, seconds: float, **changes: Any) -> str:
+def kill_once(num_ranks: int, folder: Path, strategy: str, seconds: float, **changes: Any) -> str:
     """Start the run, kill all its ranks some seconds after the first step, and say what they were doing."""
-    with start(num_ranks, folder, **changes) as group:
+    with start(num_ranks, folder, strategy, **changes) as group:
         group.wait_for(STARTED if changes else FIRST_STEP)
         time.sleep(seconds)
         was_running = group.is_running()
@@ -82,14 +94,17 @@ def kill_once(num_ranks: int, folder: Path, seconds: float, **changes: Any) -> s
     return f"{where}, after '{said[:44]}'" if was_running else "after its end"
 
 
-def trial(number: int, num_ranks: int, reference: Path, seconds: float, chance: random.Random) -> bool:
+def trial(
+    number: int, num_ranks: int, strategy: str, reference: Path, seconds: float, chance: random.Random
+) -> bool:
     """Kill once or twice, resume to the end, and compare."""
     folder = Path(tempfile.mkdtemp(prefix="kill_resume_"))
     try:
-        moments = [kill_once(num_ranks, folder, chance.uniform(0, seconds))]
+        moments = [kill_once(num_ranks, folder, strategy, chance.uniform(0, seconds))]
         if chance.random() < 0.3:
-            moments.append(kill_once(num_ranks, folder, chance.uniform(0, seconds / 2), resume_from="auto"))
-        resumed, _ = run_to_end_of_rest(num_ranks, folder)
+            later = chance.uniform(0, seconds / 2)
+            moments.append(kill_once(num_ranks, folder, strategy, later, resume_from="auto"))
+        resumed = run_rest(num_ranks, folder, strategy)
         is_equal = comparable_records(resumed) == comparable_records(reference) and same_weights(
             resumed, reference
         )
@@ -101,22 +116,23 @@ def trial(number: int, num_ranks: int, reference: Path, seconds: float, chance: 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run_to_end_of_rest(num_ranks: int, folder: Path) -> tuple[Path, float]:
+def run_rest(num_ranks: int, folder: Path, strategy: str) -> Path:
     """Resume to the end; a run that was killed before its first checkpoint starts afresh."""
-    began = time.monotonic()
-    with start(num_ranks, folder, resume_from="auto") as group:
+    with start(num_ranks, folder, strategy, resume_from="auto") as group:
         group.wait()
-    return newest_run(folder), time.monotonic() - began
+    return newest_run(folder)
 
 
-def run_trials(num_ranks: int, trials: int, seed: int = 0) -> int:
+def run_trials(num_ranks: int, trials: int, strategy: str = "ddp", seed: int = 0) -> int:
     """Return how many of the trials ended equal to a run that was left alone."""
     folder = Path(tempfile.mkdtemp(prefix="kill_reference_"))
     try:
-        reference, seconds = run_to_end(num_ranks, folder)
+        reference, seconds = run_to_end(num_ranks, folder, strategy)
         chance = random.Random(seed)
-        equal = sum(trial(number, num_ranks, reference, seconds, chance) for number in range(1, trials + 1))
-        print(f"{num_ranks} ranks: {equal} of {trials} equal bit for bit", flush=True)
+        equal = sum(
+            trial(number, num_ranks, strategy, reference, seconds, chance) for number in range(1, trials + 1)
+        )
+        print(f"{strategy}, {num_ranks} ranks: {equal} of {trials} equal bit for bit", flush=True)
         return equal
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -129,9 +145,14 @@ def main() -> int:
     )
     parser.add_argument("--trials", type=int, default=20, help="kills for each number of ranks")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks to try")
+    parser.add_argument(
+        "--strategy", default="ddp", choices=["ddp", "zero1", "zero2", "zero3"], help="how they train"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     arguments = parser.parse_args()
-    results = [run_trials(ranks, arguments.trials, arguments.seed) for ranks in arguments.ranks]
+    results = [
+        run_trials(ranks, arguments.trials, arguments.strategy, arguments.seed) for ranks in arguments.ranks
+    ]
     return 0 if all(equal == arguments.trials for equal in results) else 1
 
 

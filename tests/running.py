@@ -9,11 +9,12 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from launching import ROOT, free_port, launch_ranks
-from safetensors.torch import load_file
 
 from trainer.build import run
+from trainer.checkpoint import open_checkpoint
 from trainer.config import load_run_config
 from trainer.metrics_file import comparable, read_metrics
+from trainer.shards import full_weights
 
 TOY: dict[str, Any] = {
     "run_name": "toy",
@@ -78,7 +79,9 @@ def train_ranks(
     ).stdout
 
 
-def strategy_environment(folder: Path, strategy: str, num_ranks: int, **zero: Any) -> dict[str, str]:
+def strategy_environment(
+    folder: Path, strategy: str, num_ranks: int, sub_group_size: int = 60
+) -> dict[str, str]:
     """Return the variables by which `accelerate launch` hands a strategy on, for ranks that are started without it.
 
     Small parameters are sharded too under ZeRO-3, and sub-groups are small: tiny models hide faults otherwise.
@@ -87,8 +90,8 @@ def strategy_environment(folder: Path, strategy: str, num_ranks: int, **zero: An
         return {}
     settings = json.loads((ROOT / "ds_configs" / f"{strategy}.json").read_text())
     if settings["zero_optimization"]["stage"] == 3:
-        settings["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "sub_group_size": 60}
-    settings["zero_optimization"] |= zero
+        small = {"stage3_param_persistence_threshold": 0, "sub_group_size": sub_group_size}
+        settings["zero_optimization"] |= small
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{strategy}.json"
     path.write_text(json.dumps(settings))
@@ -124,7 +127,7 @@ def comparable_records(run_folder: Path) -> list[dict[str, Any]]:
 def final_weights(run_folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights of the newest checkpoint."""
     newest = (run_folder / "latest").read_text().strip()
-    return load_file(run_folder / newest / "model.safetensors")
+    return full_weights(open_checkpoint(run_folder / newest))
 
 
 def same_weights(first: Path, second: Path) -> bool:

@@ -293,8 +293,7 @@ def test_the_shards_of_a_zero_run_are_put_together(tmp_path):
         "masking": {"mask_ratio": 0.3, "target": "both"},
     }
     phase = {"dataloader_factory": "data.loader.cell_loader", "dataloader_args": arguments, "max_steps": 2}
-    model = {**ENCODER, "config_args": {**ENCODER["config_args"], "use_cell_summary": False}}
-    train_ranks(2, tmp_path, toy(phase, model=model), strategy="zero3")
+    train_ranks(2, tmp_path, toy(phase, model=ENCODER), strategy="zero3")
     saved = open_checkpoint(newest(newest_run(tmp_path)))
     assert saved.has(SHARD) and "token_embedding.weight" not in load_tree(saved.folder / "model.safetensors")
     export(saved.folder, tmp_path / "out")
