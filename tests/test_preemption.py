@@ -12,10 +12,20 @@ from typing import Any
 import psutil
 import pytest
 from launching import ROOT, Launcher, RankGroup, start_ranks
-from running import comparable_records, newest_run, records, same_weights, toy, write_config
+from running import (
+    comparable_records,
+    newest_run,
+    records,
+    same_weights,
+    strategy_environment,
+    toy,
+    write_config,
+)
 
+from trainer.checkpoint_folder import read_manifest
 from trainer.metrics_file import MetricsFile, read_metrics
 from trainer.preemption import agreed_request
+from trainer.shards import SHARD
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +149,24 @@ def test_a_run_stopped_again_and_again_at_random_moments_ends_like_one_left_alon
     resumed = run_to_end(2, tmp_path, config, **changes)
     assert comparable_records(resumed) == comparable_records(reference(2))
     assert same_weights(resumed, reference(2))
+
+
+def test_a_sharded_run_stopped_in_an_evaluation_ends_like_one_left_alone(tmp_path):
+    config = configuration(2, {"dataloader_args": CELLS, "eval_every_steps": 2, "max_steps": 4})
+    environment = strategy_environment(tmp_path, "zero3", 2)
+    whole = run_to_end(2, tmp_path / "whole", config, env=environment)
+    with start(2, tmp_path, config, env={**environment, "TOY_PAUSE": "validating:2:1"}) as group:
+        group.wait_for("toy: validating")
+        group.processes[1].send_signal(signal.SIGTERM)
+        end(group)
+    assert "at step 2" in status(tmp_path)["reason"]
+    resumed = run_to_end(2, tmp_path, config, resume_from="auto", env=environment)
+    assert comparable_records(resumed) == comparable_records(whole)
+    shards = [
+        {name: facts for name, facts in read_manifest(run / "checkpoint_4")["files"].items() if SHARD in name}
+        for run in (resumed, whole)
+    ]
+    assert len(shards[0]) == 2 and shards[0] == shards[1]
 
 
 def test_a_stream_is_stopped_without_losing_cells(tmp_path):

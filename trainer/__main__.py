@@ -5,7 +5,7 @@ import sys
 from typing import NamedTuple
 
 from trainer import preemption
-from trainer.exits import USER_MISTAKE, is_main_process, run_command
+from trainer.exits import USER_MISTAKE, end_process, is_main_process, run_command
 
 
 class Command(NamedTuple):
@@ -39,4 +39,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    code = main()
+    if sys.argv[1:2] == ["train"]:
+        end_process(code)
+    raise SystemExit(code)

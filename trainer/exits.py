@@ -1,10 +1,13 @@
 """Turn what a command raises into one message and the process's exit code."""
 
+import atexit
+import contextlib
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from data.errors import DataError
 from models.errors import ModelError
@@ -53,6 +56,19 @@ def run_command(command: Callable[[], int]) -> int:
     finally:
         control.leave_exit(code, reason)
     return code
+
+
+def end_process(code: int) -> NoReturn:
+    """End the process of a command that has said and written all, its exit functions run.
+
+    Destructors of libraries that hold threads sometimes abort a process that trained on several ranks after its end
+    (`terminate called without an active exception`), and its exit code with it.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe
+            stream.flush()
+    os._exit(code)
 
 
 def _report(error: Exception) -> None:

@@ -23,7 +23,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from trainer.config import dump_yaml, load_run_config
 from trainer.errors import ConfigError
-from trainer.exits import is_main_process, run_command
+from trainer.exits import end_process, is_main_process, run_command
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,4 +109,4 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end_process(main())
