@@ -147,7 +147,7 @@ def test_evaluations_and_checkpoints_have_their_lines(capsys):
     checkpoint_line(40, "checkpoint_40", 0.81)
     assert capsys.readouterr().out.splitlines() == [
         "step 40  validation of pretrain  loss 5.1234  accuracy 0.1000  (1 min 03 s)",
-        "step 40  checkpoint checkpoint_40  (0.8 s)",
+        "step 40  checkpoint checkpoint_40  (0.81 s)",
     ]
 
 

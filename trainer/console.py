@@ -158,7 +158,8 @@ def evaluation_line(phase: str, step: int, metrics: Mapping[str, float | None], 
 
 def checkpoint_line(step: int, folder: str, seconds: float) -> None:
     """Say that a checkpoint is complete, and for how long training waited for it."""
-    notice(f"step {step}  checkpoint {folder}  ({_duration(seconds)})")
+    waited = f"{seconds:.2f} s" if seconds < 10 else _duration(seconds)
+    notice(f"step {step}  checkpoint {folder}  ({waited})")
 
 
 class ProgressLine:
