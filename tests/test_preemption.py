@@ -101,7 +101,6 @@ def reference(tmp_path_factory):
     ("num_ranks", "place", "step", "to_all"),
     [
         (1, "forward:1", 1, True),
-        (2, "forward:1", 1, False),
         (1, f"validating:{CELLS_EVALUATED // 2}", 4, True),
         (1, f"validating:{3 * CELLS_EVALUATED + 2}", 12, True),
         (2, "validating:8", 6, False),
