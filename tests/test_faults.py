@@ -12,7 +12,16 @@ from typing import Any
 
 import pytest
 from launching import ROOT, RankGroup, start_ranks
-from running import comparable_records, newest_run, records, same_weights, toy, train, write_config
+from running import (
+    comparable_records,
+    newest_run,
+    records,
+    same_weights,
+    strategy_environment,
+    toy,
+    train,
+    write_config,
+)
 
 from trainer.activity import Activity
 from trainer.checkpoint import list_checkpoints, verify_checkpoint
@@ -104,9 +113,10 @@ if os.environ["RANK"] == "1":
 
 
 @slow
-def test_a_stopped_rank_is_named_before_and_at_the_timeout(tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
+def test_a_stopped_rank_is_named_before_and_at_the_timeout(tmp_path, strategy):
     config = toy(ENDLESS, global_batch_size=8, distributed_timeout_seconds=10)
-    with start(tmp_path, config) as group:
+    with start(tmp_path, config, env=strategy_environment(tmp_path, strategy, 2)) as group:
         group.wait_for(FIRST_STEP)
         group.processes[1].send_signal(signal.SIGSTOP)
         group.wait_for("watch: rank 0", timeout=15)

@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from running import comparable_records, newest_run, records, strategy_environment, toy, train_ranks
+from launching import CPU_CONFIGS, ROOT, run_command
+from running import (
+    comparable_records,
+    newest_run,
+    records,
+    strategy_environment,
+    toy,
+    train_ranks,
+    write_config,
+)
 
 from trainer.checkpoint import open_checkpoint
 from trainer.errors import CheckpointError, ConfigError
@@ -299,6 +308,29 @@ def test_auto_and_equal_values_are_accepted():
     settings = {"zero_optimization": {"stage": 2}, **given}
     complete_config(settings, given, config, [BatchPlan(2, 6, 2, 24)], "bf16")
     assert settings["bf16"]["enabled"] and settings["gradient_accumulation_steps"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "zero3_offload"])
+def test_the_launch_files_start_the_users_command_from_anywhere(tmp_path, name):
+    path = write_config(tmp_path, CONFIG)
+    command = ["python", "-m", "accelerate.commands.launch", "--config_file", CPU_CONFIGS / f"{name}.yaml"]
+    script = [ROOT / "trainer" / "train.py", "--config", path, "--dry-run"]
+    environment = {"PYTHONPATH": str(ROOT / "tests")}
+    output = run_command([*command, *script], env=environment, cwd=tmp_path).stdout
+    of_strategy = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2"}.get(name, "ZeRO-3")
+    assert f"2 x cpu ({of_strategy})" in output and "dry run: phase 'p1' loss" in output
+
+
+@pytest.mark.slow
+def test_init_from_takes_whole_weights_into_shards(finished, tmp_path):
+    source = finished("zero2") / "checkpoint_4"
+    still = toy({"lr": 0.0, **CELLS}, {"epochs": 0, **CELLS}, micro_batch_size=2)
+    train_ranks(2, tmp_path, still, strategy="zero3", init_from=str(source))
+    given, taken = (
+        full_weights(open_checkpoint(folder)) for folder in (source, newest_run(tmp_path) / "checkpoint_2")
+    )
+    assert torch.equal(given["body.0.weight"], taken["body.0.weight"])
 
 
 @pytest.mark.slow
