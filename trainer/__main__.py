@@ -38,8 +38,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if is_help else USER_MISTAKE
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """Run one command as the whole process: `python -m trainer`, or the installed `cellphase`."""
     code = main()
     if sys.argv[1:2] == ["train"]:
         end_process(code)
     raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    console()
