@@ -105,6 +105,22 @@ def test_a_non_finite_step_is_skipped_and_counted(tmp_path):
     assert progress["skipped_steps"] == 1 and progress["skipped_in_a_row"] == 0
 
 
+def test_a_fused_optimizer_leaves_the_same_steps_out_without_the_host(tmp_path):
+    loss = {"loss_class": "toy.SometimesNan", "loss_args": {"steps": [1, 2]}}
+    weights, kept = [], []
+    for fused in (False, True):
+        optimizer = {"optimizer_args": {"lr": 0.01, "weight_decay": 0.3, "fused": fused}}
+        folder = train(tmp_path / str(fused), toy({"epochs": 3}, optimizer=optimizer), loss=loss)
+        kept.append([record["is_skipped"] for record in records(folder)])
+        state = load_tree(folder / "checkpoint_6" / "run_state.safetensors")
+        assert state["progress"]["skipped_steps"] == 2
+        assert {int(of["step"]) for of in state["optimizer"].values()} == {4}
+        weights.append(final_weights(folder))
+    assert kept[0] == kept[1] == [False, True, True, False, False, False]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], rtol=1e-5, atol=1e-6)
+
+
 def test_too_many_non_finite_steps_stop_the_run_with_an_account(tmp_path):
     loss = {"loss_class": "toy.SometimesNan", "loss_args": {"steps": [1, 2, 3]}}
     with pytest.raises(TrainingStopped, match="3 steps in a row"):

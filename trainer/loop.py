@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
 
 from data.loader import MicroBatch
 from trainer import preemption
@@ -128,9 +129,11 @@ def train_step(
     """Take one optimizer step: every micro-batch's gradient, one clipped update, one record."""
     progress, strategy = run.progress, run.strategy
     rates = set_rates(run, phase)
-    sums, norm, is_good = LossSum(), None, False
+    sums, norm = LossSum(), None
     if totals.weight > 0:
-        doubt: Any = 0.0  # NaN from the first loss on that is not finite: it makes the gradient NaN, on every rank
+        doubt: Any = (
+            0.0  # NaN from the first loss on that is not finite: it makes the gradient NaN, on every rank
+        )
         for index, (micro, weight) in enumerate(zip(micro_batches, totals.weights, strict=True)):
             # Gradients are averaged over ranks, so each rank's sum is scaled up by their number; a rank without
             # cells runs the same passes at weight 0.
@@ -142,21 +145,18 @@ def train_step(
                     doubt = doubt + 0.0 * output.sum.detach()
                 strategy.backward(output.sum * (scale + doubt))
             sums.add(output.sum, output.metrics, counts=weight > 0)
-        norm, is_good = strategy.step()
+        norm = strategy.step()
     if run.scheduler is not None:
         run.scheduler.step()
-    count_step(progress, totals, is_good)
-    record = {"kind": "train", **position(progress, phase), **rates, "is_skipped": not is_good}
+    count_step(progress, totals)
+    record = {"kind": "train", **position(progress, phase), **rates}
     meters.add_step(
         record, sums=sums, weight=totals.weight, gradient_norm=norm, cells=totals.cells, tokens=totals.tokens
     )
-    if progress.skipped_in_a_row >= run.config.max_nonfinite_steps:
-        run.recorder.write(meters.take())
-        raise TrainingStopped(
-            f"phase '{phase.name}', step {progress.global_step}: {progress.skipped_in_a_row} steps in a row had no "
-            "finite loss or gradient, or nothing to learn from (max_nonfinite_steps); lower the learning rate, look at "
-            "metrics.jsonl for the step where it began, and resume from the checkpoint before it"
-        )
+    if not isinstance(norm, Tensor) and (norm is None or not math.isfinite(norm)):
+        write_records(
+            run, meters
+        )  # a norm that is still on its way from a GPU is looked at when it is written
 
 
 def after_step(run: Run, phase: Phase, meters: Meters, epoch_is_over: bool) -> None:
@@ -165,7 +165,7 @@ def after_step(run: Run, phase: Phase, meters: Meters, epoch_is_over: bool) -> N
     evaluates = phase.validation is not None and is_due(progress.phase_step, config.eval_every_steps)
     saves = is_due(progress.global_step, config.save_every_steps)
     if is_due(progress.phase_step, config.log_every_steps) or evaluates or saves or epoch_is_over:
-        run.recorder.write(meters.take())
+        write_records(run, meters)
     if epoch_is_over:
         return
     if evaluates:
@@ -179,7 +179,7 @@ def after_step(run: Run, phase: Phase, meters: Meters, epoch_is_over: bool) -> N
 def end_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     """Evaluate where the epoch is due for it, count the epoch, and save unless the phase's end does."""
     progress, config = run.progress, phase.config
-    run.recorder.write(meters.take())
+    write_records(run, meters)
     by_steps = is_due(progress.phase_step, config.eval_every_steps)
     every = config.eval_every_epochs or (None if config.eval_every_steps else 1)
     progress.next_epoch()
@@ -268,7 +268,7 @@ def stop_request(run: Run) -> str | None:
 def leave(run: Run, meters: Meters | None = None) -> NoReturn:
     """Save where the run stands, complete on every rank, and end it; all ranks have agreed on it."""
     if meters is not None:
-        run.recorder.write(meters.take())
+        write_records(run, meters)
     request = preemption.agreed_request(run.ranks, stop_request(run))
     run.activity.begin("saving before the end", run.progress.global_step)
     run.saver.save_for_good(run)
@@ -278,15 +278,31 @@ def leave(run: Run, meters: Meters | None = None) -> NoReturn:
     )
 
 
-def count_step(progress: Progress, totals: StepTotals, is_good: bool) -> None:
+def write_records(run: Run, meters: Meters) -> None:
+    """Write the steps since the last time, count those without an update, and stop where there are too many in a row.
+
+    A step whose gradient is not finite is left out by all ranks; so is one with nothing to learn from.
+    """
+    progress, records = run.progress, meters.take()
+    run.recorder.write(records)
+    for record in records:
+        progress.skipped_steps += record["is_skipped"]
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record["is_skipped"] else 0
+        if progress.skipped_in_a_row >= run.config.max_nonfinite_steps:
+            raise TrainingStopped(
+                f"phase '{record['phase']}', step {record['global_step']}: {progress.skipped_in_a_row} steps in a row "
+                "had no finite loss or gradient, or nothing to learn from (max_nonfinite_steps); lower the learning "
+                "rate, look at metrics.jsonl for the step where it began, and resume from the checkpoint before it"
+            )
+
+
+def count_step(progress: Progress, totals: StepTotals) -> None:
     """Move the counters on by one optimizer step."""
     progress.global_step += 1
     progress.phase_step += 1
     progress.epoch_step += 1
     progress.cells += int(totals.cells)
     progress.tokens += int(totals.tokens)
-    progress.skipped_steps += not is_good
-    progress.skipped_in_a_row = 0 if is_good else progress.skipped_in_a_row + 1
 
 
 def is_over(progress: Progress, phase: Phase) -> bool:
@@ -360,7 +376,7 @@ def rehearse(run: Run) -> None:
             output = run.strategy.module(batch, 0, phase.total_steps)
             run.strategy.backward(output.sum * (run.ranks.count / totals.weight if weight > 0 else 0.0))
         run.strategy.hold_all()
-        norm, _ = run.strategy.step()
+        norm = run.strategy.step()
         loss = float(output.sum.detach()) / weight if weight else float("nan")
         notice(
             f"dry run: phase '{phase.name}' loss {loss:.4f}, gradient norm {float(norm):.4f} on one micro-batch"

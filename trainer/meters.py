@@ -1,5 +1,6 @@
 """Measure a run: losses summed on the device, read by the host only when they are written, and where time goes."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -110,5 +111,8 @@ class Meters:
             )
             norm = None if item.gradient_norm is None else float(item.gradient_norm)
             loss = metrics.pop("loss", None)
-            records.append({**item.record, "loss": loss, "grad_norm": norm, **metrics})
+            is_skipped = norm is None or not math.isfinite(norm)
+            records.append(
+                {**item.record, "is_skipped": is_skipped, "loss": loss, "grad_norm": norm, **metrics}
+            )
         return records

@@ -58,6 +58,8 @@ class Strategy:
     def _prepare(self) -> Any:
         self._parameters = [p for p in self.own_module.parameters() if p.requires_grad]
         module, self._stepper = self.accelerator.prepare(self.own_module, self.optimizer)
+        is_fused = all(group.get("fused") for group in self.optimizer.param_groups)
+        self._leaves_out_by_itself = is_fused and self.accelerator.scaler is None
         return module
 
     def backward(self, loss: Tensor) -> None:
@@ -70,20 +72,25 @@ class Strategy:
         with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.module):
             yield
 
-    def step(self) -> tuple[float, bool]:
-        """Clip, update, drop the gradients; return their global L2 norm and whether the update took place.
+    def step(self) -> Tensor | float:
+        """Clip, update, drop the gradients; return their global L2 norm.
 
-        A norm that is not finite leaves the update out, on every rank alike: all have the same gradients.
+        Where it is not finite the update is left out, on every rank alike: all have the same gradients. A fused
+        optimizer decides that on the device, and nothing waits for it: the norm is then a tensor.
         """
         self.accelerator.unscale_gradients()
         limit = math.inf if self._max_grad_norm is None else self._max_grad_norm
-        norm = float(nn.utils.clip_grad_norm_(self._parameters, limit))
-        is_good = math.isfinite(norm)
-        # fp16's loss scaler leaves a bad update out by itself, and has to learn of it.
-        if is_good or self.accelerator.scaler is not None:
-            self._stepper.step()
+        norm: Tensor | float = nn.utils.clip_grad_norm_(self._parameters, limit)
+        if self._leaves_out_by_itself:
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        else:
+            norm = float(norm)
+            # fp16's loss scaler leaves a bad update out by itself, and has to learn of it.
+            if math.isfinite(norm) or self.accelerator.scaler is not None:
+                self._stepper.step()
         self._stepper.zero_grad()
-        return norm, is_good
+        return norm
 
     def hold_still(self, patterns: Sequence[str]) -> None:
         """Hold the parameters of these patterns still from here on, and no others."""

@@ -135,12 +135,10 @@ class ZeroStrategy(Strategy):
         """Add one micro-batch's gradient."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self) -> tuple[float, bool]:
-        """Clip, update, drop the gradients; return their norm and whether the update took place."""
+    def step(self) -> float:
+        """Clip, update, drop the gradients; return their norm, infinity where the update was left out."""
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
-        is_good = bool(self.engine.was_step_applied())
-        return (norm if is_good else math.inf), is_good
+        return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
 
     @contextlib.contextmanager
     def gathered(self, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
