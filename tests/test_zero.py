@@ -173,6 +173,25 @@ def test_bf16_keeps_fp32_weights_and_holds_frozen_ones_still(tmp_path, strategy)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ("zero2", "zero3"))
+def test_weights_that_never_train_and_a_users_scheduler_are_saved_too(tmp_path, strategy):
+    changes = {"freeze": ["^embedding", "^body"], "reinitialise": [], "schedule": "constant"}
+    phases = [{**phase, **changes} for phase in CONFIG["datasets"]]
+    scheduler = {"scheduler_class": "torch.optim.lr_scheduler.StepLR", "scheduler_args": {"step_size": 2}}
+    config = {**CONFIG, "datasets": phases, "optimizer": {**CONFIG["optimizer"], **scheduler}}
+    runs = {}
+    for of in ("ddp", strategy):
+        train_ranks(2, tmp_path / of, config, strategy=of)
+        runs[of] = newest_run(tmp_path / of)
+    folder = copy_until(runs[strategy], 3, tmp_path / "resumed")
+    train_ranks(1, tmp_path / "resumed", config, strategy=strategy, resume_from="latest")
+    for run in (runs[strategy], folder):
+        assert losses(run) == pytest.approx(losses(runs["ddp"]), abs=1e-5)
+        assert [r["lr"] for r in records(run)] == [r["lr"] for r in records(runs["ddp"])]
+        assert_close(state_of(run, len(losses(run)))[0], state_of(runs["ddp"], len(losses(run)))[0])
+
+
+@pytest.mark.slow
 def test_dropout_continues_exactly_under_zero_3(tmp_path):
     model = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.3}}
     config = {**CONFIG, "model": model}
