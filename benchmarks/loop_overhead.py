@@ -25,13 +25,14 @@ from data.loader import MicroBatch  # noqa: E402
 from models.encoder import EncoderConfig, MaskedCellEncoder  # noqa: E402
 from trainer import distributed  # noqa: E402
 from trainer.config import RunConfig  # noqa: E402
-from trainer.loop import Run, run_epoch  # noqa: E402
+from trainer.loop import run_epoch  # noqa: E402
 from trainer.losses import LossModule  # noqa: E402
 from trainer.meters import Meters  # noqa: E402
 from trainer.optim import build_optimizer  # noqa: E402
 from trainer.phases import Phase  # noqa: E402
 from trainer.progress import Progress  # noqa: E402
 from trainer.recorder import Recorder  # noqa: E402
+from trainer.run import Run  # noqa: E402
 from trainer.strategy import Strategy  # noqa: E402
 
 NUM_GENES, NUM_BINS, NUM_TOKENS = 2000, 12, 129

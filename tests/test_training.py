@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from data.errors import DataError
 from trainer.errors import CheckpointError, ConfigError
-from trainer.loop import TrainingStopped
+from trainer.run import TrainingStopped
 from trainer.statefile import load_tree
 
 DROPOUT = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.2}}

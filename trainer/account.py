@@ -9,8 +9,8 @@ import torch
 from trainer.config.schema import PhaseConfig, RunConfig
 from trainer.console import PhaseAccount, StartupAccount
 from trainer.distributed import autocast_precision
-from trainer.loop import Run
 from trainer.phases import DataFacts, Phase
+from trainer.run import Run
 from trainer.schedule import base_learning_rates
 from trainer.strategy import Strategy
 

@@ -29,7 +29,7 @@ from trainer.dotted import check_dotted_paths, resolve
 from trainer.errors import ConfigError, UserError
 from trainer.exits import PREEMPTED
 from trainer.freezing import split_groups
-from trainer.loop import Run, rehearse, train
+from trainer.loop import rehearse, train
 from trainer.losses import LossModule, build_loss
 from trainer.optim import UserScheduler, build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
@@ -37,6 +37,7 @@ from trainer.preemption import Preempted
 from trainer.progress import Progress
 from trainer.random_state import seed_dropout
 from trainer.recorder import Recorder
+from trainer.run import Run
 from trainer.run_state import Saver, restore
 from trainer.schedule import base_learning_rates, learning_rate_factor
 from trainer.trackers import check_trackers

@@ -10,10 +10,10 @@ from trainer.checkpoint import CheckpointWriter, SavedCheckpoint
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
-from trainer.loop import Run
 from trainer.phases import DataFacts, Phase
 from trainer.progress import Progress
 from trainer.random_state import random_state, seed_dropout, set_random_state
+from trainer.run import Run
 from trainer.shards import SHARD, open_tensors
 from trainer.zero_building import gathered_where_divided, whole_shape
 

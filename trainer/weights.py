@@ -13,9 +13,9 @@ from data.loader import DrawKey
 from trainer.checkpoint import list_checkpoints, open_checkpoint
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
-from trainer.loop import Run
 from trainer.phases import DataFacts, Phase
 from trainer.reference_checkpoint import load_reference_checkpoint
+from trainer.run import Run
 from trainer.run_state import check_gene_space, load_weights
 from trainer.shards import full_weights
 from trainer.zero_building import gathered_where_divided

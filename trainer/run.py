@@ -1,0 +1,134 @@
+"""What a run works with, and what its training and its evaluations have in common."""
+
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from data.loader import MicroBatch
+from trainer import preemption
+from trainer.activity import Activity
+from trainer.config.schema import RunConfig
+from trainer.distributed import Ranks
+from trainer.losses import LossModule
+from trainer.meters import Meters
+from trainer.phases import Phase
+from trainer.preemption import Preempted
+from trainer.progress import Progress
+from trainer.recorder import Recorder
+from trainer.strategy import Strategy
+
+
+class TrainingStopped(RuntimeError):
+    """Report a run that cannot go on: too many steps in a row without a finite update."""
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with."""
+
+    config: RunConfig
+    ranks: Ranks
+    strategy: Strategy
+    module: LossModule
+    phases: list[Phase]
+    progress: Progress
+    recorder: Recorder
+    saver: Any
+    """`trainer.run_state.Saver`: writes what `progress` stands for."""
+    scheduler: Any = None
+    """The user's scheduler, or None: then the learning rate is a pure function of phase and step."""
+    activity: Activity = field(default_factory=Activity)
+    """What the main thread is doing, which trainer/watch.py watches."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """One optimizer step's totals over all ranks, and this rank's weights."""
+
+    weights: list[float]
+    weight: float
+    cells: float
+    tokens: float
+    is_asked_to_stop: bool = False
+    """Whether any rank was asked to end with a checkpoint."""
+
+
+def add_up(run: Run, micro_batches: list[MicroBatch]) -> StepTotals:
+    """Agree on a step's weight, cells and tokens, and on requests to stop, before any forward pass."""
+    weights = [run.module.weight(micro.batch) if micro.num_cells else 0.0 for micro in micro_batches]
+    cells = sum(micro.num_cells for micro in micro_batches)
+    tokens = sum(count_tokens(micro.batch) for micro in micro_batches if micro.num_cells)
+    is_asked = stop_request(run) is not None
+    weight, cells, tokens, asked = run.ranks.sum([sum(weights), cells, tokens, is_asked])
+    return StepTotals(weights, weight, cells, tokens, asked > 0)
+
+
+def count_tokens(batch: dict[str, Any]) -> int:
+    """Return the number of tokens in a batch, padding left out where the batch tells it."""
+    if "num_tokens" in batch:
+        return int(batch["num_tokens"])
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["tokens"].numel()
+
+
+def write_records(run: Run, meters: Meters) -> None:
+    """Write the steps since the last time, count those without an update, and stop where there are too many in a row.
+
+    A step whose gradient is not finite is left out by all ranks; so is one with nothing to learn from.
+    """
+    progress, records = run.progress, meters.take()
+    run.recorder.write(records)
+    for record in records:
+        progress.skipped_steps += record["is_skipped"]
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record["is_skipped"] else 0
+        if progress.skipped_in_a_row >= run.config.max_nonfinite_steps:
+            raise TrainingStopped(
+                f"phase '{record['phase']}', step {record['global_step']}: {progress.skipped_in_a_row} steps in a row "
+                "had no finite loss or gradient, or nothing to learn from (max_nonfinite_steps); lower the learning "
+                "rate, look at metrics.jsonl for the step where it began, and resume from the checkpoint before it"
+            )
+
+
+def save(run: Run) -> None:
+    """Hand the run's state to the writer; saving waits for files, not for other ranks' steps."""
+    run.activity.begin("saving", run.progress.global_step)
+    run.saver.save(run)
+
+
+def stop_request(run: Run) -> str | None:
+    """Return what asks this rank to end; the clock of rank 0 decides on the time limit."""
+    return preemption.request(run.config.max_wall_seconds if run.ranks.is_main else None)
+
+
+def leave(run: Run, meters: Meters | None = None) -> NoReturn:
+    """Save where the run stands, complete on every rank, and end it; all ranks have agreed on it."""
+    if meters is not None:
+        write_records(run, meters)
+    request = preemption.agreed_request(run.ranks, stop_request(run))
+    run.activity.begin("saving before the end", run.progress.global_step)
+    run.saver.save_for_good(run)
+    step = run.progress.global_step
+    raise Preempted(
+        f"{request} at step {step}; checkpoint_{step} is complete, and resume_from: auto goes on from it"
+    )
+
+
+def is_over(progress: Progress, phase: Phase) -> bool:
+    """Tell whether a phase has nothing left to do, its last epoch's end included."""
+    config = phase.config
+    at_limit = config.max_steps is not None and progress.phase_step >= config.max_steps
+    return progress.epoch >= config.epochs or (at_limit and progress.epoch_step == 0)
+
+
+def is_due(count: int, every: int | None) -> bool:
+    """Tell whether something that happens every so many steps or epochs falls on this one."""
+    return every is not None and count > 0 and count % every == 0
+
+
+def position(progress: Progress, phase: Phase) -> dict[str, Any]:
+    """Return where a record stands in the run."""
+    return {
+        "global_step": progress.global_step,
+        "phase": phase.name,
+        "phase_step": progress.phase_step,
+        "epoch": progress.epoch,
+    }
