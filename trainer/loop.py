@@ -87,9 +87,8 @@ def train_step(
     rates = set_rates(run, phase)
     sums, norm = LossSum(), None
     if totals.weight > 0:
-        doubt: Any = (
-            0.0  # NaN from the first loss on that is not finite: it makes the gradient NaN, on every rank
-        )
+        # NaN from the first loss on that is not finite: it makes the gradient NaN, and so on every rank.
+        doubt: Any = 0.0
         for index, (micro, weight) in enumerate(zip(micro_batches, totals.weights, strict=True)):
             # Gradients are averaged over ranks, so each rank's sum is scaled up by their number; a rank without
             # cells runs the same passes at weight 0.
@@ -109,10 +108,9 @@ def train_step(
     meters.add_step(
         record, sums=sums, weight=totals.weight, gradient_norm=norm, cells=totals.cells, tokens=totals.tokens
     )
+    # A norm that is still on its way from a GPU is looked at when it is written.
     if not isinstance(norm, Tensor) and (norm is None or not math.isfinite(norm)):
-        write_records(
-            run, meters
-        )  # a norm that is still on its way from a GPU is looked at when it is written
+        write_records(run, meters)
 
 
 def after_step(run: Run, phase: Phase, meters: Meters, epoch_is_over: bool) -> None:
