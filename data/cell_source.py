@@ -5,32 +5,35 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.collate import collate
+from data.collate import collate, collate_packed
+from data.columns import RowTable
 from data.corpus import ROWS_PER_GROUP, open_corpus
 from data.errors import DataError
 from data.hashing import DrawKey
 from data.masking import Masking, build_masking
 from data.memory import keep_freed_memory
 from data.order import part_masks
-from data.readers import CorpusReader, open_reader
+from data.readers import CorpusReader, open_columns, open_reader
 from data.tokenizers import NUM_SPECIAL_TOKENS, Tokenizer, build_tokenizer
 
 _LABEL_COLUMNS = ("technical_batch", "target_gene")
+Layout = Literal["padded", "bucketed", "packed"]
 _logger = logging.getLogger(__name__)
 
 
 class CellSource:
-    """Fetch tokenized, masked and padded batches of a corpus by row numbers.
+    """Fetch tokenized, masked and padded or packed batches of a corpus by row numbers.
 
     A batch is a function of its rows and the draw key alone. Its dict holds CPU tensors: `tokens`, `values`,
     `attention_mask`, `depth`, `cell_index`, the Python number `num_tokens`, and where they apply `bins`,
-    `labels`, `value_labels`, `masked_index`, `batch_idx` and `target_gene_idx`.
+    `labels`, `value_labels`, `masked_index`, `batch_idx` and `target_gene_idx`. With layout `packed` it holds
+    `cu_seqlens` and `max_length` in place of `attention_mask` (see `data.collate.collate_packed`).
     """
 
     is_inline = False
@@ -43,6 +46,7 @@ class CellSource:
         row_mask: NDArray[np.bool_] | None,
         *,
         description: Mapping[str, Any],
+        layout: Layout = "padded",
         shuffle_block: int = 64,
         shuffle_window: int = 8192,
         num_workers: int = 0,
@@ -53,6 +57,7 @@ class CellSource:
         self.tokenizer = tokenizer
         self.masking = masking
         self.row_mask = row_mask
+        self.layout: Layout = layout
         self.validation: CellSource | None = None
         self.shuffle_block = shuffle_block
         self.shuffle_window = shuffle_window
@@ -61,6 +66,9 @@ class CellSource:
         self._description = dict(description)
         self._is_validation = is_validation
         self._batch_index = np.arange(len(self.unique_batches))
+        self._numbers: RowTable | None = None
+        if layout == "bucketed":
+            self._numbers = open_columns(reader.info, ["n_genes" if tokenizer.measured is None else "source"])
         keep_freed_memory()
 
     def __len__(self) -> int:
@@ -69,11 +77,21 @@ class CellSource:
 
     def fetch(self, rows: NDArray[np.int64], draw: DrawKey) -> dict[str, Any]:
         """Return the batch of these rows; what is random is drawn from `draw` and the row."""
-        return self._fetch(rows, draw, self.masking)
+        return self._fetch(rows, draw, self.masking, is_packed=self.layout == "packed")
 
     def fetch_unmasked(self, rows: NDArray[np.int64], draw: DrawKey) -> dict[str, Any]:
-        """Return the batch of these rows without masking."""
-        return self._fetch(rows, draw, None)
+        """Return the batch of these rows without masking, padded whatever the layout is."""
+        return self._fetch(rows, draw, None, is_packed=False)
+
+    def arrangement(self, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        """Return the order in which a global batch is cut into micro-batches; None: as it comes.
+
+        With layout `bucketed` the longest cells come first, so that a batch too large for the memory shows at once.
+        """
+        if self._numbers is None:
+            return None
+        numbers = cast(NDArray[Any], next(iter(self._numbers.gather(rows).values())))
+        return np.argsort(-self.tokenizer.num_tokens(numbers), kind="stable")
 
     def expect(self, rows: NDArray[np.int64]) -> None:
         """Read ahead rows that will be fetched soon; no rows: stop reading ahead."""
@@ -108,7 +126,9 @@ class CellSource:
         content = {"corpus": self.reader.info.fingerprint, **self._description}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def _fetch(self, rows: NDArray[np.int64], draw: DrawKey, masking: Masking | None) -> dict[str, Any]:
+    def _fetch(
+        self, rows: NDArray[np.int64], draw: DrawKey, masking: Masking | None, *, is_packed: bool
+    ) -> dict[str, Any]:
         if self._is_validation:
             draw = draw._replace(epoch=-1)
         cells = self.reader.read(rows)
@@ -118,8 +138,11 @@ class CellSource:
         if masking is not None:
             num_genes = len(self.reader.info.gene_space)
             masked = masking.apply(tokens, rows, draw, num_genes, tokenizer.n_bins)
-        width = tokenizer.max_genes if tokenizer.padding == "max_genes" else None
-        batch = collate(tokens, masked, prepend_cls=tokenizer.prepend_cls, width=width)
+        if is_packed:
+            batch = collate_packed(tokens, masked, prepend_cls=tokenizer.prepend_cls)
+        else:
+            width = tokenizer.max_genes if tokenizer.padding == "max_genes" else None
+            batch = collate(tokens, masked, prepend_cls=tokenizer.prepend_cls, width=width)
         batch["depth"] = torch.from_numpy(np.log1p(cells.columns["total"].astype(np.float32)))
         batch["cell_index"] = torch.from_numpy(rows.astype(np.int64))
         if "technical_batch" in cells.columns:
@@ -142,6 +165,7 @@ def cell_loader(
     val_fraction: float = 0.0,
     split_seed: int = 0,
     limit_cells: int | None = None,
+    layout: Layout = "padded",
     shuffle_block: int = 64,
     shuffle_window: int = 8192,
     num_workers: int = 0,
@@ -155,11 +179,16 @@ def cell_loader(
         val_fraction: share of the cells that is held out for validation.
         split_seed: seed of the split and of `limit_cells`; not the run's, so that runs share their split.
         limit_cells: number of cells to take part, a seeded random choice; None takes all.
+        layout: how the cells of a micro-batch are laid out: `padded` to the longest of them; `bucketed`, padded too,
+            but each global batch is cut into micro-batches of cells of similar length; `packed` one after the
+            other, without padding, for a model that takes such batches (ours does).
         shuffle_block: neighbouring cells that are read together. With Parquet, whole row groups (1024 cells)
             are decoded for the cells of a block: 1024, with a window of 16384, is then four times faster.
         shuffle_window: cells that are shuffled among each other, a multiple of `shuffle_block`.
         num_workers: processes that prepare batches; 0 leaves it to one background thread.
     """
+    if layout not in get_args(Layout):
+        raise DataError(f"layout is {layout!r}; it must be {' | '.join(get_args(Layout))}")
     info = open_corpus(path)
     num_genes = len(info.gene_space)
     built = build_tokenizer(
@@ -167,6 +196,10 @@ def cell_loader(
         value_kind=info.manifest.value_kind,
         measured=[source.measured_mask(num_genes) for source in info.manifest.sources],
     )
+    if layout != "padded" and built.padding == "max_genes":
+        raise DataError(
+            f"layout: {layout} avoids padding, and tokenizer.padding: max_genes asks for it; leave one of them out"
+        )
     if (
         info.manifest.storage == "parquet"
         and shuffle_block < ROWS_PER_GROUP
@@ -191,6 +224,7 @@ def cell_loader(
         "shuffle_window": shuffle_window,
         "num_workers": num_workers,
         "description": description,
+        "layout": layout,
     }
     # Each source has a reader of its own, so that evaluating does not drop what training reads ahead; mapped
     # files share their pages anyway.

@@ -23,6 +23,8 @@ _EVALUATION_EPOCH = -1
 class RowSource(Protocol):
     """What a `StepLoader` needs of data; it may also offer what `CellSource` has beside these.
 
+    One with `arrangement(rows)` says in which order the rows of a global batch are cut into micro-batches.
+
     `fetch` must be a function of its arguments alone: the same rows and draw key give the same batch. A source
     with `is_inline` is fetched in the consumer's thread, one with `expect(rows)` is told what comes.
     """
@@ -57,9 +59,10 @@ class _Key(NamedTuple):
 class StepLoader:
     """Give a rank its micro-batches of every optimizer step.
 
-    Global batch g of an epoch is positions [g * size, (g + 1) * size) of the order. Its i-th micro-batch goes to
-    rank i % world size as accumulation index i // world size, so every rank takes equally many steps of equally
-    many micro-batches, and a position to resume from is an epoch and a step.
+    Global batch g of an epoch is positions [g * size, (g + 1) * size) of the order, which the source may arrange
+    among each other. Its i-th micro-batch goes to rank i % world size as accumulation index i // world size, so
+    every rank takes equally many steps of equally many micro-batches, and a position to resume from is an epoch
+    and a step.
     """
 
     may_run_dry = False
@@ -212,6 +215,8 @@ class StepLoader:
         self._announce(key)
         start = key.step * key.global_batch_size
         rows = self.order.rows(key.epoch, start, start + key.global_batch_size)
+        arrangement = self._arrangement(rows)
+        rows = rows if arrangement is None else rows[arrangement]
         draw = DrawKey(self.draw_seed, self.phase, key.epoch)
         step = []
         for number in range(self.rank, key.global_batch_size // self.micro_batch_size, self.world_size):
@@ -225,6 +230,10 @@ class StepLoader:
                 raise
             step.append(MicroBatch(_pinned(batch) if pin else batch, num_cells, part))
         return step
+
+    def _arrangement(self, rows: NDArray[np.int64]) -> NDArray[np.int64] | None:
+        arrange = getattr(self.source, "arrangement", None)
+        return None if arrange is None else arrange(rows)
 
     def _announce(self, key: _Key) -> None:
         """Tell the source which rows of the current and the next window this rank will want."""
@@ -242,8 +251,10 @@ class StepLoader:
             self._announced = [*self._announced[-8:], (key.epoch, window, key.global_batch_size)]
             begin, end = order.window_start(key.epoch, window), order.window_start(key.epoch, window + 1)
             position = np.arange(max(begin, start), min(end, key.stop * key.global_batch_size))
-            micro_batch = position % key.global_batch_size // self.micro_batch_size
-            wanted = position[micro_batch % self.world_size == self.rank]
+            if not len(position):
+                continue
+            place = self._places(key, position)
+            wanted = position[place // self.micro_batch_size % self.world_size == self.rank]
             worker = torch.utils.data.get_worker_info()
             if worker is not None:
                 step = wanted // key.global_batch_size
@@ -251,6 +262,18 @@ class StepLoader:
             if len(wanted):
                 rows = order.window_rows(key.epoch, window)[wanted - begin]
                 cast(Any, self.source).expect(rows)
+
+    def _places(self, key: _Key, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where in its global batch, as it is arranged, each of consecutive positions of the order comes."""
+        size, first = key.global_batch_size, int(position[0])
+        place = position % size
+        for step in range(first // size, int(position[-1]) // size + 1):
+            arrangement = self._arrangement(self.order.rows(key.epoch, step * size, (step + 1) * size))
+            if arrangement is None:
+                break
+            here = place[max(step * size - first, 0) : (step + 1) * size - first]
+            here[:] = np.argsort(arrangement)[here]
+        return place
 
 
 def _pinned(batch: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from data.mapped_shards import MappedShards
 from data.parquet_shards import ParquetShards
 
 _CELL_COLUMNS = ("source", "total", "n_genes")
+_NUMBER_GROUPS_KEPT = 1 << 13
 
 
 class RaggedBatch(NamedTuple):
@@ -84,6 +85,15 @@ class ParquetReader(CorpusReader):
 def open_reader(info: CorpusInfo, columns: Sequence[str] | None = None) -> CorpusReader:
     """Return the reader for the corpus's storage."""
     return (ArrowReader if info.manifest.storage == "arrow" else ParquetReader)(info, columns)
+
+
+def open_columns(info: CorpusInfo, names: Sequence[str]) -> RowTable:
+    """Open numbers of each cell alone, such as `n_genes`, which is much cheaper to read than the cells."""
+    counts = [shard.rows for shard in info.manifest.shards]
+    if info.manifest.storage == "arrow":
+        return MappedShards(info.shard_paths, counts, names)
+    # Shuffled rows come from many row groups, over and over; a number for each of their cells is small enough to keep.
+    return ParquetShards(info.filesystem, info.shard_paths, counts, names, groups_kept=_NUMBER_GROUPS_KEPT)
 
 
 def _names(info: CorpusInfo, columns: Sequence[str] | None) -> list[str]:

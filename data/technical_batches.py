@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, Subset
 
+from data.collate import num_cells
 from data.errors import DataError
 
 
@@ -185,11 +186,10 @@ def as_dict(batch: Any, phase: str) -> dict[str, Any]:
 
 
 def batch_size(batch: Mapping[str, Any], phase: str) -> int:
-    """Return the number of cells in a batch: the first dimension of `tokens`."""
-    tokens = batch["tokens"]
-    if tokens.ndim < 1:
+    """Return the number of cells in a batch: the first dimension of `tokens`, unless they are packed."""
+    if batch["tokens"].ndim < 1:
         raise DataError(f"datasets '{phase}': 'tokens' is a scalar; its first dimension must be the cells")
-    return int(tokens.shape[0])
+    return num_cells(batch)
 
 
 def _layers(objects: Iterable[Any]) -> Iterator[Any]:

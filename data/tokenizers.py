@@ -93,6 +93,12 @@ class Tokenizer:
         """Name the corpus columns that the tokenizer reads."""
         return ("total",) if self.measured is None else ("total", "source")
 
+    def num_tokens(self, numbers: NDArray[Any]) -> NDArray[np.int64]:
+        """Return the tokens [B] of cells, cls left out, from `n_genes`, or from `source` with `measured` genes."""
+        if self.measured is not None:
+            numbers = np.array([len(genes) for genes in self.measured])[numbers]
+        return np.minimum(numbers.astype(np.int64), self.room)
+
     def __call__(self, cells: RaggedBatch, rows: NDArray[np.int64], draw: DrawKey) -> TokenizedCells:
         """Tokenize the cells of these corpus rows; what is random depends on `draw` and the row alone."""
         cells = _expressed(cells)

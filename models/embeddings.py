@@ -1,5 +1,7 @@
 """What a token of a cell is made of: gene, expression, depth."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -111,14 +113,27 @@ class CellSummary(nn.Module):
             self.scale = BinWeight(n_bins, dim, init_std)
         self.norm = Norm(dim)
 
-    def forward(self, tokens: Tensor, expression: Tensor, is_visible: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        expression: Tensor,
+        is_visible: Tensor,
+        add_up: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
         """Return [B, D].
 
         Args:
             tokens: [B, N] token ids.
             expression: [B, N] bins, or values where genes are weighed by these.
             is_visible: [B, N] bool, genes whose expression may be looked at.
+            add_up: adds up over each cell, [B, D] of [B, N, D]; None where every row is a cell.
         """
+        add_up = _over_rows if add_up is None else add_up
         weight = expression.unsqueeze(-1) if self.scale is None else self.scale(expression)
         weighted = self.gene(tokens) * weight * is_visible.unsqueeze(-1)
-        return self.norm(weighted.sum(dim=1) / is_visible.sum(dim=1, keepdim=True).clamp(min=1).sqrt())
+        count = add_up(is_visible.unsqueeze(-1).float())
+        return self.norm(add_up(weighted) / count.clamp(min=1).sqrt())
+
+
+def _over_rows(x: Tensor) -> Tensor:
+    return x.sum(dim=1)

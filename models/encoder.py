@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.cell_layout import PackedCells, PaddedCells, cell_layout
 from models.embeddings import BinEmbedding, CellSummary, DepthEmbedding, Embedding, ValueEmbedding
 from models.errors import ModelError
 from models.gene_embeddings import fit_to_width, load_gene_embeddings
@@ -152,7 +153,7 @@ class EncoderOutput(NamedTuple):
     """Hold what a forward pass returns.
 
     Attributes:
-        hidden: [B, N, D] hidden states after the final norm.
+        hidden: [B, N, D] hidden states after the final norm; [1, T, D] of a packed batch.
         gene_logits: [M, V] at the masked positions; None without a gene head.
         value_logits: [M, n_bins], or [M] for continuous values; None without a value head.
     """
@@ -168,6 +169,9 @@ class MaskedCellEncoder(nn.Module):
     The gene head answers which gene stands at a masked position; the value head which expression the gene that
     the label names has there. Both see the technical batch, and both are computed at masked positions only.
     """
+
+    accepts_packed_batches = True
+    """Lets data with `layout: packed` in; the trainer refuses it for models without this."""
 
     def __init__(self, config: EncoderConfig) -> None:
         """Draw the weights, every module its own."""
@@ -223,9 +227,10 @@ class MaskedCellEncoder(nn.Module):
     def forward(self, batch: dict[str, Any]) -> EncoderOutput:
         """Return hidden states of all tokens and the logits of the masked positions."""
         masked_index = _needed(batch, "masked_index", "configure masking for this data")
-        hidden = self._hidden_states(batch)  # [B, N, D]
-        cells = self._pooled(hidden, batch)  # [B, D]
-        rows = masked_index // hidden.shape[1]
+        layout = cell_layout(batch)
+        hidden = self._hidden_states(batch, layout)  # [B, N, D]
+        cells = self._pooled(hidden, batch, layout)  # [B, D]
+        rows = layout.cells_of(masked_index)
         asked = hidden.flatten(end_dim=1)[masked_index]  # [M, D]
         if self.technical_batch_embedding is not None:
             offset = self.technical_batch_embedding(_needed(batch, "batch_idx", "n_technical_batches is set"))
@@ -266,13 +271,14 @@ class MaskedCellEncoder(nn.Module):
 
     def loss_weight(self, batch: dict[str, Any]) -> float:
         """Return the number of masked positions, over which the loss is averaged."""
-        self._check_cls(batch["tokens"])
+        self._check_cls(batch)
         return float(_needed(batch, "masked_index", "configure masking for this data").numel())
 
     def encode(self, batch: dict[str, Any]) -> Tensor:
         """Return one embedding per cell, [B, D]; it does not depend on the technical batch."""
-        self._check_cls(batch["tokens"])
-        return self._pooled(self._hidden_states(batch), batch)
+        self._check_cls(batch)
+        layout = cell_layout(batch)
+        return self._pooled(self._hidden_states(batch, layout), batch, layout)
 
     def set_value_prior(self, prior: Tensor) -> None:
         """Let the value head start from `prior`: log probabilities [V, n_bins], or means [V, 1]."""
@@ -318,11 +324,11 @@ class MaskedCellEncoder(nn.Module):
         """Return the parameters that `initialise_from_data` writes, which must be whole then."""
         return [self.token_embedding.weight] if self.config.gene_embedding_path is not None else []
 
-    def _hidden_states(self, batch: dict[str, Any]) -> Tensor:
-        tokens = batch["tokens"]  # [B, N]
+    def _hidden_states(self, batch: dict[str, Any], layout: PaddedCells | PackedCells) -> Tensor:
+        tokens = batch["tokens"]  # [B, N], or [1, T]
         limit = self.config.max_seq_len
-        if limit is not None and tokens.shape[1] > limit:
-            raise ModelError(f"max_seq_len is {limit}, but a batch has rows of {tokens.shape[1]} tokens")
+        if limit is not None and layout.max_length > limit:
+            raise ModelError(f"max_seq_len is {limit}, but a batch has rows of {layout.max_length} tokens")
         x = self.token_embedding(tokens)
         if isinstance(self.value_embedding, BinEmbedding):
             x = self.value_embedding(x, _needed(batch, "bins", "use binned_expression or set n_bins: null"))
@@ -330,28 +336,29 @@ class MaskedCellEncoder(nn.Module):
             values = _needed(batch, "values", "the model reads expression")
             x = self.value_embedding(x, values, _is_hidden(batch))
         if self.position_embedding is not None:
-            x = x + self.position_embedding(torch.arange(tokens.shape[1], device=tokens.device))
+            x = x + self.position_embedding(layout.positions())
         if self.depth_embedding is not None:
-            x = x + self.depth_embedding(_needed(batch, "depth", "or set use_depth: false")).unsqueeze(1)
-        # Without padding the attention kernels that take no mask can be used; the count is a Python number.
-        is_padded = batch.get("num_tokens") != tokens.numel()
-        return self.transformer(self.dropout(x), batch["attention_mask"] if is_padded else None)
+            depth = self.depth_embedding(_needed(batch, "depth", "or set use_depth: false"))
+            x = x + layout.spread(depth)
+        return self.transformer(self.dropout(x), layout.attention)
 
-    def _pooled(self, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
-        is_read = batch["attention_mask"] & (batch["tokens"] >= NUM_SPECIAL_TOKENS) & ~_is_hidden(batch)
+    def _pooled(self, hidden: Tensor, batch: dict[str, Any], layout: PaddedCells | PackedCells) -> Tensor:
+        is_read = layout.is_real & (batch["tokens"] >= NUM_SPECIAL_TOKENS) & ~_is_hidden(batch)
         if self.config.pooling == "cls":
-            cells = hidden[:, 0]
+            cells = layout.first(hidden)
         else:
             weight = is_read.unsqueeze(-1).to(hidden.dtype)
-            cells = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp(min=1)
+            cells = layout.sum(hidden * weight) / layout.sum(weight).clamp(min=1)
         if self.cell_summary is not None:
             expression = batch["values"] if self.config.n_bins is None else batch["bins"]
-            cells = cells + self.cell_summary(batch["tokens"], expression, is_read)
+            cells = cells + self.cell_summary(batch["tokens"], expression, is_read, layout.sum)
         return cells
 
-    def _check_cls(self, tokens: Tensor) -> None:
+    def _check_cls(self, batch: dict[str, Any]) -> None:
         # On a GPU the answer would stop the device; `loss_weight` sees every batch before it is moved there.
-        if self.config.pooling == "cls" and not tokens.is_cuda and bool((tokens[:, 0] != CLS).any()):
+        if self.config.pooling != "cls" or batch["tokens"].is_cuda:
+            return
+        if bool((cell_layout(batch).first(batch["tokens"]) != CLS).any()):
             raise ModelError(
                 "pooling is cls, but a batch has rows without a cls token; use prepend_cls or pooling: mean"
             )

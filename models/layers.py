@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention import AttentionSpans, packed_attention
 from models.errors import ModelError
 from models.fp8_emulation import fp8_linear
 
@@ -220,14 +221,19 @@ class SelfAttention(nn.Module):
             f"{name}.out_proj", dim, dim, init_std=init_std if output_init_std is None else output_init_std
         )
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Attend over the real tokens of each row.
+    def forward(self, x: Tensor, attention_mask: Tensor | AttentionSpans | None = None) -> Tensor:
+        """Attend over the real tokens of each row, or within stretches of one row.
 
         Args:
             x: [B, N, D], not normalised.
-            attention_mask: [B, N] bool, True = real token; None where no row is padded.
+            attention_mask: [B, N] bool, True = real token; None where no row is padded; or, with B = 1, the
+                stretches that attend to themselves alone.
         """
         B, N, D = x.shape
+        if isinstance(attention_mask, AttentionSpans):
+            q, k, v = self.qkv(x).view(N, 3, self.num_heads, D // self.num_heads).unbind(dim=1)
+            dropout = self.dropout if self.training else 0.0
+            return self.out_proj(packed_attention(q, k, v, attention_mask, dropout).reshape(B, N, D))
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         mask = None
         if attention_mask is not None:

@@ -5,6 +5,7 @@ import math
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import AttentionSpans
 from models.layers import MLP, Activation, LayerFactory, Norm, Normalization, SelfAttention
 
 
@@ -50,7 +51,7 @@ class TransformerBlock(nn.Module):
         )
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | AttentionSpans | None) -> Tensor:
         """Return the block's output [B, N, D]."""
         x = x + self.dropout(self.attention(x, attention_mask))
         return x + self.dropout(self.mlp(x))
@@ -114,12 +115,13 @@ class Transformer(nn.Module):
         self.final_norm = Norm(dim, normalization)
         factory.check_exclusions()
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, attention_mask: Tensor | AttentionSpans | None = None) -> Tensor:
         """Return normalised hidden states.
 
         Args:
             x: [B, N, D] token embeddings.
-            attention_mask: [B, N] bool, True = real token; None where no row is padded.
+            attention_mask: [B, N] bool, True = real token; None where no row is padded; or, with B = 1, the
+                stretches that attend to themselves alone.
         """
         for layer in self.layers:
             if self.activation_checkpointing and self.training:

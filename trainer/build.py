@@ -74,6 +74,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
             model = build_model(config, facts)
             loss = build_loss(config.loss)
         module = LossModule(model, loss)
+        check_layouts(phases, module)
         mark_trainable(config, module)
         notes = list(resume.notices)
         if resume.kind == "fresh":
@@ -333,6 +334,20 @@ def fp8_arguments(config: RunConfig, factory: Any, where: str) -> dict[str, Any]
             "precision: bf16, or a model built on models.layers"
         )
     return {"layer_backend": config.fp8.backend, "exclude_layers": config.fp8.exclude_layers}
+
+
+def check_layouts(phases: list[Phase], module: LossModule) -> None:
+    """Refuse packed batches for a model, or a way to its loss, that reads rows of `tokens` as cells."""
+    for phase in phases:
+        loaders = [loader for loader in (phase.loader, phase.validation) if loader is not None]
+        if all(getattr(getattr(loader, "source", None), "layout", "") != "packed" for loader in loaders):
+            continue
+        refusal = module.refuses_packed_batches()
+        if refusal is not None:
+            raise ConfigError(
+                f"datasets.{phase.index}: phase '{phase.name}' has layout: packed, whose batches hold all cells in one "
+                f"row of tokens, and {refusal}; use layout: bucketed, which saves padding for any model, or padded"
+            )
 
 
 def check_rates(phases: list[Phase], optimizer: torch.optim.Optimizer) -> None:

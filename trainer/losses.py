@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.collate import num_cells
 from models.outputs import LossOutput
 from trainer.config.schema import LossConfig
 from trainer.dotted import resolve
@@ -34,7 +35,16 @@ class LossModule(nn.Module):
         """Return what a batch's loss will be divided by (its cells, unless the loss says otherwise)."""
         if self._weigh is not None:
             return float(self._weigh(batch))
-        return float(batch["tokens"].shape[0])
+        return float(num_cells(batch))
+
+    def refuses_packed_batches(self) -> str | None:
+        """Return why packed batches cannot be trained on, or None where the model and the loss say that they can."""
+        for what, holder in (("model", self.model), ("loss", self.loss)):
+            if holder is not None and not getattr(holder, "accepts_packed_batches", False):
+                return f"the {what} {type(holder).__name__} does not say that it takes them (accepts_packed_batches)"
+        if self.route.startswith("model.diffusion"):
+            return f"its loss ({self.route}) is given the tokens without the bounds of the cells"
+        return None
 
     def forward(self, batch: dict[str, Any], phase_step: int, total_steps: int | None) -> LossOutput:
         """Compute the loss of one micro-batch as a sum over what `weight` counts."""

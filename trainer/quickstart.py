@@ -117,7 +117,8 @@ def compare(config: RunConfig, run_folder: Path) -> dict[str, dict[str, float]]:
 
 def baseline_losses(config: RunConfig, index: int) -> tuple[float, float]:
     """Fit both baselines on a phase's training cells, with all their genes, and score what the model was asked."""
-    arguments = config.datasets[index].dataloader_args
+    # Baselines read a cell from each row.
+    arguments = {**config.datasets[index].dataloader_args, "layout": "padded"}
     asked = cell_loader(**arguments)
     everything = cell_loader(**{**arguments, "tokenizer": {**arguments["tokenizer"], "max_genes": 1 << 20}})
     assert asked.validation is not None and everything.row_mask is not None
