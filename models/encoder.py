@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models import costs
 from models.cell_layout import PackedCells, PaddedCells, cell_layout
 from models.embeddings import BinEmbedding, CellSummary, DepthEmbedding, Embedding, ValueEmbedding
 from models.errors import ModelError
@@ -323,6 +324,26 @@ class MaskedCellEncoder(nn.Module):
     def data_initialised_parameters(self) -> list[Tensor]:
         """Return the parameters that `initialise_from_data` writes, which must be whole then."""
         return [self.token_embedding.weight] if self.config.gene_embedding_path is not None else []
+
+    def training_flops(self, lengths: Sequence[int], num_masked: int) -> float:
+        """Return the operations of a forward and a backward pass over cells of these lengths in tokens."""
+        return costs.training_flops(self.config, lengths, num_masked)
+
+    def activation_bytes(
+        self, *, num_tokens: int, num_cells: int, num_masked: int, is_mixed: bool
+    ) -> costs.Activations:
+        """Return the bytes that a forward pass over one micro-batch keeps (see models/costs.py)."""
+        return costs.activation_bytes(
+            self.config,
+            num_tokens=num_tokens,
+            num_cells=num_cells,
+            num_masked=num_masked,
+            is_mixed=is_mixed,
+        )
+
+    def matrix_sizes(self) -> dict[str, int]:
+        """Return by field name the sizes of the matrices that FP8 layers multiply."""
+        return costs.matrix_sizes(self.config)
 
     def _hidden_states(self, batch: dict[str, Any], layout: PaddedCells | PackedCells) -> Tensor:
         tokens = batch["tokens"]  # [B, N], or [1, T]

@@ -235,3 +235,20 @@ class StartsItself(ToyModel):
                         module.weight.normal_(0.0, 0.3)
                 else:
                     module.weight.data.normal_(0.0, 0.3)
+
+
+class LooksAtItself(ToyModel):
+    """Looks at a value of its own while it is built."""
+
+    def __init__(self):
+        super().__init__()
+        assert self.head.bias.abs().sum().item() >= 0
+
+
+class LooksAtValues(torch.optim.SGD):
+    """Steps by what a value is."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            if any(parameter.grad.sum().item() > 0 for parameter in group["params"]):
+                super().step(closure)
