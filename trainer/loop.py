@@ -23,7 +23,7 @@ from trainer.schedule import base_learning_rates, learning_rate_factor, set_lear
 
 def train(run: Run) -> None:
     """Run the phases from where `run.progress` stands to the end."""
-    meters = Meters(run.ranks)
+    meters = Meters(run.ranks, run.strategy.device, run.peak)
     if run.progress.phase_index >= len(run.phases):
         notice(
             f"this run is finished: all its phases ended at step {run.progress.global_step}, nothing is left to do"
@@ -106,7 +106,14 @@ def train_step(
     count_step(progress, totals)
     record = {"kind": "train", **position(progress, phase), **rates}
     meters.add_step(
-        record, sums=sums, weight=totals.weight, gradient_norm=norm, cells=totals.cells, tokens=totals.tokens
+        record,
+        sums=sums,
+        weight=totals.weight,
+        gradient_norm=norm,
+        cells=totals.cells,
+        tokens=totals.tokens,
+        padded_tokens=totals.padded_tokens,
+        flops=totals.flops,
     )
     # A norm that is still on its way from a GPU is looked at when it is written.
     if not isinstance(norm, Tensor) and (norm is None or not math.isfinite(norm)):

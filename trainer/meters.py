@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.costs import model_flops_utilization
 from trainer.distributed import Ranks
 
 
@@ -52,6 +53,9 @@ class Meters:
     """Collect the records of optimizer steps until they are written."""
 
     ranks: Ranks
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    peak: float | None = None
+    """Peak of one device in operations a second, None where nothing states it: then records have no `mfu`."""
     started: float = field(default_factory=time.perf_counter)
     _pending: list[_Pending] = field(default_factory=list)
     _step_started: float = field(default_factory=time.perf_counter)
@@ -77,8 +81,13 @@ class Meters:
         gradient_norm: Tensor | float | None,
         cells: float,
         tokens: float,
+        padded_tokens: float,
+        flops: float,
     ) -> None:
-        """Keep one optimizer step's record; `weight`, `cells` and `tokens` are totals over all ranks."""
+        """Keep one optimizer step's record; all numbers are totals over all ranks.
+
+        `flops` are the useful operations of the step's forward and backward passes, 0 where the model does not tell.
+        """
         now = time.perf_counter()
         seconds = max(now - self._step_started, 1e-9)
         record |= {
@@ -87,9 +96,14 @@ class Meters:
             "step_seconds": seconds,
             "cells_per_second": cells / seconds,
             "tokens_per_second": tokens / seconds,
+            "padded_tokens_per_second": padded_tokens / seconds,
             "data_wait_fraction": min(1.0, self._waited / seconds),
             "elapsed_seconds": now - self.started,
         }
+        if self.device.type == "cuda":
+            record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
+        if self.peak is not None and flops:
+            record["mfu"] = model_flops_utilization(flops, seconds, self.ranks.count, self.peak)
         self._pending.append(_Pending(record, sums, weight, gradient_norm))
         self._step_started, self._waited = now, 0.0
 

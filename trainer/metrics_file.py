@@ -21,6 +21,8 @@ WALL_CLOCK_FIELDS = frozenset(
     {
         "cells_per_second",
         "tokens_per_second",
+        "padded_tokens_per_second",
+        "mfu",
         "data_wait_fraction",
         "data_wait_seconds",
         "step_seconds",

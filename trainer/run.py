@@ -1,5 +1,6 @@
 """What a run works with, and what its training and its evaluations have in common."""
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -7,6 +8,7 @@ from data.loader import MicroBatch
 from trainer import preemption
 from trainer.activity import Activity
 from trainer.config.schema import RunConfig
+from trainer.costs import batch_flops, peak_of_device
 from trainer.distributed import Ranks
 from trainer.losses import LossModule
 from trainer.meters import Meters
@@ -39,6 +41,11 @@ class Run:
     activity: Activity = field(default_factory=Activity)
     """What the main thread is doing, which trainer/watch.py watches."""
 
+    @functools.cached_property
+    def peak(self) -> float | None:
+        """Return the peak of one device in operations a second; None: it is a CPU, or the table has no figure."""
+        return peak_of_device(self.strategy.device, self.config.precision or "bf16")
+
 
 @dataclass(frozen=True)
 class StepTotals:
@@ -48,6 +55,10 @@ class StepTotals:
     weight: float
     cells: float
     tokens: float
+    padded_tokens: float
+    """What is computed: tokens with padding."""
+    flops: float
+    """Useful operations, 0 where no peak is known to compare them with, or the model does not tell."""
     is_asked_to_stop: bool = False
     """Whether any rank was asked to end with a checkpoint."""
 
@@ -57,9 +68,17 @@ def add_up(run: Run, micro_batches: list[MicroBatch]) -> StepTotals:
     weights = [run.module.weight(micro.batch) if micro.num_cells else 0.0 for micro in micro_batches]
     cells = sum(micro.num_cells for micro in micro_batches)
     tokens = sum(count_tokens(micro.batch) for micro in micro_batches if micro.num_cells)
+    padded = sum(micro.batch["tokens"].numel() for micro in micro_batches if micro.num_cells)
+    flops = 0.0
+    if run.peak is not None:
+        of_batches = (
+            batch_flops(run.module.model, micro.batch) for micro in micro_batches if micro.num_cells
+        )
+        flops = sum(flops or 0.0 for flops in of_batches)
     is_asked = stop_request(run) is not None
-    weight, cells, tokens, asked = run.ranks.sum([sum(weights), cells, tokens, is_asked])
-    return StepTotals(weights, weight, cells, tokens, asked > 0)
+    mine = [sum(weights), cells, tokens, padded, flops, is_asked]
+    weight, cells, tokens, padded, flops, asked = run.ranks.sum(mine)
+    return StepTotals(weights, weight, cells, tokens, padded, flops, asked > 0)
 
 
 def count_tokens(batch: dict[str, Any]) -> int:
