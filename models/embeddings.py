@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.layers import Linear, Norm
+from models.fp8_alignment import FP8_ALIGNMENT, round_up
+from models.layers import Linear, LinearFunction, Norm
 
 
 class Embedding(nn.Embedding):
@@ -23,6 +24,37 @@ class Embedding(nn.Embedding):
         if self.padding_idx is not None:
             with torch.no_grad():
                 self.weight[self.padding_idx].zero_()
+
+
+class TechnicalBatchEmbedding(Embedding):
+    """A vector for each technical batch: looked up, or under FP8 a product of one-hot rows with the table.
+
+    The table has a row for each technical batch. The product needs a padded number of them, and gets rows of zeros:
+    weights, optimizer state and checkpoints are the same with FP8 and without.
+    """
+
+    def __init__(
+        self,
+        num: int,
+        dim: int,
+        *,
+        init_std: float,
+        product: LinearFunction | None = None,
+        padded_num: int = 0,
+    ) -> None:
+        """Draw the table; `product` multiplies rows with `padded_num` columns, or somewhat more, with it."""
+        super().__init__(num, dim, init_std=init_std)
+        self.linear_function = product
+        # 32 is enough for every recipe; a run's count is padded to 16.
+        self.padded_num = round_up(max(num, padded_num), 2 * FP8_ALIGNMENT)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [B, D] for indices [B]."""
+        if self.linear_function is None:
+            return super().forward(input)
+        missing = self.padded_num - self.num_embeddings
+        rows = F.pad(F.one_hot(input, self.num_embeddings).to(self.weight.dtype), (0, missing))
+        return self.linear_function(rows, F.pad(self.weight.T, (0, missing)), None)
 
 
 class BinEmbedding(nn.Module):

@@ -11,11 +11,19 @@ from torch import Tensor, nn
 
 from models import costs
 from models.cell_layout import PackedCells, PaddedCells, cell_layout
-from models.embeddings import BinEmbedding, CellSummary, DepthEmbedding, Embedding, ValueEmbedding
+from models.embeddings import (
+    BinEmbedding,
+    CellSummary,
+    DepthEmbedding,
+    Embedding,
+    TechnicalBatchEmbedding,
+    ValueEmbedding,
+)
 from models.errors import ModelError
+from models.fp8_alignment import FP8_ALIGNMENT, alignment, nearest_multiples
+from models.fp8_scaling import Recipe
 from models.gene_embeddings import fit_to_width, load_gene_embeddings
 from models.layers import (
-    FP8_ALIGNMENT,
     Activation,
     Backend,
     LayerFactory,
@@ -40,8 +48,8 @@ class EncoderConfig:
     Attributes:
         vocab_size: token ids: 4 special ones and one for each gene.
         n_bins: expression bins to read and predict; None reads and predicts continuous values.
-        n_technical_batches: rows of the technical batch embedding; 0 leaves it out. It enters the heads only, so
-            that `encode` returns embeddings without it.
+        n_technical_batches: technical batches that the embedding has a vector for, or more; 0 leaves it out. It enters
+            the heads only, so that `encode` returns embeddings without it.
         hidden_dim: width of the residual stream.
         num_layers: transformer blocks.
         num_heads: attention heads; must divide `hidden_dim`.
@@ -63,8 +71,12 @@ class EncoderConfig:
             beside it, or .safetensors).
         init_std: standard deviation of the initial weights.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
-        layer_backend: `torch`, or `emulate` for FP8 emulated in fp32.
-        exclude_layers: patterns of body layers kept out of FP8, such as `*.out_proj` or `layers.0.*`.
+        layer_backend: `torch` for no FP8, `te` for Transformer Engine, `torchao`, or `emulate`: FP8 emulated in fp32.
+        fp8_recipe: how FP8 scales are chosen; `torchao` knows `current_scaling` alone.
+        exclude_layers: patterns of layers kept out of FP8, such as `*.out_proj`, `layers.0.*` or
+            `technical_batch_embedding`.
+        num_technical_batches: rows of the technical batch embedding, where `n_technical_batches` was rounded up from
+            them; None takes that.
     """
 
     vocab_size: int
@@ -91,7 +103,9 @@ class EncoderConfig:
     init_std: float = 0.02
     activation_checkpointing: bool = False
     layer_backend: Backend = "torch"
+    fp8_recipe: Recipe = "current_scaling"
     exclude_layers: tuple[str, ...] = ()
+    num_technical_batches: int | None = None
 
     def __post_init__(self) -> None:
         """Check every field; raise one ValueError that names all that is wrong."""
@@ -112,6 +126,9 @@ class EncoderConfig:
             yield f"n_bins is {self.n_bins}; it must be at least 2, or null for continuous values"
         if self.n_technical_batches < 0:
             yield f"n_technical_batches is {self.n_technical_batches}; it must not be negative"
+        rows = self.num_technical_batches
+        if rows is not None and not 1 <= rows <= self.n_technical_batches:
+            yield f"num_technical_batches is {rows}; it must be in 1 to n_technical_batches {self.n_technical_batches}"
         for field in ("hidden_dim", "num_layers", "num_heads", "inner_dim", "max_seq_len"):
             value = getattr(self, field)
             if value is not None and value < 1:
@@ -136,6 +153,7 @@ class EncoderConfig:
             "position_embedding": PositionEmbedding,
             "pooling": Pooling,
             "layer_backend": Backend,
+            "fp8_recipe": Recipe,
         }
         for field, allowed in choices.items():
             try:
@@ -144,10 +162,39 @@ class EncoderConfig:
                 yield str(error)
         if self.position_embedding == "learned" and self.max_seq_len is None:
             yield "position_embedding learned needs max_seq_len"
-        if self.layer_backend == "emulate":
-            for field, value in (("hidden_dim", self.hidden_dim), ("ffn_dim", self.inner_dim)):
-                if value % FP8_ALIGNMENT:
-                    yield f"{field} is {value}; FP8 layers need a multiple of {FP8_ALIGNMENT}"
+        yield from self._wrong_fp8()
+
+    def _wrong_fp8(self) -> Iterable[str]:
+        backend, recipe = self.layer_backend, self.fp8_recipe
+        if backend == "torch":
+            if recipe != "current_scaling":
+                yield f"fp8_recipe is {recipe}, but layer_backend torch has no FP8 layers"
+            return
+        if backend == "torchao" and recipe != "current_scaling":
+            yield f"fp8_recipe is {recipe}; layer_backend torchao knows current_scaling alone"
+        multiple = alignment(recipe)
+        for field, value in (("hidden_dim", self.hidden_dim), ("ffn_dim", self.inner_dim)):
+            if value % multiple:
+                near = nearest_multiples(value, multiple)
+                yield f"{field} is {value}; FP8 layers need a multiple of {multiple}, such as {near}"
+        if backend == "te" and self.num_heads > 0 and self.hidden_dim % self.num_heads == 0:
+            head_dim = self.hidden_dim // self.num_heads
+            if head_dim % FP8_ALIGNMENT:
+                yield (
+                    f"num_heads is {self.num_heads}, which makes heads of {head_dim}; Transformer Engine's attention "
+                    f"needs a multiple of {FP8_ALIGNMENT}: {_allowed_heads(self.hidden_dim, self.num_heads)}"
+                )
+
+
+def _allowed_heads(hidden_dim: int, num_heads: int) -> str:
+    """Name the nearest numbers of heads, one fewer and one more, whose width attention kernels take."""
+    allowed = [n for n in range(1, hidden_dim + 1) if hidden_dim % (n * FP8_ALIGNMENT) == 0]
+    near = [
+        max((n for n in allowed if n < num_heads), default=None),
+        min((n for n in allowed if n > num_heads), default=None),
+    ]
+    found = " or ".join(str(n) for n in near if n is not None)
+    return f"num_heads {found}" if found else "hidden_dim has to change first"
 
 
 class EncoderOutput(NamedTuple):
@@ -179,6 +226,7 @@ class MaskedCellEncoder(nn.Module):
         super().__init__()
         self.config = config
         dim, std = config.hidden_dim, config.init_std
+        self._factory = LayerFactory(config.layer_backend, config.exclude_layers, config.fp8_recipe)
         self.token_embedding = Embedding(config.vocab_size, dim, init_std=std, padding_idx=PAD)
         if config.n_bins is None:
             self.value_embedding = ValueEmbedding(dim, std)
@@ -194,7 +242,14 @@ class MaskedCellEncoder(nn.Module):
             self.cell_summary = CellSummary(config.vocab_size, dim, config.n_bins, std)
         self.technical_batch_embedding = None
         if config.n_technical_batches:
-            self.technical_batch_embedding = Embedding(config.n_technical_batches, dim, init_std=std)
+            padded = config.n_technical_batches
+            self.technical_batch_embedding = TechnicalBatchEmbedding(
+                padded if config.num_technical_batches is None else config.num_technical_batches,
+                dim,
+                init_std=std,
+                product=self._factory.embedding_product("technical_batch_embedding", dim),
+                padded_num=padded,
+            )
         self.dropout = nn.Dropout(config.dropout)
         self.transformer = Transformer(
             dim,
@@ -207,7 +262,7 @@ class MaskedCellEncoder(nn.Module):
             normalization=config.normalization,
             init_std=std,
             activation_checkpointing=config.activation_checkpointing,
-            factory=LayerFactory(config.layer_backend, config.exclude_layers),
+            factory=self._factory,
         )
         self.gene_head = None
         if config.gene_loss_weight > 0:
@@ -229,12 +284,16 @@ class MaskedCellEncoder(nn.Module):
         """Return hidden states of all tokens and the logits of the masked positions."""
         masked_index = _needed(batch, "masked_index", "configure masking for this data")
         layout = cell_layout(batch)
-        hidden = self._hidden_states(batch, layout)  # [B, N, D]
+        offset = None
+        with self._factory.region():
+            hidden = self._hidden_states(batch, layout)  # [B, N, D]
+            if self.technical_batch_embedding is not None:
+                batch_idx = _needed(batch, "batch_idx", "n_technical_batches is set")
+                offset = self.technical_batch_embedding(batch_idx)  # [B, D]
         cells = self._pooled(hidden, batch, layout)  # [B, D]
         rows = layout.cells_of(masked_index)
         asked = hidden.flatten(end_dim=1)[masked_index]  # [M, D]
-        if self.technical_batch_embedding is not None:
-            offset = self.technical_batch_embedding(_needed(batch, "batch_idx", "n_technical_batches is set"))
+        if offset is not None:
             cells, asked = cells + offset, asked + offset[rows]
         gene_logits = value_logits = None
         if self.gene_head is not None:

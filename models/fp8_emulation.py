@@ -1,52 +1,34 @@
 """FP8 linear layers emulated on any device: values are cast and scaled as FP8 would, products are in fp32."""
 
+from collections.abc import Callable, Mapping
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FORWARD_DTYPE = torch.float8_e4m3fn
-BACKWARD_DTYPE = torch.float8_e5m2
-
-
-def quantise(tensor: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cast a tensor to FP8 with one scale taken from its own largest magnitude (current scaling).
-
-    Args:
-        tensor: any floating point tensor.
-        dtype: `torch.float8_e4m3fn` or `torch.float8_e5m2`.
-
-    Returns:
-        The FP8 values and the fp32 factor that turns them back into the original range. A tensor with a
-        non-finite value comes back as NaN throughout, so that the check of loss and gradients sees it.
-    """
-    largest = torch.finfo(dtype).max
-    tensor = tensor.float()
-    amax = tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
-    # An all-zero tensor keeps scale 1; a scale beyond fp32 (amax below 1e-36) is held at the largest finite one.
-    scale = torch.where(amax == 0, torch.ones_like(amax), largest / amax)
-    scale = scale.clamp(max=torch.finfo(torch.float32).max)
-    # Clamped first: torch versions differ in whether an overflowing cast saturates or becomes NaN.
-    return (tensor * scale).clamp(-largest, largest).to(dtype), scale.reciprocal()
-
-
-def dequantise(values: Tensor, inverse_scale: Tensor) -> Tensor:
-    """Turn the result of `quantise` back into fp32."""
-    return values.float() * inverse_scale
+from models.fp8_alignment import alignment, on_aligned_rows
+from models.fp8_numerics import Quantised
+from models.fp8_scaling import CurrentScaling, Recipe, Scaling, make_scaling
 
 
 class _Fp8Linear(torch.autograd.Function):
     """A linear layer whose three products (forward, input gradient, weight gradient) read FP8 operands."""
 
     @staticmethod
-    def forward(ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx, inputs: Tensor, weight: Tensor, bias: Tensor | None, scaling: Scaling, is_recorded: bool
+    ) -> Tensor:
         device = inputs.device.type
         output_dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
-        quantised_inputs = quantise(inputs, FORWARD_DTYPE)
-        quantised_weight = quantise(weight, FORWARD_DTYPE)
-        ctx.save_for_backward(*quantised_inputs, *quantised_weight)
+        operands = scaling.forward_operands(inputs, weight, is_recorded=is_recorded)
+        kept = operands.inputs_in_backward, operands.weight_in_backward
+        ctx.save_for_backward(*(tensor for operand in kept for tensor in operand[:2]))
+        ctx.blocks = [operand.block for operand in kept]
+        ctx.scaling = scaling
         ctx.dtypes = (inputs.dtype, weight.dtype, None if bias is None else bias.dtype)
         with torch.autocast(device, enabled=False):
-            output = F.linear(dequantise(*quantised_inputs), dequantise(*quantised_weight))
+            output = F.linear(operands.inputs.dequantise(), operands.weight.dequantise())
             if bias is not None:
                 output = output + bias.float()
         return output.to(output_dtype)
@@ -54,26 +36,59 @@ class _Fp8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        inputs, inputs_scale, weight, weight_scale = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        inputs = Quantised(saved[0], saved[1], ctx.blocks[0])
+        weight = Quantised(saved[2], saved[3], ctx.blocks[1])
         inputs_dtype, weight_dtype, bias_dtype = ctx.dtypes
         input_gradient = weight_gradient = bias_gradient = None
         with torch.autocast(gradient.device.type, enabled=False):
-            quantised = dequantise(*quantise(gradient, BACKWARD_DTYPE))
+            for_inputs, for_weight = ctx.scaling.gradient_operands(gradient)
             if ctx.needs_input_grad[0]:
-                input_gradient = (quantised @ dequantise(weight, weight_scale)).to(inputs_dtype)
+                input_gradient = (for_inputs.dequantise() @ weight.dequantise()).to(inputs_dtype)
             if ctx.needs_input_grad[1]:
-                rows = dequantise(inputs, inputs_scale).flatten(end_dim=-2)
-                weight_gradient = (quantised.flatten(end_dim=-2).T @ rows).to(weight_dtype)
+                weight_gradient = (for_weight.dequantise().T @ inputs.dequantise()).to(weight_dtype)
             if bias_dtype is not None and ctx.needs_input_grad[2]:
                 # The bias gradient is a sum, not a product: it reads the gradient before its cast.
-                bias_gradient = gradient.float().flatten(end_dim=-2).sum(dim=0).to(bias_dtype)
-        return input_gradient, weight_gradient, bias_gradient
+                bias_gradient = gradient.float().sum(dim=0).to(bias_dtype)
+        return input_gradient, weight_gradient, bias_gradient, None, None
 
 
-def fp8_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `inputs @ weight.T + bias` as an FP8 layer with current scaling would; see `F.linear`.
+# What delayed scaling remembers is Python state, which a compiler would not keep in order.
+_compute = cast(Callable[..., Tensor], torch.compiler.disable(_Fp8Linear.apply))
 
-    Inputs and weight are read in E4M3, the gradient of the output in E5M2; gradients pass straight through
-    the casts. The result has the autocast type where autocast is on, else that of `inputs`.
+
+def fp8_linear(
+    inputs: Tensor, weight: Tensor, bias: Tensor | None = None, scaling: Scaling | None = None
+) -> Tensor:
+    """Compute `inputs @ weight.T + bias` as an FP8 layer would; see `F.linear`.
+
+    Gradients pass straight through the casts. The result has the autocast type where autocast is on, else that of
+    `inputs`. Without `scaling` each tensor is scaled by its own largest magnitude.
     """
-    return _Fp8Linear.apply(inputs, weight, bias)  # pyright: ignore[reportReturnType]
+    scaling = CurrentScaling() if scaling is None else scaling
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    output = _compute(rows, weight, bias, scaling, torch.is_grad_enabled())
+    return output.reshape(*inputs.shape[:-1], output.shape[-1])
+
+
+class EmulatedLinear:
+    """Stand for `F.linear` in one layer: casts by a recipe, and what the recipe remembers of the layer."""
+
+    def __init__(self, recipe: Recipe = "current_scaling") -> None:
+        """Take the recipe."""
+        self.recipe: Recipe = recipe
+        self.scaling = make_scaling(recipe)
+
+    def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Compute `inputs @ weight.T + bias` on padded rows, as a device would have to."""
+        return on_aligned_rows(
+            lambda rows: fp8_linear(rows, weight, bias, self.scaling), inputs, alignment(self.recipe)
+        )
+
+    def scaling_state(self) -> dict[str, Tensor]:
+        """Return what the recipe remembers of the layer."""
+        return self.scaling.state()
+
+    def load_scaling_state(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what `scaling_state` returned."""
+        self.scaling.load_state(state)

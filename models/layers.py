@@ -1,24 +1,28 @@
 """Layers that transformers are built of; parameter names and shapes are those of Transformer Engine's modules."""
 
+import contextlib
 import fnmatch
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
+from models import te_layers, torchao_layers
 from models.attention import AttentionSpans, packed_attention
 from models.errors import ModelError
-from models.fp8_emulation import fp8_linear
+from models.fp8_alignment import alignment, nearest_multiples
+from models.fp8_emulation import EmulatedLinear
+from models.fp8_scaling import Recipe, recompute_contexts
 
-Backend = Literal["torch", "emulate"]
+Backend = Literal["torch", "emulate", "te", "torchao"]
 Normalization = Literal["LayerNorm", "RMSNorm"]
 Activation = Literal["gelu", "relu", "silu", "swiglu"]
 LinearFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 NORM_EPSILON = 1e-5
-FP8_ALIGNMENT = 16  # FP8 matrix units read operands in groups of 16
 
 
 def check_choice(field: str, value: str, choices: object) -> None:
@@ -132,24 +136,45 @@ class LayerFactory:
     """Builds the linear layers of a transformer's body with the backend that each one is to have.
 
     Args:
-        backend: `torch`, or `emulate` for FP8 emulated in fp32.
+        backend: `torch` for no FP8, `te` for Transformer Engine's layers, `torchao` for torchao's, or `emulate` for FP8
+            emulated in fp32 on any device.
         exclude_layers: patterns (`*.out_proj`, `layers.0.*`) of layers that stay in the model's own precision.
+        recipe: how FP8 scales are chosen.
+
+    Raises:
+        ModelError: a choice is unknown, or this machine has not what the backend needs.
     """
 
-    def __init__(self, backend: Backend = "torch", exclude_layers: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        backend: Backend = "torch",
+        exclude_layers: tuple[str, ...] = (),
+        recipe: Recipe = "current_scaling",
+    ) -> None:
         """Check the choices."""
         check_choice("backend", backend, Backend)
+        check_choice("recipe", recipe, Recipe)
         if exclude_layers and backend == "torch":
             raise ModelError(
                 "exclude_layers names layers kept out of FP8, but backend torch has no FP8 layers"
             )
+        if recipe != "current_scaling" and backend == "torch":
+            raise ModelError(f"recipe {recipe} is one of FP8, but backend torch has no FP8 layers")
         self.backend = backend
+        self.recipe: Recipe = recipe
         self.exclude_layers = tuple(exclude_layers)
         self.layer_names: list[str] = []
+        if backend == "te":
+            te_layers.check_available(recipe)
+        elif backend == "torchao":
+            torchao_layers.check_available(recipe)
 
-    def linear(self, name: str, in_features: int, out_features: int, *, init_std: float = 0.02) -> Linear:
+    def linear(self, name: str, in_features: int, out_features: int, *, init_std: float = 0.02) -> nn.Module:
         """Build the linear layer called `name` in its model."""
-        function = self._linear_function(name, in_features, out_features)
+        is_fp8 = self._is_fp8(name, in_features, out_features)
+        if is_fp8 and self.backend == "te":
+            return te_layers.linear(in_features, out_features, self.recipe, init_std=init_std)
+        function = self._function() if is_fp8 else F.linear
         return Linear(in_features, out_features, init_std=init_std, linear_function=function)
 
     def norm_linear(
@@ -160,16 +185,49 @@ class LayerFactory:
         *,
         init_std: float = 0.02,
         normalization: Normalization = "LayerNorm",
-    ) -> NormLinear:
+    ) -> nn.Module:
         """Build the norm + linear layer called `name` in its model."""
-        function = self._linear_function(name, in_features, out_features)
+        is_fp8 = self._is_fp8(name, in_features, out_features)
+        if is_fp8 and self.backend == "te":
+            return te_layers.norm_linear(
+                in_features,
+                out_features,
+                self.recipe,
+                init_std=init_std,
+                normalization=normalization,
+                epsilon=NORM_EPSILON,
+            )
         return NormLinear(
             in_features,
             out_features,
             init_std=init_std,
             normalization=normalization,
-            linear_function=function,
+            linear_function=self._function() if is_fp8 else F.linear,
         )
+
+    def embedding_product(self, name: str, dim: int) -> LinearFunction | None:
+        """Return what multiplies one-hot rows with the embedding called `name`; None: rows are looked up."""
+        if not self._is_fp8(name, None, dim):
+            return None
+        return te_layers.LinearProduct(self.recipe) if self.backend == "te" else self._function()
+
+    def core_attention(self, num_heads: int, head_dim: int, dropout: float) -> nn.Module | None:
+        """Build the attention over padded rows that belongs to the backend; None: torch's own."""
+        if self.backend != "te":
+            return None
+        return te_layers.core_attention(num_heads, head_dim, dropout)
+
+    def region(self) -> contextlib.AbstractContextManager[Any]:
+        """Return what each forward pass runs within: all FP8 layers of a model, each once."""
+        return te_layers.region(self.recipe) if self.backend == "te" else contextlib.nullcontext()
+
+    def checkpoint(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """Run a block and keep none of its activations: the backward pass computes them again, cast as before."""
+        if self.backend == "te":
+            return te_layers.checkpoint(block, *arguments)
+        contexts = recompute_contexts if self.backend == "emulate" else noop_context_fn
+        # The block itself is the argument, so recomputation cannot run another block of a loop.
+        return cast(Tensor, checkpoint(block, *arguments, use_reentrant=False, context_fn=contexts))
 
     def check_exclusions(self) -> None:
         """Raise if a pattern of `exclude_layers` fits none of the layers built."""
@@ -179,17 +237,23 @@ class LayerFactory:
                     f"exclude_layers: {pattern!r} fits no layer; the layers are {', '.join(self.layer_names)}"
                 )
 
-    def _linear_function(self, name: str, in_features: int, out_features: int) -> LinearFunction:
+    def _is_fp8(self, name: str, in_features: int | None, out_features: int) -> bool:
+        """Tell whether a layer is to be FP8, and raise where its sizes do not let it."""
         self.layer_names.append(name)
         if self.backend == "torch" or any(fnmatch.fnmatchcase(name, p) for p in self.exclude_layers):
-            return F.linear
+            return False
+        multiple = alignment(self.recipe)
         for what, size in (("inputs", in_features), ("outputs", out_features)):
-            if size % FP8_ALIGNMENT:
+            if size is not None and size % multiple:
                 raise ModelError(
-                    f"layer {name} has {size} {what}; FP8 needs a multiple of {FP8_ALIGNMENT}"
-                    " (change the model's dimensions or name the layer in exclude_layers)"
+                    f"layer {name} has {size} {what}; FP8 needs a multiple of {multiple}, such as"
+                    f" {nearest_multiples(size, multiple)} (change the model's dimensions or name the layer in"
+                    " exclude_layers)"
                 )
-        return fp8_linear
+        return True
+
+    def _function(self) -> LinearFunction:
+        return torchao_layers.TorchaoLinear() if self.backend == "torchao" else EmulatedLinear(self.recipe)
 
 
 class SelfAttention(nn.Module):
@@ -220,6 +284,7 @@ class SelfAttention(nn.Module):
         self.out_proj = factory.linear(
             f"{name}.out_proj", dim, dim, init_std=init_std if output_init_std is None else output_init_std
         )
+        self.core = factory.core_attention(num_heads, dim // num_heads, dropout)
 
     def forward(self, x: Tensor, attention_mask: Tensor | AttentionSpans | None = None) -> Tensor:
         """Attend over the real tokens of each row, or within stretches of one row.
@@ -234,6 +299,9 @@ class SelfAttention(nn.Module):
             q, k, v = self.qkv(x).view(N, 3, self.num_heads, D // self.num_heads).unbind(dim=1)
             dropout = self.dropout if self.training else 0.0
             return self.out_proj(packed_attention(q, k, v, attention_mask, dropout).reshape(B, N, D))
+        if self.core is not None:
+            q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).unbind(dim=2)
+            return self.out_proj(self.core(q, k, v, attention_mask))
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         mask = None
         if attention_mask is not None:

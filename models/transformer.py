@@ -3,7 +3,6 @@
 import math
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from models.attention import AttentionSpans
 from models.layers import MLP, Activation, LayerFactory, Norm, Normalization, SelfAttention
@@ -114,6 +113,7 @@ class Transformer(nn.Module):
         )
         self.final_norm = Norm(dim, normalization)
         factory.check_exclusions()
+        self._factory = factory
 
     def forward(self, x: Tensor, attention_mask: Tensor | AttentionSpans | None = None) -> Tensor:
         """Return normalised hidden states.
@@ -123,10 +123,10 @@ class Transformer(nn.Module):
             attention_mask: [B, N] bool, True = real token; None where no row is padded; or, with B = 1, the
                 stretches that attend to themselves alone.
         """
-        for layer in self.layers:
-            if self.activation_checkpointing and self.training:
-                # The block itself is the argument, so recomputation cannot run another block of the loop.
-                x = checkpoint(layer, x, attention_mask, use_reentrant=False)
-            else:
-                x = layer(x, attention_mask)
+        with self._factory.region():
+            for layer in self.layers:
+                if self.activation_checkpointing and self.training:
+                    x = self._factory.checkpoint(layer, x, attention_mask)
+                else:
+                    x = layer(x, attention_mask)
         return self.final_norm(x)

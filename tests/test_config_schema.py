@@ -149,7 +149,7 @@ def test_a_config_cannot_be_changed(load):
         ),
         (
             {"fp8__recipe": "delayed", "precision": "fp8"},
-            r"fp8\.recipe: got 'delayed'; allowed: current_scaling",
+            r"fp8\.recipe: got 'delayed'; allowed: current_scaling, delayed_scaling, block_scaling, mxfp8",
         ),
     ],
 )

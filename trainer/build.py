@@ -297,7 +297,11 @@ def build_model(config: RunConfig, facts: DataFacts) -> nn.Module:
 
 def with_data_sizes(factory: Any, given: dict[str, Any], facts: DataFacts, where: str) -> dict[str, Any]:
     """Add to a constructor's arguments the sizes that it names and the data knows."""
-    sizes = {"n_technical_batches": facts.n_technical_batches, **facts.sizes}
+    batches = {
+        "n_technical_batches": facts.n_technical_batches,
+        "num_technical_batches": len(facts.technical_batches),
+    }
+    sizes = {**batches, **facts.sizes}
     parameters = inspect.signature(factory).parameters
     takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     arguments = dict(given)
@@ -323,17 +327,29 @@ def fp8_arguments(config: RunConfig, factory: Any, where: str) -> dict[str, Any]
     if config.precision != "fp8":
         return {}
     assert config.fp8 is not None
-    if config.fp8.backend == "te":
+    backend, recipe = config.fp8.backend, config.fp8.recipe
+    has_gpu = torch.cuda.is_available()
+    if backend != "emulate" and (config.device == "cpu" or not has_gpu):
+        why = "torch sees no CUDA device" if not has_gpu else "device: cpu leaves it out"
         raise ConfigError(
-            "fp8.backend: te asks for Transformer Engine's layers, which this version does not build yet; use "
-            "precision: bf16, or fp8.backend: emulate, which rounds like FP8 and computes in fp32"
+            f"fp8.backend: {backend} computes on a GPU, and {why}; use precision: bf16, or fp8.backend: emulate, which "
+            "rounds like FP8 and computes in fp32"
         )
-    if "layer_backend" not in inspect.signature(factory).parameters:
+    parameters = inspect.signature(factory).parameters
+    if "layer_backend" not in parameters:
         raise ConfigError(
             f"precision: fp8 needs a model whose layers can be FP8, but {where} takes no argument layer_backend; use "
             "precision: bf16, or a model built on models.layers"
         )
-    return {"layer_backend": config.fp8.backend, "exclude_layers": config.fp8.exclude_layers}
+    arguments: dict[str, Any] = {"layer_backend": backend, "exclude_layers": config.fp8.exclude_layers}
+    if "fp8_recipe" in parameters:
+        arguments["fp8_recipe"] = recipe
+    elif recipe != "current_scaling":
+        raise ConfigError(
+            f"fp8.recipe: {recipe} was asked for, but {where} takes no argument fp8_recipe, so its layers are of "
+            "current_scaling; leave the recipe out, or hand fp8_recipe on to models.layers.LayerFactory"
+        )
+    return arguments
 
 
 def check_layouts(phases: list[Phase], module: LossModule) -> None:

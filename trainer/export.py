@@ -174,6 +174,8 @@ def load_trained(saved: SavedCheckpoint) -> Trained:
         )
     genes = GeneSpace.from_json(saved.text(GENES_FILE)) if saved.has(GENES_FILE) else None
     facts = DataFacts(state["technical_batches"], state["n_technical_batches"], genes, state["sizes"])
+    # The layers of an export are plain ones, whose weights are the same: it is to run where there is no FP8.
+    config = config.model_copy(update={"precision": None, "fp8": None} if config.precision == "fp8" else {})
     model = build_model(config, facts)
     load_weights(model, full_weights(saved), str(saved.folder))
     return Trained(saved, config, facts, state, model.eval())

@@ -55,8 +55,9 @@ def encoder_probe(model: MaskedCellEncoder, seed: int = 0) -> dict[str, Any]:
     if config.n_bins is not None:
         bins = torch.randint(0, config.n_bins, (_CELLS, width), generator=generator)
         batch["bins"] = bins.masked_fill(is_masked, config.n_bins).masked_fill(~attention, 0)
-    if config.n_technical_batches:
-        batch["batch_idx"] = torch.randint(0, config.n_technical_batches, (_CELLS,), generator=generator)
+    if model.technical_batch_embedding is not None:
+        count = model.technical_batch_embedding.num_embeddings
+        batch["batch_idx"] = torch.randint(0, count, (_CELLS,), generator=generator)
     return batch
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from data.loader import MicroBatch
-from trainer import costs
+from trainer import costs, parity
 from trainer.build import build_model, seed_everything
 from trainer.config.load import load_run_config
 from trainer.config.schema import RunConfig
@@ -143,6 +143,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="N",
         help=f"cells of each phase that are read for their lengths; default {DEFAULT_SAMPLE_CELLS}",
     )
+    parser.add_argument(
+        "--fp8-parity",
+        type=int,
+        metavar="STEPS",
+        help="instead of the plan: take so many steps in bf16 and in FP8, from one state, and compare them",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, bytes and operations unrounded")
     try:
         arguments = parser.parse_intermixed_args(argv)
@@ -168,6 +174,12 @@ def _plan_and_say(arguments: argparse.Namespace) -> int:
     gpu = choose_gpu(arguments.gpu)
     config = load_run_config(arguments.config, overrides)
     check_dotted_paths(config)
+    if arguments.fp8_parity is not None:
+        if arguments.fp8_parity < 1:
+            raise ConfigError(f"--fp8-parity: {arguments.fp8_parity} is given; the least is 1 step")
+        compared = parity.compare(config, arguments.fp8_parity)
+        print(json.dumps(compared.to_dict(), indent=1) if arguments.json else parity.report(compared))
+        return 0
     plan = make_plan(
         config,
         gpu,

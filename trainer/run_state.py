@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models.fp8_state import fp8_state, load_fp8_state, merged_fp8_state
 from trainer.checkpoint import CheckpointWriter, SavedCheckpoint
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
@@ -101,11 +102,11 @@ def value_kinds(phases: list[Phase]) -> dict[str, str]:
 
 
 def collect_rank(run: Run) -> dict[str, Any]:
-    """Return what only this rank knows: its random state, and its position in a stream that tells it."""
+    """Return what only this rank knows: random state, scales of FP8, the position in a stream that tells it."""
     loader = None
     if run.progress.phase_index < len(run.phases) and run.progress.epoch_step > 0:
         loader = run.phases[run.progress.phase_index].loader.state()
-    return {"random": random_state(), "loader": loader}
+    return {"random": random_state(), "loader": loader, "fp8": fp8_state(run.module.model)}
 
 
 def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFacts) -> list[str]:
@@ -141,15 +142,27 @@ def _restore_rank(run: Run, saved: SavedCheckpoint, config: RunConfig) -> list[s
     if saved.world_size != ranks.count:
         _refuse_streams(run, saved)
         seed_dropout(config.seed, ranks.index, run.progress.global_step)
+        every = [saved.rank("rank_state", rank).get("fp8", {}) for rank in range(saved.world_size)]
         return [
+            *_restore_scales(run, merged_fp8_state(every)),
             f"saved by {saved.world_size} ranks, resumed on {ranks.count}: the same cells in the same order; dropout "
-            "draws anew, so losses agree but are not equal bit for bit"
+            "draws anew, so losses agree but are not equal bit for bit",
         ]
     own = saved.rank("rank_state", ranks.index)
     if run.progress.phase_index < len(run.phases):
         run.phases[run.progress.phase_index].loader.load_state(own["loader"])
     set_random_state(own["random"])
-    return []
+    return _restore_scales(run, own.get("fp8", {}))
+
+
+def _restore_scales(run: Run, state: dict[str, Any]) -> list[str]:
+    """Let FP8 layers go on from what their recipe remembered, and name what it remembers nothing of."""
+    anew = load_fp8_state(run.module.model, state)
+    return (
+        [f"fp8.recipe: the checkpoint has no scales for {len(anew)} layers ({anew[0]} ...), which start at 1"]
+        if anew
+        else []
+    )
 
 
 def _refuse_streams(run: Run, saved: SavedCheckpoint) -> None:

@@ -51,6 +51,13 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
             f"has no effect with precision: {got}; set precision: fp8, or remove it",
             ("precision", "amp_dtype"),
         )
+    if config.fp8 is not None and config.fp8.backend == "torchao" and config.fp8.recipe != "current_scaling":
+        yield Problem(
+            "fp8.recipe",
+            f"{config.fp8.recipe} with fp8.backend: torchao, which knows current_scaling alone; use that, or backend: "
+            "te or emulate",
+            ("fp8.backend",),
+        )
 
 
 def _start(config: RunConfig) -> Iterator[Problem]:

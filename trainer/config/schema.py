@@ -114,12 +114,14 @@ class LossConfig(Section):
 class Fp8Config(Section):
     """How FP8 is computed; only with `precision: fp8`."""
 
-    recipe: Literal["current_scaling"] = Field(
-        default="current_scaling", description="How FP8 scales are chosen"
+    recipe: Literal["current_scaling", "delayed_scaling", "block_scaling", "mxfp8"] = Field(
+        default="current_scaling",
+        description="How FP8 scales are chosen: by each tensor's own magnitude, by those of steps before, or in blocks "
+        "(block_scaling needs Hopper, mxfp8 Blackwell)",
     )
-    backend: Literal["te", "emulate"] = Field(
+    backend: Literal["te", "torchao", "emulate"] = Field(
         default="te",
-        description="Transformer Engine on a GPU, or its rounding emulated in fp32 on any device "
+        description="Transformer Engine or torchao on a GPU, or FP8 emulated in fp32 on any device "
         "(slow, for tests)",
     )
     exclude_layers: Annotated[tuple[Text, ...], AsTuple, null_as(tuple)] = Field(
