@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 _FLASH_TYPES = (torch.bfloat16, torch.float16)
 _FLASH_CAPABILITY = (8, 0)
@@ -33,14 +32,14 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, dro
     """
     end = spans.num_tokens
     real = q[:end], k[:end], v[:end]
-    if not q.is_cuda:
-        attended = attend_one_by_one(*real, spans, dropout)
-    elif _flash_takes(q, dropout):
-        bounds, longest = spans.cu_seqlens, spans.max_length
-        attended = varlen_attn(*real, bounds, bounds, longest, longest)
-        assert isinstance(attended, Tensor)
-    else:
+    if q.is_cuda and flash_takes(q, dropout):
+        attended = attend_by_flash(*real, spans)
+    elif (
+        q.is_cuda or torch.compiler.is_compiling()
+    ):  # a compiler would unroll the loop anew for all lengths it meets
         attended = attend_padded(*real, spans, dropout)
+    else:
+        attended = attend_one_by_one(*real, spans, dropout)
     return F.pad(attended, (0, 0, 0, 0, 0, len(q) - end))
 
 
@@ -56,8 +55,19 @@ def attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, dr
     return torch.cat([part.squeeze(0).transpose(0, 1) for part in parts])
 
 
+def attend_by_flash(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans) -> Tensor:
+    """Attend with torch's flash kernel for stretches: no work on padding, in bf16 or fp16 on a GPU."""
+    # Imported where it is used: with it comes torch's compiler, a second that a CPU need not wait.
+    from torch.nn.attention.varlen import varlen_attn
+
+    bounds, longest = spans.cu_seqlens, spans.max_length
+    attended = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+    assert isinstance(attended, Tensor)
+    return attended
+
+
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, dropout: float = 0.0) -> Tensor:
-    """Attend with the stretches padded to the longest: for a GPU where the flash kernel takes no such operands."""
+    """Attend with the stretches padded to the longest: where the flash kernel does not take the operands."""
     num_cells, length = len(spans.cu_seqlens) - 1, spans.max_length
     token = torch.arange(len(q), dtype=torch.int32, device=q.device)
     cell = torch.searchsorted(spans.cu_seqlens[1:], token, right=True)
@@ -74,7 +84,7 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, dropou
     return attended.transpose(1, 2).reshape(num_cells * length, *q.shape[1:])[place]
 
 
-def _flash_takes(q: Tensor, dropout: float) -> bool:
+def flash_takes(q: Tensor, dropout: float) -> bool:
     """Tell whether the kernel for stretches takes these operands; it knows neither fp32 nor dropout."""
     head_dim = q.shape[-1]
     return (

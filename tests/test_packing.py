@@ -22,7 +22,7 @@ from data.collate import num_cells
 from data.errors import DataError
 from data.loader import CellSource, DrawKey, StepLoader, cell_loader
 from data.order import GlobalOrder
-from models.attention import AttentionSpans, attend_one_by_one, attend_padded, packed_attention
+from models.attention import AttentionSpans, attend_one_by_one, attend_padded, flash_takes, packed_attention
 from models.encoder import EncoderConfig, MaskedCellEncoder
 from models.layers import SelfAttention
 from trainer.errors import ConfigError
@@ -209,6 +209,16 @@ def test_attention_dropout_acts_within_packed_cells():
     assert not torch.allclose(layer(x, spans), layer(x, spans))
     layer.eval()
     assert torch.equal(layer(x, spans), layer(x, spans))
+
+
+def test_a_gpu_takes_the_flash_kernel_for_16_bit_operands_without_dropout(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    q = torch.zeros(4, 2, 32, dtype=torch.bfloat16)
+    assert flash_takes(q, 0.0)
+    assert not flash_takes(q, 0.1) and not flash_takes(q.float(), 0.0)
+    assert not flash_takes(q[..., :12], 0.0) and not flash_takes(q.repeat(1, 1, 9), 0.0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not flash_takes(q, 0.0)
 
 
 @pytest.mark.gpu
