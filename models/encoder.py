@@ -380,6 +380,10 @@ class MaskedCellEncoder(nn.Module):
             account["prior_values"] = int(counted.sum())
         return account
 
+    def compiled_modules(self) -> list[nn.Module]:
+        """Return what `compile: true` compiles: the blocks, all of one shape; what follows varies with the masks."""
+        return list(self.transformer.layers)
+
     def data_initialised_parameters(self) -> list[Tensor]:
         """Return the parameters that `initialise_from_data` writes, which must be whole then."""
         return [self.token_embedding.weight] if self.config.gene_embedding_path is not None else []

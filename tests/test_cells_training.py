@@ -209,3 +209,20 @@ def test_a_resumed_run_on_two_ranks_equals_one_that_was_not_interrupted(tmp_path
             shutil.rmtree(checkpoint)
     train_ranks(2, tmp_path / "b", config, resume_from="latest")
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike(tmp_path, corpora):
+    config = run_config(phase(corpora / "arrow", max_steps=3))
+    outputs = [train_ranks(1, tmp_path / str(on), config, compile=on) for on in (False, True)]
+    assert [output.count("compiled: 1 TransformerBlock") for output in outputs] == [0, 1]
+    first, second = (
+        [record["loss"] for record in records(newest_run(tmp_path / str(on)))] for on in (False, True)
+    )
+    assert first == pytest.approx(second, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_compiling_is_refused_where_weights_are_gathered_between_layers(tmp_path, corpora):
+    config = run_config(phase(corpora / "arrow", max_steps=3), compile=True)
+    assert "does not work under ZeRO-3" in train_ranks(2, tmp_path, config, strategy="zero3", expect=2)

@@ -7,6 +7,7 @@ import contextlib
 import inspect
 import random
 import secrets
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from data.errors import DataError
@@ -43,6 +45,7 @@ from trainer.schedule import base_learning_rates, learning_rate_factor
 from trainer.trackers import check_trackers
 from trainer.watch import Watch
 from trainer.weights import initialise_weights, restore_reference_checkpoint
+from trainer.zero_config import is_stage_3
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         notes = list(resume.notices)
         if resume.kind == "fresh":
             notes += initialise_weights(config, model, phases, facts)
+        notes += compile_layers(config, model, accelerator)
         optimizer = build_optimizer(config, model, module, accelerator.device.type)
         split_groups(optimizer, module, config.datasets)
         check_rates(phases, optimizer)
@@ -364,6 +368,34 @@ def check_layouts(phases: list[Phase], module: LossModule) -> None:
                 f"datasets.{phase.index}: phase '{phase.name}' has layout: packed, whose batches hold all cells in one "
                 f"row of tokens, and {refusal}; use layout: bucketed, which saves padding for any model, or padded"
             )
+
+
+def compile_layers(config: RunConfig, model: nn.Module, accelerator: Accelerator) -> list[str]:
+    """Compile what the model names in `compiled_modules()`, else its whole forward pass, where the run asks for it.
+
+    Returns:
+        What was compiled, for the start-up account.
+
+    Raises:
+        ConfigError: the layers are of a kind that a compiler cannot see through.
+    """
+    if not config.compile:
+        return []
+    if is_stage_3(accelerator):
+        raise ConfigError(
+            "compile: true does not work under ZeRO-3, which gathers weights between layers; use ZeRO-2"
+        )
+    if config.precision == "fp8" and config.fp8 is not None and config.fp8.backend == "te":
+        raise ConfigError(
+            "compile: true does not work with fp8.backend: te, whose layers a compiler cannot see; leave one of the "
+            "two out"
+        )
+    named = getattr(model, "compiled_modules", None)
+    modules: list[nn.Module] = [model] if named is None else named()
+    for module in modules:
+        module.compile()
+    kinds = Counter(type(module).__name__ for module in modules)
+    return [f"compiled: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"]
 
 
 def check_rates(phases: list[Phase], optimizer: torch.optim.Optimizer) -> None:

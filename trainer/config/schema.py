@@ -352,6 +352,11 @@ class RunConfig(Section):
         description="The run saves a checkpoint and ends with exit code 75 after this time since its process started, "
         "to be resumed (seconds; null: no limit)",
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile the model's layers with torch.compile; not under ZeRO-3, nor with Transformer "
+        "Engine's layers",
+    )
     num_threads: PositiveCount | None = Field(
         default=None, description="CPU threads of torch per rank (threads; null: left alone)"
     )
