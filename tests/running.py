@@ -51,10 +51,15 @@ def write_config(folder: Path, config: dict[str, Any], **changes: Any) -> Path:
 def train(folder: Path, config: dict[str, Any], *, dry_run: bool = False, **changes: Any) -> Path:
     """Train in this process and return the run folder."""
     path = write_config(folder, config, **changes)
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
+    reset_accelerate()
     assert run(load_run_config(path), dry_run=dry_run) == 0
     return newest_run(folder) if not dry_run else folder
+
+
+def reset_accelerate() -> None:
+    """Let the next training in this process begin as the first one."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
 
 
 def train_ranks(

@@ -337,18 +337,13 @@ def test_the_snippets_run(code, inside):
     if not run.exists():
         import trainer.train
 
+        from running import reset_accelerate
+
         reset_accelerate()
         with contextlib.redirect_stdout(io.StringIO()):
             assert trainer.train.main(["--config", str(ROOT / "configs" / "debug.yml")]) == 0
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(code, "<documentation>", "exec"), {"__name__": "snippet"})
-
-
-def reset_accelerate():
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=page_id)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from corpora import make_cells, write_corpus
-from running import toy, write_config
+from running import reset_accelerate, toy, write_config
 
 from trainer import parity
 from trainer.config import load_run_config
@@ -13,6 +13,13 @@ from trainer.parity import Parity, Side, compare
 from trainer.plan import main
 
 NUM_GENES = 40
+
+
+@pytest.fixture(autouse=True)
+def as_the_first_in_its_process():
+    reset_accelerate()
+    yield
+    reset_accelerate()
 
 
 @pytest.fixture
