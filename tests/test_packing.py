@@ -16,6 +16,7 @@ from running import (
     toy,
     train,
     train_ranks,
+    write_config,
 )
 
 from data.collate import num_cells
@@ -25,8 +26,11 @@ from data.order import GlobalOrder
 from models.attention import AttentionSpans, attend_one_by_one, attend_padded, flash_takes, packed_attention
 from models.encoder import EncoderConfig, MaskedCellEncoder
 from models.layers import SelfAttention
+from trainer.config import load_run_config
 from trainer.errors import ConfigError
+from trainer.export import export
 from trainer.losses import LossModule
+from trainer.quickstart import baseline_losses
 from trainer.run import count_tokens
 
 NUM_GENES, NUM_CELLS, N_BINS = 60, 96, 5
@@ -403,6 +407,30 @@ def test_two_ranks_have_the_losses_of_one_padded_run(tmp_path, corpora, layout):
     reference = train(tmp_path / "one", run_config(phase(corpora / "arrow", "padded", epochs=2)))
     train_ranks(2, tmp_path / "two", run_config(phase(corpora / "arrow", layout, epochs=2)))
     assert losses(newest_run(tmp_path / "two")) == pytest.approx(losses(reference), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_packed_batches_train_under_zero_3(tmp_path, corpora):
+    reference = train(tmp_path / "one", run_config(phase(corpora / "arrow", "padded")))
+    train_ranks(2, tmp_path / "two", run_config(phase(corpora / "arrow", "packed")), strategy="zero3")
+    assert losses(newest_run(tmp_path / "two")) == pytest.approx(losses(reference), rel=1e-5)
+
+
+def test_baselines_are_the_same_for_a_packed_configuration(tmp_path, corpora):
+    scores = []
+    for layout in ("padded", "packed"):
+        path = write_config(tmp_path / layout, run_config(phase(corpora / "arrow", layout)))
+        scores.append(baseline_losses(load_run_config(path), 0))
+    assert scores[0] == scores[1] and min(scores[0]) > 0
+
+
+@pytest.mark.slow
+def test_the_checkpoint_of_a_packed_run_is_exported(tmp_path, corpora):
+    folder = train(tmp_path, run_config(phase(corpora / "arrow", "packed")))
+    export(folder / "checkpoint_4", tmp_path / "exported")
+    model = MaskedCellEncoder.from_pretrained(tmp_path / "exported")
+    padded, packed = both(corpora)
+    torch.testing.assert_close(model.encode(packed), model.encode(padded), rtol=1e-5, atol=1e-5)
 
 
 def test_a_model_that_does_not_take_packed_batches_is_refused_before_training(tmp_path, corpora):
