@@ -346,6 +346,14 @@ def test_dimensions_that_fp8_cannot_take_are_named_whatever_the_precision(corpus
     assert "ffn_dim" not in text
 
 
+def test_emulated_fp8_is_planned_as_fp8_and_that_is_said(corpus, tmp_path):
+    config = run_config(corpus, precision="fp8", fp8={"backend": "emulate"})
+    config["model"]["config_args"] |= {"hidden_dim": 32}
+    plan = planned(tmp_path, config)
+    assert plan.peak_tflops == 1979 and plan.fp8_misfits == []
+    assert "emulate computes in fp32" in render(plan)
+
+
 def test_planning_takes_no_memory_for_the_model(corpus, tmp_path):
     config = run_config(corpus)
     config["model"]["config_args"] |= {"hidden_dim": 16384, "num_layers": 96, "num_heads": 128}

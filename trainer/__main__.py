@@ -19,6 +19,7 @@ COMMANDS = {
     "train": Command("trainer.train", "train from a YAML file"),
     "convert": Command("trainer.convert_h5ad", "convert h5ad files into a corpus"),
     "plan": Command("trainer.plan", "say what a run will take, without a GPU and without training"),
+    "doctor": Command("trainer.doctor", "find out whether a run can start on this machine"),
     "export": Command("trainer.export", "write a checkpoint's model as a folder that from_pretrained loads"),
 }
 

@@ -421,6 +421,8 @@ def _notes(
         notes.append("the run says device: cpu; these figures are for the GPU named above")
     if precision == "fp8":
         notes.append("activations are counted as in bf16, an upper bound; attention and heads run in bf16")
+        if config.fp8 is not None and config.fp8.backend == "emulate":
+            notes.append("fp8.backend: emulate computes in fp32; hours are for FP8 on the GPU itself")
     if peak is None:
         notes.append(f"the table has no peak of {gpu.name} in {precision}, so hours are left out")
     if not callable(getattr(model, "training_flops", None)):
