@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.masking import IGNORED_LABEL, MaskedCells
-from data.ragged import offsets_of, pad, row_mask, row_numbers
+from data.ragged import line_up, offsets_of, pad, row_mask
 from data.tokenizers import CLS, NUM_SPECIAL_TOKENS, PAD, TokenizedCells
 
 PACKED_MULTIPLE = 16
@@ -63,15 +63,10 @@ def collate_packed(cells: TokenizedCells, masked: MaskedCells | None, *, prepend
     offsets = offsets_of(sizes + prepend_cls)
     total = int(offsets[-1])
     width = -(-total // PACKED_MULTIPLE) * PACKED_MULTIPLE
-    rows = row_numbers(cells.offsets)
-    place = np.arange(len(rows)) + (rows + 1) * prepend_cls
 
     def laid_out(flat: NDArray[Any], fill: int, first: int, dtype: type) -> torch.Tensor:
-        row = np.full((1, width), fill, dtype)
-        if prepend_cls:
-            row[0, offsets[:-1]] = first
-        row[0, place] = flat
-        return torch.from_numpy(row)
+        lead = first if prepend_cls else None
+        return torch.from_numpy(line_up(flat, cells.offsets, width, fill, lead, dtype)).unsqueeze(0)
 
     batch = _inputs(cells, masked, laid_out) | {
         "cu_seqlens": torch.from_numpy(offsets.astype(np.int32)),
@@ -79,7 +74,8 @@ def collate_packed(cells: TokenizedCells, masked: MaskedCells | None, *, prepend
         "num_tokens": total,
     }
     if masked is not None:
-        batch |= _labels(cells, masked, (1, width), place[masked.chosen])
+        row = np.searchsorted(cells.offsets, masked.chosen, "right") - 1
+        batch |= _labels(cells, masked, (1, width), masked.chosen + (row + 1) * prepend_cls)
     return batch
 
 

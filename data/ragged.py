@@ -4,6 +4,7 @@ Cells hold a thousand values or more, so moving a whole cell at a time (`bytes.j
 is several times faster than moving elements by index; short rows go by index.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,29 @@ def pad(
         pieces[lead::every] = [view[start:stop] for start, stop in bounds]
         pieces[lead + 1 :: every] = [filler[length:] for length in lengths.tolist()]
         result = np.frombuffer(bytearray().join(pieces), values.dtype).reshape(num_rows, width)
+    return result if dtype is None else result.astype(dtype, copy=False)
+
+
+def line_up(
+    values: NDArray[Any],
+    offsets: NDArray[np.int64],
+    width: int,
+    fill: Any,
+    first: Any = None,
+    dtype: Any = None,
+) -> NDArray[Any]:
+    """Lay all rows out one after the other as [width], filled up with `fill` behind the last one.
+
+    `first`, where given, is put in front of each row. `dtype` is what the result is cast to.
+    """
+    num_rows = len(offsets) - 1
+    lead = 0 if first is None else 1
+    filler = np.full(width - int(offsets[-1]) - lead * num_rows, fill, values.dtype)
+    view = values.data
+    bounds = offsets.tolist()
+    pieces: list[Any] = [np.array([first] * lead, values.dtype).data] * (2 * num_rows)
+    pieces[1::2] = [view[start:stop] for start, stop in itertools.pairwise(bounds)]
+    result = np.frombuffer(bytearray().join([*pieces, filler.data]), values.dtype)
     return result if dtype is None else result.astype(dtype, copy=False)
 
 
