@@ -109,8 +109,10 @@ class DelayedScaling:
 
     def __init__(self, history_length: int = HISTORY_LENGTH) -> None:
         """Start with scale 1 and an empty history."""
-        self._scale = {kind: torch.ones(()) for kind in _KINDS}
-        self._history = {kind: torch.zeros(history_length) for kind in _KINDS}
+        self._history_length = history_length
+        # Made when they are needed: where models are built in shards, tensors are made in the type of the weights.
+        self._scale: dict[str, Tensor] = {}
+        self._history: dict[str, Tensor] = {}
 
     def forward_operands(self, inputs: Tensor, weight: Tensor, *, is_recorded: bool) -> ForwardOperands:
         """Cast inputs and weight with the scales known so far, then let them into the history."""
@@ -135,6 +137,8 @@ class DelayedScaling:
 
     def state(self) -> dict[str, Tensor]:
         """Return copies of the scales and histories."""
+        for kind in _KINDS:
+            self._begin(kind)
         scales = {f"{kind}_scale": self._scale[kind].clone() for kind in _KINDS}
         return scales | {f"{kind}_amax_history": self._history[kind].clone() for kind in _KINDS}
 
@@ -148,13 +152,19 @@ class DelayedScaling:
         if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in own.items()}:
             raise ModelError(
                 f"the state of delayed scaling holds {', '.join(sorted(state)) or 'nothing'}; needed are "
-                f"{', '.join(sorted(own))}, with a history of {len(self._history['inputs'])}"
+                f"{', '.join(sorted(own))}, with a history of {self._history_length}"
             )
         for kind in _KINDS:
             self._scale[kind] = state[f"{kind}_scale"].clone()
             self._history[kind] = state[f"{kind}_amax_history"].clone()
 
+    def _begin(self, kind: str) -> None:
+        if kind not in self._scale:
+            self._scale[kind] = torch.ones((), dtype=torch.float32)
+            self._history[kind] = torch.zeros(self._history_length, dtype=torch.float32)
+
     def _scale_of(self, kind: str, tensor: Tensor) -> Tensor:
+        self._begin(kind)
         self._scale[kind] = self._scale[kind].to(tensor.device)
         self._history[kind] = self._history[kind].to(tensor.device)
         return self._scale[kind]

@@ -356,6 +356,9 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
 
 
 def _normalise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype == torch.float32:
+        # Under ZeRO weights may be bf16, which not every device takes beside fp32.
+        weight, bias = weight.float(), None if bias is None else bias.float()
     if bias is None:
         return F.rms_norm(x, weight.shape, weight, NORM_EPSILON)
     return F.layer_norm(x, weight.shape, weight, bias, NORM_EPSILON)
