@@ -111,7 +111,9 @@ def test_a_gradient_is_that_of_the_rounded_operands(recipe):
     operands = twin.forward_operands(x.detach(), weight.detach(), is_recorded=True)
     for_inputs, for_weight = twin.gradient_operands(gradient)
     torch.testing.assert_close(x.grad, for_inputs.dequantise() @ operands.weight_in_backward.dequantise())
-    torch.testing.assert_close(weight.grad, for_weight.dequantise().T @ operands.inputs_in_backward.dequantise())
+    torch.testing.assert_close(
+        weight.grad, for_weight.dequantise().T @ operands.inputs_in_backward.dequantise()
+    )
     torch.testing.assert_close(bias.grad, gradient.sum(dim=0))
 
 
