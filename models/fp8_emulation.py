@@ -10,6 +10,7 @@ from torch import Tensor
 from models.fp8_alignment import alignment, on_aligned_rows
 from models.fp8_numerics import Quantised
 from models.fp8_scaling import CurrentScaling, Recipe, Scaling, make_scaling
+from models.fp8_switch import switch
 
 
 class _Fp8Linear(torch.autograd.Function):
@@ -81,6 +82,8 @@ class EmulatedLinear:
 
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute `inputs @ weight.T + bias` on padded rows, as a device would have to."""
+        if not switch.is_on:
+            return F.linear(inputs, weight, bias)
         return on_aligned_rows(
             lambda rows: fp8_linear(rows, weight, bias, self.scaling), inputs, alignment(self.recipe)
         )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from models.errors import ModelError
 from models.fp8_alignment import alignment, on_aligned_rows
 from models.fp8_scaling import Recipe
+from models.fp8_switch import switch
 
 _RECIPES = {
     "current_scaling": "Float8CurrentScaling",
@@ -84,7 +85,7 @@ def region(recipe: Recipe) -> Iterator[None]:
         return
     _inside.region = True
     try:
-        with load().autocast(enabled=True, recipe=make_recipe(recipe)):
+        with load().autocast(enabled=switch.is_on, recipe=make_recipe(recipe)):
             yield
     finally:
         _inside.region = False

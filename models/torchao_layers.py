@@ -10,11 +10,13 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ModelError
 from models.fp8_alignment import FP8_ALIGNMENT, on_aligned_rows
 from models.fp8_scaling import Recipe
+from models.fp8_switch import switch
 
 _CAPABILITY = (8, 9)
 _INSTEAD = "use precision: bf16, or fp8.backend: emulate, which rounds like FP8 and computes in fp32"
@@ -70,6 +72,8 @@ class TorchaoLinear:
 
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute `inputs @ weight.T + bias` on padded rows."""
+        if not switch.is_on:
+            return F.linear(inputs, weight, bias)
         layer, device = self._layer, inputs.device.type
         if layer is None:
             layer = self._layer = _float8_linear(weight, bias is not None, self._is_emulated)

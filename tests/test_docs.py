@@ -335,9 +335,9 @@ def test_the_configurations_train(config, inside, tmp_path):
 def test_the_snippets_run(code, inside):
     run = inside / "checkpoints"
     if not run.exists():
-        import trainer.train
-
         from running import reset_accelerate
+
+        import trainer.train
 
         reset_accelerate()
         with contextlib.redirect_stdout(io.StringIO()):

@@ -161,7 +161,7 @@ def test_a_global_batch_that_does_not_divide_is_an_error_with_the_numbers(finish
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ("zero2", "zero3"))
+@pytest.mark.parametrize("strategy", STAGES)
 def test_bf16_keeps_fp32_weights_and_holds_frozen_ones_still(tmp_path, strategy):
     train_ranks(2, tmp_path, CONFIG, strategy=strategy, precision="bf16")
     folder = newest_run(tmp_path)

@@ -31,7 +31,7 @@ from trainer.dotted import check_dotted_paths, resolve
 from trainer.errors import ConfigError, UserError
 from trainer.exits import PREEMPTED
 from trainer.freezing import split_groups
-from trainer.loop import rehearse, train
+from trainer.loop import rehearse
 from trainer.losses import LossModule, build_loss
 from trainer.optim import UserScheduler, build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
@@ -39,6 +39,7 @@ from trainer.preemption import Preempted
 from trainer.progress import Progress
 from trainer.random_state import seed_dropout
 from trainer.recorder import Recorder
+from trainer.rollback import train_with_fallback
 from trainer.run import Run
 from trainer.run_state import Saver, restore
 from trainer.schedule import base_learning_rates, learning_rate_factor
@@ -135,7 +136,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         )
         with build_writer(config, ranks, folder) as writer:
             run.saver = Saver(writer, config, facts, None if saved is None else run.progress)
-            train(run)
+            train_with_fallback(run, writer, folder, facts)
         exit_code, reason = 0, "done"
         return 0
     except (UserError, DataError, ModelError) as error:

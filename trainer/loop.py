@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from data.loader import MicroBatch
+from models.fp8_switch import switch
 from trainer.console import notice
 from trainer.evaluation import evaluate, evaluate_at_last
 from trainer.losses import move_to_device
@@ -47,6 +48,7 @@ def begin_phase(run: Run, phase: Phase) -> None:
             where = f"datasets.{phase.index}.reinitialise"
             run.strategy.start_anew(phase.config.reinitialise, run.config.seed + 1 + phase.index, where)
         run.strategy.hold_still(phase.config.freeze)
+    choose_precision(run)
     groups = run.strategy.optimizer.param_groups
     rates = base_learning_rates(phase.config, groups)
     if run.scheduler is not None and run.progress.phase_step == 0 and sets_rate(phase):
@@ -85,6 +87,7 @@ def train_step(
     """Take one optimizer step: every micro-batch's gradient, one clipped update, one record."""
     progress, strategy = run.progress, run.strategy
     rates = set_rates(run, phase)
+    rates |= choose_precision(run)
     sums, norm = LossSum(), None
     if totals.weight > 0:
         # NaN from the first loss on that is not finite: it makes the gradient NaN, and so on every rank.
@@ -164,6 +167,14 @@ def steps_left(progress: Progress, phase: Phase) -> float:
     """Return the steps until the epoch or the phase ends, infinity where only the data can tell."""
     limits = [(phase.steps_per_epoch, progress.epoch_step), (phase.config.max_steps, progress.phase_step)]
     return min((max(0, limit - done) for limit, done in limits if limit is not None), default=math.inf)
+
+
+def choose_precision(run: Run) -> dict[str, Any]:
+    """Let an FP8 run that has rolled back compute in bf16 for a while; return what a step's record says of it."""
+    if run.config.fp8 is None or run.config.fp8.fallback_steps == 0:
+        return {}
+    switch.is_on = run.progress.global_step >= run.progress.bf16_until
+    return {"is_fallback": not switch.is_on, "rollbacks": run.progress.rollbacks}
 
 
 def set_rates(run: Run, phase: Phase) -> dict[str, float]:

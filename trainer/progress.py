@@ -30,6 +30,10 @@ class Progress:
     """Such steps since the last good one."""
     evaluation_due: int = 0
     """1 from the beginning of an evaluation until it is recorded: a start from there begins with it."""
+    rollbacks: int = 0
+    """How often FP8 failed and the run went back to a checkpoint."""
+    bf16_until: int = 0
+    """The global step up to which an FP8 run computes in bf16 after the last of them."""
 
     def next_epoch(self) -> None:
         """Move to the start of the phase's next epoch."""

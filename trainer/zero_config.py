@@ -127,7 +127,10 @@ def complete_config(
     settings["zero_allow_untested_optimizer"] = True
     settings["zero_force_ds_cpu_optimizer"] = False  # the run's own optimizer, on the host too
     settings.setdefault("steps_per_print", 2**31)
-    settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    stage = settings["zero_optimization"]["stage"]
+    if precision == "no" or stage > 1:
+        # With bf16 weights DeepSpeed would take another optimizer for stage 1, whose state lies elsewhere.
+        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
 
 
 def settle_precision(given: dict[str, Any], precision: str) -> None:

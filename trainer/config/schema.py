@@ -127,6 +127,11 @@ class Fp8Config(Section):
     exclude_layers: Annotated[tuple[Text, ...], AsTuple, null_as(tuple)] = Field(
         default=(), description="Layer names that stay in bf16, with wildcards (`*.out_proj`, `layers.0.*`)"
     )
+    fallback_steps: Count = Field(
+        default=0,
+        description="After max_nonfinite_steps in a row the run goes back to its last checkpoint and computes so many "
+        "steps in bf16 (optimizer steps; 0: it stops)",
+    )
 
 
 class ValidationConfig(Section):
