@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 import sys
 
@@ -20,6 +21,11 @@ os.environ |= {
 }
 for name in ("WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_PROJECT", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
     os.environ.pop(name, None)
+
+# Started by nohup or in the background, everything would inherit that these signals are ignored.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
 
 _LOOPBACK = ("127.", "::1", "localhost")
 
