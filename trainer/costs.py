@@ -181,8 +181,8 @@ def state_bytes(sizes: ModelSizes, sharding: Sharding, world_size: int, *, is_mi
 
     Under DDP weights, gradients and moments are as the model was built, in fp32, and autocast keeps copies of weights
     in bf16 for the backward pass: at most one of each. Under ZeRO the model's weights are bf16 with mixed precision,
-    with fp32 weights, moments and accumulated gradients beside them. Without it ZeRO-1 and ZeRO-2 keep a second copy of
-    the weights that a rank steps, ZeRO-3 does not.
+    with fp32 weights, moments and (not under ZeRO-1) accumulated gradients beside them. Without it ZeRO-1 and ZeRO-2
+    keep a second copy of the weights that a rank steps, ZeRO-3 does not.
     """
     trained, everything, ranks = sizes.num_trained, sizes.num_parameters, world_size
     if sharding == "DDP":
@@ -195,14 +195,13 @@ def state_bytes(sizes: ModelSizes, sharding: Sharding, world_size: int, *, is_mi
         )
     low = _LOW if is_mixed else _FP32
     whole = everything / ranks if sharding == "ZeRO-3" else everything
-    bucket = _FP32 if sharding == "ZeRO-1" else low
     gathered = low * min(everything, LIVE_ELEMENTS) if sharding == "ZeRO-3" else 0
     return StateBytes(
         weights=low * whole + sizes.buffer_bytes,
         master_weights=0 if sharding == "ZeRO-3" and not is_mixed else _FP32 * trained / ranks,
-        gradients=_FP32 * (trained if sharding == "ZeRO-1" else trained / ranks),
+        gradients=low * trained if sharding == "ZeRO-1" else _FP32 * trained / ranks,
         optimizer=_FP32 * sizes.optimizer_tensors * trained / ranks,
-        working=bucket * BUCKET_ELEMENTS + gathered,
+        working=low * BUCKET_ELEMENTS + gathered,
     )
 
 
