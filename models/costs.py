@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from models.cross_entropy import rows_at_once
+
 if TYPE_CHECKING:
     from models.encoder import EncoderConfig
 
@@ -92,7 +94,11 @@ def activation_bytes(
     logits = 0
     if config.gene_loss_weight > 0:
         heads += num_masked * (low * dim + low * dim + norm + low * dim)
-        logits += num_masked * config.vocab_size
+        # More logits than fit at once are computed in chunks, and their gradients with them (models/cross_entropy.py).
+        at_once = rows_at_once(config.vocab_size)
+        logits += min(num_masked, at_once) * config.vocab_size
+        if num_masked > at_once:
+            heads += _FP32 * (config.vocab_size + num_masked) * dim
     if config.expression_loss_weight > 0:
         # Two inputs of norms, of transform, gene and output; what gelu and the product of cell and gene read.
         heads += num_masked * (2 * norm + 2 * low * dim + low * dim + low * dim + 3 * low * dim)

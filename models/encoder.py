@@ -204,11 +204,13 @@ class EncoderOutput(NamedTuple):
         hidden: [B, N, D] hidden states after the final norm; [1, T, D] of a packed batch.
         gene_logits: [M, V] at the masked positions; None without a gene head.
         value_logits: [M, n_bins], or [M] for continuous values; None without a value head.
+        gene_loss: the gene head's summed loss and its right guesses, where labels were given in place of the logits.
     """
 
     hidden: Tensor
     gene_logits: Tensor | None
     value_logits: Tensor | None
+    gene_loss: tuple[Tensor, Tensor] | None = None
 
 
 class MaskedCellEncoder(nn.Module):
@@ -280,8 +282,13 @@ class MaskedCellEncoder(nn.Module):
         """
         return cast(Self, from_pretrained(folder, model_class=cls, device=device))
 
-    def forward(self, batch: dict[str, Any]) -> EncoderOutput:
-        """Return hidden states of all tokens and the logits of the masked positions."""
+    def forward(self, batch: dict[str, Any], gene_labels: Tensor | None = None) -> EncoderOutput:
+        """Return hidden states of all tokens and the logits of the masked positions.
+
+        Args:
+            batch: as the loader yields it.
+            gene_labels: [M] the genes at the masked positions; their loss is returned in place of the gene logits.
+        """
         masked_index = _needed(batch, "masked_index", "configure masking for this data")
         layout = cell_layout(batch)
         offset = None
@@ -295,30 +302,30 @@ class MaskedCellEncoder(nn.Module):
         asked = hidden.flatten(end_dim=1)[masked_index]  # [M, D]
         if offset is not None:
             cells, asked = cells + offset, asked + offset[rows]
-        gene_logits = value_logits = None
+        gene_result = value_logits = None
         if self.gene_head is not None:
-            gene_logits = self.gene_head(asked, cells, rows, self.token_embedding.weight)
+            gene_result = self.gene_head(asked, cells, rows, self.token_embedding.weight, gene_labels)
         if self.value_head is not None:
             genes = _asked_genes(batch)
             value_logits = self.value_head(asked, cells, rows, self.token_embedding(genes), genes)
             if self.config.n_bins is None:
                 value_logits = value_logits.squeeze(-1)
-        return EncoderOutput(hidden, gene_logits, value_logits)
+        if gene_labels is None:
+            return EncoderOutput(hidden, gene_result, value_logits)
+        return EncoderOutput(hidden, None, value_logits, gene_result)
 
     def compute_loss(self, batch: dict[str, Any]) -> LossOutput:
         """Return the summed loss over the masked positions, with accuracy and each loss as metrics."""
-        output = self(batch)
-        masked_index = batch["masked_index"]
+        masked_index = _needed(batch, "masked_index", "configure masking for this data")
+        genes = None if self.gene_head is None else batch["labels"].flatten()[masked_index]
+        output = self(batch, genes)
         total = output.hidden.new_zeros((), dtype=torch.float32)
         metrics: dict[str, Tensor] = {}
-        if output.gene_logits is not None:
-            genes = batch["labels"].flatten()[masked_index]
-            gene_loss = F.cross_entropy(
-                output.gene_logits.float(), genes, reduction="sum", ignore_index=IGNORED_LABEL
-            )
+        if output.gene_loss is not None:
+            gene_loss, num_correct = output.gene_loss
             total = total + self.config.gene_loss_weight * gene_loss
             metrics["gene_loss"] = gene_loss.detach()
-            metrics["gene_accuracy"] = (output.gene_logits.detach().argmax(dim=-1) == genes).sum()
+            metrics["gene_accuracy"] = num_correct
         if output.value_logits is not None:
             labels = _needed(batch, "value_labels", "or set expression_loss_weight: 0")
             values = labels.flatten()[masked_index]

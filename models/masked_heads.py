@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.cross_entropy import linear_cross_entropy
 from models.errors import ModelError
 from models.layers import Linear, Norm
 
@@ -31,10 +32,28 @@ class GeneHead(nn.Module):
         """Set the bias to zero; the layers draw their own."""
         nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: Tensor, cells: Tensor, rows: Tensor, token_weight: Tensor) -> Tensor:
-        """Return logits [M, V] for hidden states [M, D] in cells [B, D], whose numbers are `rows` [M]."""
+    def forward(
+        self,
+        hidden: Tensor,
+        cells: Tensor,
+        rows: Tensor,
+        token_weight: Tensor,
+        labels: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits [M, V], or with labels the summed cross-entropy and the number of right guesses.
+
+        Args:
+            hidden: [M, D] hidden states of the positions.
+            cells: [B, D] embeddings of the cells.
+            rows: [M] the cell of each position.
+            token_weight: [V, D] of the token embedding.
+            labels: [M] the genes that are right; large logits then never stand in memory whole.
+        """
         x = self.norm(F.gelu(self.transform(hidden) + self.cell(cells)[rows]))
-        return F.linear(x, token_weight if self.output is None else self.output.weight, self.bias)
+        weight = token_weight if self.output is None else self.output.weight
+        if labels is None:
+            return F.linear(x, weight, self.bias)
+        return linear_cross_entropy(x, weight, self.bias, labels, ignore_index=IGNORED_LABEL)
 
 
 class ValueHead(nn.Module):

@@ -16,6 +16,7 @@ from running import (
     toy,
     train,
     train_ranks,
+    write_config,
 )
 from safetensors.torch import load_file
 from test_encoder import make_batch, make_model
@@ -301,3 +302,25 @@ def test_a_recipe_that_torchao_lacks_is_refused_by_name(tmp_path, corpus):
 def test_a_model_without_fp8_layers_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="takes no argument layer_backend"):
         train(tmp_path, toy({}, precision="fp8", fp8={"backend": "emulate"}))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_dim": 40, "num_heads": 2}, "hidden_dim is 40"),
+        ({"hidden_dim": 32, "num_heads": 2, "ffn_dim": 50}, "ffn_dim is 50"),
+    ],
+)
+def test_the_check_names_widths_that_fp8_cannot_have_without_data_or_device(tmp_path, capsys, sizes, message):
+    from trainer.train import main
+
+    model = {
+        "model_class": "models.encoder.MaskedCellEncoder",
+        "config_class": "models.encoder.EncoderConfig",
+        "config_args": sizes,
+    }
+    phase = {"dataloader_factory": "data.loader.cell_loader", "dataloader_args": {}}
+    phase["dataloader_args"] = {"path": "nowhere", "tokenizer": {"strategy": "rank_value"}}
+    path = write_config(tmp_path, toy(phase, model=model), precision="fp8", fp8={"backend": "te"})
+    assert main(["--config", str(path), "--check"]) == 2
+    assert message in capsys.readouterr().err

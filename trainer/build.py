@@ -371,6 +371,31 @@ def check_layouts(phases: list[Phase], module: LossModule) -> None:
             )
 
 
+def check_fp8_sizes(config: RunConfig) -> None:
+    """Find widths that FP8 layers cannot have before any data is opened: the model's configuration is built on trial.
+
+    Raises:
+        ConfigError: names the fields, and what is near.
+    """
+    settings = config.model
+    if config.precision != "fp8" or config.fp8 is None or settings.config_class is None:
+        return
+    config_class = resolve(settings.config_class, "model.config_class")
+    parameters = inspect.signature(config_class).parameters
+    if "layer_backend" not in parameters:
+        return  # building the model says so
+    arguments = {**settings.config_args, "layer_backend": config.fp8.backend}
+    arguments |= {"exclude_layers": config.fp8.exclude_layers} if "exclude_layers" in parameters else {}
+    arguments |= {"fp8_recipe": config.fp8.recipe} if "fp8_recipe" in parameters else {}
+    for name in ("vocab_size", "n_bins"):  # the data's, which are not known yet
+        if name in parameters and arguments.get(name) is None:
+            arguments[name] = 1024
+    try:
+        config_class(**arguments)
+    except ModelError as error:
+        raise ConfigError(f"model.config_args: {error}") from error
+
+
 def compile_layers(config: RunConfig, model: nn.Module, accelerator: Accelerator) -> list[str]:
     """Compile what the model names in `compiled_modules()`, else its whole forward pass, where the run asks for it.
 
