@@ -17,6 +17,7 @@ from running import (
     train_ranks,
 )
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.genes import GeneSpace
 from data.loader import DrawKey, cell_loader
@@ -226,3 +227,32 @@ def test_compiled_layers_train_alike(tmp_path, corpora):
 def test_compiling_is_refused_where_weights_are_gathered_between_layers(tmp_path, corpora):
     config = run_config(phase(corpora / "arrow", max_steps=3), compile=True)
     assert "does not work under ZeRO-3" in train_ranks(2, tmp_path, config, strategy="zero3", expect=2)
+
+
+def test_a_step_reads_no_number_back_from_the_device(tmp_path, corpora, monkeypatch):
+    import trainer.loop
+
+    class Reads(TorchDispatchMode):
+        """Note what would let the host wait for a GPU: scalars that are read, shapes that depend on values."""
+
+        def __init__(self):
+            super().__init__()
+            self.found = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"):
+                self.found.append(name)
+            return function(*args, **(kwargs or {}))
+
+    reads, step, num_steps = Reads(), trainer.loop.train_step, []
+
+    def watched(*arguments):
+        num_steps.append(1)
+        with reads:
+            return step(*arguments)
+
+    monkeypatch.setattr(trainer.loop, "train_step", watched)
+    optimizer = {"optimizer_args": {"lr": 0.01, "fused": True}}
+    train(tmp_path, run_config(phase(corpora / "arrow", max_steps=4), optimizer=optimizer))
+    assert len(num_steps) == 4 and reads.found == []

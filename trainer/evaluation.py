@@ -32,7 +32,8 @@ def evaluate(run: Run, phase: Phase) -> None:
                 break
             for micro, weight in zip(micro_batches, step.weights, strict=True):
                 batch = move_to_device(micro.batch, strategy.device)
-                output = strategy.module(batch, progress.phase_step, phase.total_steps)
+                announced = weight if micro.num_cells else None
+                output = strategy.module(batch, progress.phase_step, phase.total_steps, announced)
                 sums.add(output.sum, output.metrics, counts=weight > 0)
                 totals = [totals[0] + weight, totals[1] + micro.num_cells]
     strategy.module.train()

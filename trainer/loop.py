@@ -98,7 +98,9 @@ def train_step(
             scale = run.ranks.count / totals.weight if weight > 0 else 0.0
             with strategy.accumulation(is_last=index == len(micro_batches) - 1):
                 batch = move_to_device(micro.batch, strategy.device)
-                output = strategy.module(batch, progress.phase_step, phase.total_steps)
+                # A rank without cells announces nothing: its weight of 0 is not that of the cells it stands in with.
+                announced = weight if micro.num_cells else None
+                output = strategy.module(batch, progress.phase_step, phase.total_steps, announced)
                 if weight > 0:
                     doubt = doubt + 0.0 * output.sum.detach()
                 strategy.backward(output.sum * (scale + doubt))

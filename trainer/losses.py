@@ -46,12 +46,25 @@ class LossModule(nn.Module):
             return f"its loss ({self.route}) is given the tokens without the bounds of the cells"
         return None
 
-    def forward(self, batch: dict[str, Any], phase_step: int, total_steps: int | None) -> LossOutput:
-        """Compute the loss of one micro-batch as a sum over what `weight` counts."""
-        result = self._compute(batch, phase_step, total_steps)
-        return self._normalise(result, batch)
+    def forward(
+        self,
+        batch: dict[str, Any],
+        phase_step: int,
+        total_steps: int | None,
+        announced: float | None = None,
+    ) -> LossOutput:
+        """Compute the loss of one micro-batch as a sum over what `weight` counts.
 
-    def _normalise(self, result: Any, batch: dict[str, Any]) -> LossOutput:
+        Args:
+            batch: on the device.
+            phase_step: optimizer steps taken in the phase.
+            total_steps: that the phase takes; None where nothing tells.
+            announced: what `weight` said of the batch before it went to the device; None: it is asked again.
+        """
+        result = self._compute(batch, phase_step, total_steps)
+        return self._normalise(result, batch, announced)
+
+    def _normalise(self, result: Any, batch: dict[str, Any], announced: float | None) -> LossOutput:
         metrics: dict[str, Tensor] = {}
         if isinstance(result, LossOutput):
             if self._weigh is None:
@@ -59,7 +72,7 @@ class LossModule(nn.Module):
                     f"the loss ({self.route}) returns LossOutput, whose weight must be known before the forward pass; "
                     "give the same object a method loss_weight(batch) that returns it"
                 )
-            self._check_weight(result.weight, batch)
+            self._check_weight(result.weight, batch, announced)
             return LossOutput(result.sum, result.weight, {k: v.detach() for k, v in result.metrics.items()})
         if isinstance(result, tuple) and len(result) == 2:
             # The pair (loss, raw loss) of the original phases trainer.
@@ -76,14 +89,14 @@ class LossModule(nn.Module):
                 f"the loss ({self.route}) returns {shape}; it must return a scalar tensor, a pair of scalars "
                 "(loss, raw loss), or models.outputs.LossOutput"
             )
-        weight = self.weight(batch)
+        weight = self.weight(batch) if announced is None else announced
         return LossOutput(result * weight, weight, {name: value * weight for name, value in metrics.items()})
 
-    def _check_weight(self, weight: Any, batch: dict[str, Any]) -> None:
+    def _check_weight(self, weight: Any, batch: dict[str, Any], announced: float | None) -> None:
         """Compare the loss's weight with the one announced, where that needs no wait for the device."""
         if isinstance(weight, Tensor) and weight.device.type != "cpu":
             return
-        announced = self.weight(batch)
+        announced = self.weight(batch) if announced is None else announced
         if float(weight) != announced:
             raise ConfigError(
                 f"the loss ({self.route}) returned weight {float(weight)}, but its loss_weight(batch) said "
