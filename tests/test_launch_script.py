@@ -48,7 +48,7 @@ while code is None:
 if os.environ.get("DATA_WORKER"):
     worker.kill()
 write(control / f"rank{rank}.exit.json", json.dumps({"exit_code": code, "reason": "x", "run_folder": None}))
-sys.stdout.write(f"rank {rank} ends with {code}\n")
+sys.stdout.write(f"rank {rank} ends with {code}" + chr(10))
 sys.stdout.flush()
 sys.exit(code)
 """
