@@ -35,7 +35,8 @@ write(control / f"rank{rank}.pid", f"{os.getpid()}\\n")
 if (control / "preempt").exists():
     asked.append("preempt")
 write(notes / f"arguments{rank}.json", json.dumps(sys.argv[1:]))
-print("rank", rank, "runs", flush=True)
+sys.stdout.write(f"rank {rank} runs" + chr(10))  # one write: the ranks share the output
+sys.stdout.flush()
 exits = [argument[5:] for argument in sys.argv if argument.startswith("exit=")]
 code = int(exits[0].split(",")[int(rank) % len(exits[0].split(","))]) if exits else None
 if exits and "," in exits[0]:
