@@ -1,6 +1,53 @@
-"""The configuration of a run: loaded from YAML, validated, written out again."""
+"""The configuration of a run: loaded from YAML, validated, written out again.
 
+`load_run_config` reads any configuration for a run. `load_config` reads one of single-cell models into the typed
+classes, which are built and changed in Python too.
+"""
+
+from trainer.config.cells import (
+    CensusConfig,
+    DataConfig,
+    EvalConfig,
+    FinetuneConfig,
+    LoRAConfig,
+    MaskingConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PreprocessingConfig,
+    SamplingConfig,
+    SchedulerConfig,
+    ScModelForgeConfig,
+    TaskHeadConfig,
+    TokenizerConfig,
+    TrainingConfig,
+    load_config,
+)
 from trainer.config.load import dump_yaml, json_schema, load_run_config
+from trainer.config.messages import ValidationError
 from trainer.config.schema import BatchPlan, PhaseConfig, RunConfig
 
-__all__ = ["BatchPlan", "PhaseConfig", "RunConfig", "dump_yaml", "json_schema", "load_run_config"]
+__all__ = [
+    "BatchPlan",
+    "CensusConfig",
+    "DataConfig",
+    "EvalConfig",
+    "FinetuneConfig",
+    "LoRAConfig",
+    "MaskingConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PhaseConfig",
+    "PreprocessingConfig",
+    "RunConfig",
+    "SamplingConfig",
+    "ScModelForgeConfig",
+    "SchedulerConfig",
+    "TaskHeadConfig",
+    "TokenizerConfig",
+    "TrainingConfig",
+    "ValidationError",
+    "dump_yaml",
+    "json_schema",
+    "load_config",
+    "load_run_config",
+]

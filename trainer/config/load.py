@@ -15,6 +15,7 @@ from trainer.config.messages import (
     field_at,
     inner_section,
     is_list,
+    is_touched,
     near_miss,
     translate,
 )
@@ -59,7 +60,7 @@ def validate(
         except ValidationError as error:
             errors = [dict(item) for item in error.errors(include_url=False)]
             found = [translate(item, RunConfig) for item in errors]
-            problems += [p for p in found if not _is_touched(p.path, [*stated, *(q.path for q in problems)])]
+            problems += [p for p in found if not is_touched(p.path, [*stated, *(q.path for q in problems)])]
             raw = copy.deepcopy(raw)
             for item in sorted(errors, key=lambda item: str(item["loc"]), reverse=True):
                 _repair(raw, item)
@@ -68,7 +69,7 @@ def validate(
         problems += [
             problem
             for problem in cross_field_problems(config)
-            if not any(_is_touched(path, wrong) for path in (problem.path, *problem.involves))
+            if not any(is_touched(path, wrong) for path in (problem.path, *problem.involves))
         ]
         return config, problems
     return None, problems
@@ -129,11 +130,6 @@ def json_schema() -> dict[str, Any]:
 
 
 _MAX_REPAIRS = 8
-
-
-def _is_touched(path: str, wrong: list[str]) -> bool:
-    """Tell whether a path is one of those known to be wrong, inside one, or around one."""
-    return any(path == w or path.startswith(f"{w}.") or w.startswith(f"{path}.") for w in wrong if w)
 
 
 def _repair(raw: dict[str, Any], error: dict[str, Any]) -> None:

@@ -30,12 +30,23 @@ class Problem(NamedTuple):
         return f"{self.path}: {self.text}" if self.path else self.text
 
 
-def config_error(source: str, problems: Sequence[Problem]) -> ConfigError:
+class ValidationError(ConfigError):
+    """Report wrong fields, types or values of a typed configuration, all of them at once."""
+
+
+def config_error(
+    source: str, problems: Sequence[Problem], kind: type[ConfigError] = ConfigError
+) -> ConfigError:
     """Return one error that lists every mistake, a line each."""
     lines = list(dict.fromkeys(problem.line() for problem in problems))
     if len(lines) == 1:
-        return ConfigError(f"{source}: {lines[0]}")
-    return ConfigError("\n  ".join([f"{source}: {len(lines)} mistakes", *lines]))
+        return kind(f"{source}: {lines[0]}")
+    return kind("\n  ".join([f"{source}: {len(lines)} mistakes", *lines]))
+
+
+def is_touched(path: str, wrong: Iterable[str]) -> bool:
+    """Tell whether a path is one of those known to be wrong, inside one, or around one."""
+    return any(path == w or path.startswith(f"{w}.") or w.startswith(f"{path}.") for w in wrong if w)
 
 
 def near_miss(name: str, allowed: Iterable[str]) -> str | None:
