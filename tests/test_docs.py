@@ -61,6 +61,7 @@ def render_tables():
         "CheckpointConfig": "checkpoint",
         "TrackerConfig": "trackers[]",
         "Fp8Config": "fp8",
+        "LaunchConfig": "launch",
     }
     assert where.keys() == schema["$defs"].keys(), "a section of the schema has no place in the documentation"
     sections += [(f"`{path}`", path, schema["$defs"][name]) for name, path in where.items()]
@@ -168,11 +169,14 @@ def _annotation(hint):
 
 
 def _described(target, heading):
-    """Return what a Google docstring says of each argument."""
-    _, _, text = inspect.getdoc(target).partition(f"{heading}\n")
-    entries = re.split(r"^    (?=\w+: )", text, flags=re.MULTILINE)
-    pairs = [entry.partition(": ") for entry in entries if entry.strip()]
-    return {name: " ".join(meaning.split()) for name, _, meaning in pairs}
+    """Return what Google docstrings say of each argument: a class's own, and those of the classes it extends."""
+    meanings = {}
+    for owner in reversed(target.__mro__[:-1]) if inspect.isclass(target) else [target]:
+        _, _, text = inspect.cleandoc(owner.__doc__ or "").partition(f"{heading}\n")
+        entries = re.split(r"^    (?=\w+: )", text, flags=re.MULTILINE)
+        pairs = [entry.partition(": ") for entry in entries if entry.strip()]
+        meanings |= {name: " ".join(meaning.split()) for name, _, meaning in pairs}
+    return meanings
 
 
 def write_tables():

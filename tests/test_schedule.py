@@ -2,8 +2,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from trainer.config.schema import PhaseConfig
 from trainer.errors import ConfigError
-from trainer.schedule import base_learning_rates, learning_rate_factor, set_learning_rates
+from trainer.phases import Phase
+from trainer.schedule import (
+    base_learning_rates,
+    learning_rate_factor,
+    schedule_lengths,
+    schedule_notes,
+    set_learning_rates,
+)
 
 
 def phase(**settings):
@@ -12,6 +20,9 @@ def phase(**settings):
         "warmup_steps": 0,
         "schedule": "constant",
         "min_lr_ratio": 0.0,
+        "schedule_steps": None,
+        "schedule_fits": (),
+        "schedule_scope": "phase",
         "lr": None,
         "muon_lr": None,
         "adam_lr": None,
@@ -47,6 +58,73 @@ def test_cosine_never_rises_again_after_its_end():
 def test_a_decay_without_a_known_length_is_an_error():
     with pytest.raises(ConfigError, match="'p': schedule 'cosine' decays over the phase.*max_steps"):
         learning_rate_factor(phase(schedule="cosine"), 0, None)
+
+
+def test_a_written_horizon_is_kept_and_the_rate_stays_at_its_end():
+    short = phase(schedule="linear", schedule_steps=5)
+    assert [learning_rate_factor(short, step, 8) for step in range(8)] == [
+        1.0,
+        0.75,
+        0.5,
+        0.25,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
+    long = phase(schedule="linear", schedule_steps=9)
+    assert [learning_rate_factor(long, step, 5) for step in range(5)] == [1.0, 0.875, 0.75, 0.625, 0.5]
+
+
+def test_a_horizon_needs_no_known_length():
+    assert learning_rate_factor(phase(schedule="linear", schedule_steps=5), 4, None) == 0.0
+
+
+def test_what_fits_is_shortened_to_the_steps_that_are_run_and_never_lengthened():
+    both = phase(
+        schedule="cosine", warmup_steps=2000, schedule_steps=100000, schedule_fits=("warmup", "decay")
+    )
+    assert schedule_lengths(both, 330) == (33, 330)
+    assert schedule_lengths(both, 200000) == (2000, 100000)
+    assert learning_rate_factor(both, 329, 330) == pytest.approx(0.0, abs=1e-12)
+    kept = phase(schedule="cosine", warmup_steps=50, schedule_steps=100000, schedule_fits=("decay",))
+    assert schedule_lengths(kept, 330) == (50, 330)
+    only_warmup = phase(schedule="cosine", warmup_steps=2000, schedule_steps=500, schedule_fits=("warmup",))
+    assert schedule_lengths(only_warmup, 330) == (33, 500)
+
+
+def test_the_account_says_what_was_fitted_and_where_a_schedule_ends():
+    fitted = phase(
+        schedule="cosine", warmup_steps=2000, schedule_steps=100000, schedule_fits=("warmup", "decay")
+    )
+    assert schedule_notes(fitted, 330) == [
+        "schedule fitted to the phase's 330 steps: warmup 33 steps in place of 2000, decay to step 330 in place of "
+        "100000"
+    ]
+    longer = phase(schedule="linear", schedule_steps=9, schedule_scope="run")
+    assert schedule_notes(longer, 5) == [
+        "the run ends at step 5 of the schedule's 9, with 0.5 of the learning rate"
+    ]
+    assert (
+        "the schedule ends at step 5 of 8" in schedule_notes(phase(schedule="linear", schedule_steps=5), 8)[0]
+    )
+    assert "within its warmup of 10 steps" in schedule_notes(phase(warmup_steps=10), 8)[0]
+    assert schedule_notes(phase(schedule="linear", warmup_steps=2), 8) == []
+
+
+def test_a_schedule_of_the_run_counts_the_steps_of_all_phases():
+    def opened(epochs, before):
+        loader = type("Loader", (), {"steps_per_epoch": 2})()
+        config = PhaseConfig(
+            dataloader_factory="a.b", schedule="linear", schedule_scope="run", epochs=epochs, warmup_steps=1
+        )
+        plan: object = None
+        return Phase(0, config, plan, loader, None, [], [], steps_before=before, steps_of_run=6)
+
+    first, second = opened(1, 0), opened(2, 2)
+    factors = [first.learning_rate_factor(step) for step in range(2)]
+    factors += [second.learning_rate_factor(step) for step in range(4)]
+    assert factors == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.0])
 
 
 GROUPS = [

@@ -11,7 +11,7 @@ from trainer.console import PhaseAccount, StartupAccount
 from trainer.distributed import autocast_precision
 from trainer.phases import DataFacts, Phase
 from trainer.run import Run
-from trainer.schedule import base_learning_rates
+from trainer.schedule import base_learning_rates, schedule_lengths, schedule_notes
 from trainer.strategy import Strategy
 
 PACKAGES = ("torch", "accelerate", "datasets", "numpy")
@@ -60,6 +60,8 @@ def build_account(
             facts_note,
             *genes,
             *(n for phase in phases for n in phase.notices),
+            *(n for phase in phases for n in _schedule_notes(run, phase)),
+            *config.notes,
             *notes,
         ],
     )
@@ -83,12 +85,19 @@ def describe_precision(config: RunConfig, device: torch.device) -> str:
     return config.precision
 
 
-def describe_schedule(phase: PhaseConfig, has_scheduler: bool) -> str:
+def describe_schedule(phase: PhaseConfig, scheduled_steps: int | None, has_scheduler: bool) -> str:
     """Say a phase's schedule in words."""
     if has_scheduler:
         return "scheduler_class"
-    warmup = f", {phase.warmup_steps} warmup steps" if phase.warmup_steps else ""
-    return f"{phase.schedule}{warmup}"
+    warmup, _ = schedule_lengths(phase, scheduled_steps)
+    return f"{phase.schedule}{f', {warmup} warmup steps' if warmup else ''}"
+
+
+def _schedule_notes(run: Run, phase: Phase) -> list[str]:
+    """Return what is to be said of a schedule: once for one that is over all phases."""
+    if run.scheduler is not None or (phase.config.schedule_scope == "run" and phase.index):
+        return []
+    return schedule_notes(phase.config, phase.scheduled_steps)
 
 
 def _phase_account(run: Run, phase: Phase) -> PhaseAccount:
@@ -107,7 +116,7 @@ def _phase_account(run: Run, phase: Phase) -> PhaseAccount:
         num_epochs=phase.config.epochs,
         num_steps=phase.total_steps or 0,
         learning_rates=named,
-        schedule=describe_schedule(phase.config, run.scheduler is not None),
+        schedule=describe_schedule(phase.config, phase.scheduled_steps, run.scheduler is not None),
         micro_batch_size=phase.plan.micro_batch_size,
         accumulation=phase.plan.accumulation,
         world_size=run.ranks.count,

@@ -42,7 +42,7 @@ from trainer.recorder import Recorder
 from trainer.rollback import train_with_fallback
 from trainer.run import Run
 from trainer.run_state import Saver, restore
-from trainer.schedule import base_learning_rates, learning_rate_factor
+from trainer.schedule import base_learning_rates
 from trainer.trackers import check_trackers
 from trainer.watch import Watch
 from trainer.weights import initialise_weights, restore_reference_checkpoint
@@ -428,7 +428,7 @@ def check_rates(phases: list[Phase], optimizer: torch.optim.Optimizer) -> None:
     """Find what is wrong with any phase's learning rates before the first one starts."""
     for phase in phases:
         base_learning_rates(phase.config, optimizer.param_groups)
-        learning_rate_factor(phase.config, phase.config.warmup_steps, phase.total_steps)
+        phase.learning_rate_factor(phase.config.warmup_steps)
 
 
 def seed_everything(seed: int) -> None:

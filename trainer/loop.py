@@ -19,7 +19,7 @@ from trainer.meters import LossSum, Meters
 from trainer.phases import Phase
 from trainer.progress import Progress
 from trainer.run import Run, StepTotals, add_up, is_due, is_over, leave, position, save, write_records
-from trainer.schedule import base_learning_rates, learning_rate_factor, set_learning_rates
+from trainer.schedule import base_learning_rates, set_learning_rates
 
 
 def train(run: Run) -> None:
@@ -183,7 +183,7 @@ def set_rates(run: Run, phase: Phase) -> dict[str, float]:
     """Set the learning rates of the coming step and return them for its record."""
     groups = run.strategy.optimizer.param_groups
     if run.scheduler is None:
-        factor = learning_rate_factor(phase.config, run.progress.phase_step, phase.total_steps)
+        factor = phase.learning_rate_factor(run.progress.phase_step)
         set_learning_rates(groups, base_learning_rates(phase.config, groups), factor)
     rates = {"lr": float(groups[0]["lr"])}
     if len(groups) > 1:

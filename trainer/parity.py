@@ -22,7 +22,7 @@ from trainer.losses import LossModule, build_loss, move_to_device
 from trainer.optim import build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
 from trainer.run_state import seed_dropout
-from trainer.schedule import base_learning_rates, learning_rate_factor, set_learning_rates
+from trainer.schedule import base_learning_rates, set_learning_rates
 from trainer.strategy import Strategy
 from trainer.weights import initialise_weights
 
@@ -172,7 +172,7 @@ def _train(
     seed_dropout(config.seed, 0, 0)
     for index, (phase, micro_batches) in enumerate(_steps(phases, num_steps)):
         groups = strategy.optimizer.param_groups
-        factor = learning_rate_factor(phase.config, index, phase.total_steps)
+        factor = phase.learning_rate_factor(index)
         set_learning_rates(groups, base_learning_rates(phase.config, groups), factor)
         weight = sum(module.weight(micro.batch) for micro in micro_batches)
         _wait(strategy)

@@ -12,6 +12,7 @@ from trainer.config.schema import BatchPlan, PhaseConfig, RunConfig
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.phase_data import Cells, PhaseData, open_phase_data
+from trainer.schedule import learning_rate_factor
 
 FP8_MULTIPLE = 16
 """What FP8 matrix products need their dimensions to be multiples of."""
@@ -44,6 +45,10 @@ class Phase:
     """The same over the validation cells, or None."""
     batch_names: list[str]
     notices: list[str]
+    steps_before: int = 0
+    """Optimizer steps of the phases before it."""
+    steps_of_run: int | None = None
+    """Optimizer steps of all phases."""
 
     @property
     def name(self) -> str:
@@ -64,6 +69,16 @@ class Phase:
         if self.config.max_steps is not None:
             limits.append(self.config.max_steps)
         return min(limits) if limits else None
+
+    @property
+    def scheduled_steps(self) -> int | None:
+        """Return the steps that its schedule is over: its own, or the run's; None where nothing tells."""
+        return self.steps_of_run if self.config.schedule_scope == "run" else self.total_steps
+
+    def learning_rate_factor(self, phase_step: int) -> float:
+        """Return the factor on the base learning rate for the step numbered `phase_step` (from 0)."""
+        before = self.steps_before if self.config.schedule_scope == "run" else 0
+        return learning_rate_factor(self.config, before + phase_step, self.scheduled_steps)
 
     def close(self) -> None:
         """Stop the loaders' threads and processes."""
@@ -109,6 +124,9 @@ def open_phases(config: RunConfig, ranks: Ranks, *, pin_memory: bool) -> tuple[l
         )
         for index, data in enumerate(opened)
     ]
+    lengths = [phase.total_steps or 0 for phase in phases]
+    for index, phase in enumerate(phases):
+        phase.steps_before, phase.steps_of_run = sum(lengths[:index]), sum(lengths)
     return phases, facts
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from trainer.config.schema import RunConfig
 from trainer.console import ProgressLine, checkpoint_line, evaluation_line, notice
+from trainer.errors import UserError
 from trainer.metrics_file import MetricsFile
 from trainer.phases import Phase
 from trainer.progress import Progress
@@ -41,7 +42,7 @@ class Recorder:
         recorder._metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step, redone=redone)
         recorder._trackers = build_trackers(
             config.trackers,
-            run_folder=folder,
+            run_folder=_tracker_folder(config, folder),
             run_name=config.run_name,
             config=config.model_dump(mode="json"),
             resume_state=tracker_state,
@@ -109,3 +110,15 @@ class Recorder:
             self._trackers.finish(exit_code)
         if self._metrics is not None:
             self._metrics.close()
+
+
+def _tracker_folder(config: RunConfig, run_folder: Path) -> Path:
+    """Return where trackers write: the run folder, or the folder of its name under `log_dir`."""
+    if config.log_dir is None:
+        return run_folder
+    folder = Path(config.log_dir) / run_folder.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"log_dir: cannot make {folder} ({error.strerror})") from error
+    return folder

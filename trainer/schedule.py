@@ -8,26 +8,67 @@ from trainer.config.schema import PhaseConfig
 from trainer.errors import ConfigError
 
 
-def learning_rate_factor(phase: PhaseConfig, phase_step: int, total_steps: int | None) -> float:
-    """Return the factor on the base learning rate for the step numbered `phase_step` (from 0) of a phase.
+def learning_rate_factor(phase: PhaseConfig, step: int, total_steps: int | None) -> float:
+    """Return the factor on the base learning rate for the step numbered `step` (from 0) of a phase's schedule.
 
-    Warmup rises linearly and reaches 1 at step `warmup_steps - 1`, so that no step is taken at rate 0; the
-    decay then runs to `min_lr_ratio` at the phase's last step. `total_steps` is what the phase will really run.
+    Warmup rises linearly and reaches 1 at step `warmup_steps - 1`, so that no step is taken at rate 0; the decay then
+    runs to `min_lr_ratio` at the last step, or at `schedule_steps`, and stays there. `total_steps` is what will really
+    be run: of the phase, or with `schedule_scope: run` of all phases, in which `step` counts too.
     """
-    if phase_step < phase.warmup_steps:
-        return (phase_step + 1) / phase.warmup_steps
+    warmup, end = schedule_lengths(phase, total_steps)
+    if step < warmup:
+        return (step + 1) / warmup
     if phase.schedule == "constant":
         return 1.0
-    if total_steps is None:
+    if end is None:
         raise ConfigError(
             f"datasets '{phase.name}': schedule '{phase.schedule}' decays over the phase, whose length its loader does "
-            "not tell; set max_steps, or schedule: constant"
+            "not tell; set max_steps or schedule_steps, or schedule: constant"
         )
-    # `warmup_steps - 1` is the last step at the full rate, and `total_steps - 1` the one at the lowest.
-    first, last = max(phase.warmup_steps - 1, 0), total_steps - 1
-    passed = min(1.0, (phase_step - first) / max(1, last - first))
+    # `warmup - 1` is the last step at the full rate, and `end - 1` the one at the lowest.
+    first, last = max(warmup - 1, 0), end - 1
+    passed = min(1.0, (step - first) / max(1, last - first))
     shape = 1.0 - passed if phase.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * passed))
     return phase.min_lr_ratio + (1.0 - phase.min_lr_ratio) * shape
+
+
+def schedule_lengths(phase: PhaseConfig, total_steps: int | None) -> tuple[int, int | None]:
+    """Return the steps of warmup, and those after which the decay has ended; None: nothing tells."""
+    end = total_steps if phase.schedule_steps is None else phase.schedule_steps
+    if end is not None and total_steps is not None and "decay" in phase.schedule_fits:
+        end = min(end, total_steps)
+    warmup = phase.warmup_steps
+    known = [steps for steps in (end, total_steps) if steps is not None]
+    if known and "warmup" in phase.schedule_fits:
+        warmup = min(warmup, min(known) // 10)
+    return warmup, end
+
+
+def schedule_notes(phase: PhaseConfig, total_steps: int | None) -> list[str]:
+    """Return what a person should know of a schedule whose lengths are not those of what is run."""
+    if total_steps is None or (not phase.warmup_steps and phase.schedule_steps is None):
+        return []
+    warmup, end = schedule_lengths(phase, total_steps)
+    fitted = []
+    if warmup != phase.warmup_steps:
+        fitted.append(f"warmup {warmup} steps in place of {phase.warmup_steps}")
+    if end != phase.schedule_steps and phase.schedule_steps is not None:
+        fitted.append(f"decay to step {end} in place of {phase.schedule_steps}")
+    where = "run" if phase.schedule_scope == "run" else "phase"
+    notes = [f"schedule fitted to the {where}'s {total_steps} steps: {', '.join(fitted)}"] if fitted else []
+    if phase.schedule_steps is not None and end is not None and end > total_steps:
+        factor = learning_rate_factor(phase, total_steps - 1, total_steps)
+        notes.append(
+            f"the {where} ends at step {total_steps} of the schedule's {end}, with {factor:.3g} of the learning rate"
+        )
+    elif phase.schedule_steps is not None and end is not None and end < total_steps:
+        notes.append(
+            f"the schedule ends at step {end} of {total_steps}: from there on the {where} trains with "
+            f"{phase.min_lr_ratio:g} of the learning rate"
+        )
+    elif warmup >= total_steps:
+        notes.append(f"the {where} ends at step {total_steps}, within its warmup of {warmup} steps")
+    return notes
 
 
 def base_learning_rates(phase: PhaseConfig, groups: Sequence[dict[str, Any]]) -> list[float]:

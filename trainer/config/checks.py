@@ -11,6 +11,7 @@ from trainer.config.yaml_text import describe
 if TYPE_CHECKING:
     from trainer.config.schema import OptimizerConfig, PhaseConfig, RunConfig
 
+_SCHEDULE = ("schedule", "warmup_steps", "min_lr_ratio", "schedule_steps", "schedule_fits", "schedule_scope")
 _PAIR = ("global_batch_size", "gradient_accumulation_steps")
 
 
@@ -34,7 +35,8 @@ def cross_field_problems(config: RunConfig) -> list[Problem]:
             text = f"'{phase.name}' is the name of {first} too; names must differ"
             problems.append(Problem(f"{where}.name", text, (f"{first}.name",)))
         problems += _learning_rates(phase, where, config.optimizer)
-    return problems
+        problems += _schedule(phase, where, config.optimizer)
+    return [*problems, *_schedule_of_the_run(config)]
 
 
 def _precision(config: RunConfig) -> Iterator[Problem]:
@@ -151,8 +153,11 @@ def _learning_rates(phase: PhaseConfig, where: str, optimizer: OptimizerConfig) 
             if name not in [*groups, "default"] or not groups:
                 hint = unknown_name(name, [*groups, "default"]) if groups else "optimizer.groups is empty"
                 yield Problem(f"{where}.group_lrs.{name}", f"no such parameter group; {hint}", ("optimizer",))
+
+
+def _schedule(phase: PhaseConfig, where: str, optimizer: OptimizerConfig) -> Iterator[Problem]:
     if optimizer.scheduler_class is not None:
-        for key in ("schedule", "warmup_steps", "min_lr_ratio"):
+        for key in _SCHEDULE:
             if getattr(phase, key) != type(phase).model_fields[key].default:
                 yield Problem(
                     f"{where}.{key}",
@@ -160,9 +165,39 @@ def _learning_rates(phase: PhaseConfig, where: str, optimizer: OptimizerConfig) 
                     "remove one",
                     ("optimizer.scheduler_class",),
                 )
-    elif phase.min_lr_ratio and phase.schedule == "constant":
+        return
+    for key in ("min_lr_ratio", "schedule_steps"):
+        if getattr(phase, key) and phase.schedule == "constant":
+            yield Problem(
+                f"{where}.{key}",
+                "has no effect with schedule: constant; set schedule: linear or cosine, or remove it",
+                (f"{where}.schedule",),
+            )
+    is_too_short = phase.schedule_steps is not None and phase.schedule_steps <= phase.warmup_steps
+    if is_too_short and "warmup" not in phase.schedule_fits:
         yield Problem(
-            f"{where}.min_lr_ratio",
-            "has no effect with schedule: constant; set schedule: linear or cosine, or remove it",
-            (f"{where}.schedule",),
+            f"{where}.schedule_steps",
+            f"{phase.schedule_steps} is not above warmup_steps {phase.warmup_steps}, which are part of it",
+            (f"{where}.warmup_steps",),
         )
+    for part, key in (("warmup", "warmup_steps"), ("decay", "schedule_steps")):
+        if part in phase.schedule_fits and not getattr(phase, key):
+            yield Problem(
+                f"{where}.schedule_fits", f"{part} has no effect without {key}", (f"{where}.{key}",)
+            )
+
+
+def _schedule_of_the_run(config: RunConfig) -> Iterator[Problem]:
+    """Refuse phases that would each follow another schedule of the run."""
+    running = [(index, phase) for index, phase in enumerate(config.datasets) if phase.epochs > 0]
+    if config.optimizer.scheduler_class is not None or not any(p.schedule_scope == "run" for _, p in running):
+        return
+    first, model = running[0]
+    for index, phase in running[1:]:
+        for key in _SCHEDULE:
+            if getattr(phase, key) != getattr(model, key):
+                yield Problem(
+                    f"datasets.{index}.{key}",
+                    f"differs from datasets.{first}.{key}; with schedule_scope: run all phases follow one schedule",
+                    (f"datasets.{first}.{key}", f"datasets.{index}.schedule_scope"),
+                )

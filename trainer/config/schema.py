@@ -173,6 +173,22 @@ class TrackerConfig(Section):
         return dict(self.model_extra or {})
 
 
+class LaunchConfig(Section):
+    """How many processes a run is for, and how they share the work."""
+
+    num_processes: PositiveCount | None = Field(
+        default=None, description="A run on another number is refused (processes; null: any)"
+    )
+    strategy: Literal["any", "ddp"] = Field(
+        default="any",
+        description="any: what the launcher asks for; ddp: plain data parallelism, DeepSpeed is refused",
+    )
+    starts_processes: bool = Field(
+        default=False,
+        description="Without a launcher the command starts num_processes itself (null: one for each GPU)",
+    )
+
+
 class PhaseConfig(Section):
     """One entry of `datasets`: data with its own learning rates, epochs and limits."""
 
@@ -218,6 +234,20 @@ class PhaseConfig(Section):
         ge=0,
         le=1,
         description="Learning rate at the end of the decay (fraction of the base learning rate)",
+    )
+    schedule_steps: PositiveCount | None = Field(
+        default=None,
+        description="The decay ends at this step, and the rate stays where it is then (optimizer steps, warmup "
+        "included; null: at the last step)",
+    )
+    schedule_fits: Annotated[tuple[Literal["warmup", "decay"], ...], AsTuple, null_as(tuple)] = Field(
+        default=(),
+        description="What is shortened where fewer steps are run: warmup to at most a tenth of them, decay to their "
+        "number",
+    )
+    schedule_scope: Literal["phase", "run"] = Field(
+        default="phase",
+        description="Whether the schedule counts the steps of the phase, or those of all phases together",
     )
     log_every_steps: PositiveCount = Field(
         default=10, description="Between lines of the log (optimizer steps of the phase)"
@@ -345,6 +375,10 @@ class RunConfig(Section):
         default=(TrackerConfig(name="csv"),),
         description="Where metrics go beside metrics.jsonl: names, or {name, arguments}",
     )
+    log_dir: Text | None = Field(
+        default=None,
+        description="Folder for the files of trackers, in one named as the run folder (null: in the run folder)",
+    )
     use_wandb: bool | None = Field(default=None, description="Another spelling of the tracker wandb")
     wandb_project: Text | None = Field(
         default=None, description="Another spelling of the tracker wandb's project"
@@ -364,6 +398,12 @@ class RunConfig(Section):
     )
     num_threads: PositiveCount | None = Field(
         default=None, description="CPU threads of torch per rank (threads; null: left alone)"
+    )
+    launch: LaunchConfig = Field(
+        default_factory=LaunchConfig, description="The processes that the run is for"
+    )
+    notes: Annotated[tuple[Text, ...], AsTuple, null_as(tuple)] = Field(
+        default=(), description="Lines that the start-up account says"
     )
 
     @model_validator(mode="before")
