@@ -25,48 +25,75 @@ class AttentionSpans(NamedTuple):
     num_tokens: int
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, dropout: float = 0.0) -> Tensor:
-    """Attend within each stretch; return [T, H, D] for queries, keys and values [T, H, D].
+def packed_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: AttentionSpans,
+    dropout: float = 0.0,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
+    """Attend within each stretch, with `is_causal` to no later token; return [T, H, D] for [T, H, D] each.
 
     Tokens that belong to no stretch get zeros. No [T, T] matrix is made on any path.
     """
     end = spans.num_tokens
     real = q[:end], k[:end], v[:end]
     if q.is_cuda and flash_takes(q, dropout):
-        attended = attend_by_flash(*real, spans)
+        attended = attend_by_flash(*real, spans, is_causal=is_causal)
     elif (
         q.is_cuda or torch.compiler.is_compiling()
     ):  # a compiler would unroll the loop anew for all lengths it meets
-        attended = attend_padded(*real, spans, dropout)
+        attended = attend_padded(*real, spans, dropout, is_causal=is_causal)
     else:
-        attended = attend_one_by_one(*real, spans, dropout)
+        attended = attend_one_by_one(*real, spans, dropout, is_causal=is_causal)
     return F.pad(attended, (0, 0, 0, 0, 0, len(q) - end))
 
 
-def attend_one_by_one(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, dropout: float = 0.0) -> Tensor:
+def attend_one_by_one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: AttentionSpans,
+    dropout: float = 0.0,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
     """Attend stretch by stretch: no work on padding. On a CPU, launching each costs little beside computing it."""
     lengths = spans.cu_seqlens.diff().tolist()
     parts = [
         F.scaled_dot_product_attention(
-            *(part.transpose(0, 1).unsqueeze(0) for part in parts), dropout_p=dropout
+            *(part.transpose(0, 1).unsqueeze(0) for part in parts), dropout_p=dropout, is_causal=is_causal
         )
         for parts in zip(*(each.split(lengths) for each in (q, k, v)), strict=True)
     ]
     return torch.cat([part.squeeze(0).transpose(0, 1) for part in parts])
 
 
-def attend_by_flash(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans) -> Tensor:
+def attend_by_flash(
+    q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, *, is_causal: bool = False
+) -> Tensor:
     """Attend with torch's flash kernel for stretches: no work on padding, in bf16 or fp16 on a GPU."""
     # Imported where it is used: with it comes torch's compiler, a second that a CPU need not wait.
     from torch.nn.attention.varlen import varlen_attn
 
     bounds, longest = spans.cu_seqlens, spans.max_length
-    attended = varlen_attn(q, k, v, bounds, bounds, longest, longest)
+    window = (-1, 0) if is_causal else (-1, -1)
+    attended = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=window)
     assert isinstance(attended, Tensor)
     return attended
 
 
-def attend_padded(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, dropout: float = 0.0) -> Tensor:
+def attend_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: AttentionSpans,
+    dropout: float = 0.0,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
     """Attend with the stretches padded to the longest: where the flash kernel does not take the operands."""
     num_cells, length = len(spans.cu_seqlens) - 1, spans.max_length
     token = torch.arange(len(q), dtype=torch.int32, device=q.device)
@@ -77,9 +104,11 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, spans: AttentionSpans, dropou
         rows = x.new_zeros(num_cells * length, *x.shape[1:]).index_copy(0, place, x)
         return rows.view(num_cells, length, *x.shape[1:]).transpose(1, 2)
 
-    mask = torch.arange(length, device=q.device) < spans.cu_seqlens.diff()[:, None]
+    mask = None
+    if not is_causal:  # padding is at the end, where no causal query looks
+        mask = (torch.arange(length, device=q.device) < spans.cu_seqlens.diff()[:, None])[:, None, None, :]
     attended = F.scaled_dot_product_attention(
-        padded(q), padded(k), padded(v), attn_mask=mask[:, None, None, :], dropout_p=dropout
+        padded(q), padded(k), padded(v), attn_mask=mask, dropout_p=dropout, is_causal=is_causal
     )
     return attended.transpose(1, 2).reshape(num_cells * length, *q.shape[1:])[place]
 

@@ -34,6 +34,15 @@ class PaddedCells:
         """Return what stands at each cell's first token: [B, ...] of [B, N, ...]."""
         return x[:, 0]
 
+    def last(self, x: Tensor) -> Tensor:
+        """Return what stands at each cell's last token: [B, D] of [B, N, D]."""
+        index = (self.is_real.sum(dim=1) - 1).clamp(min=0)
+        return x.gather(1, index[:, None, None].expand(-1, 1, x.shape[-1])).squeeze(1)
+
+    def has_next(self) -> Tensor:
+        """Tell of each token whether another one of its cell follows, [B, N]."""
+        return F.pad(self.is_real[:, :-1] & self.is_real[:, 1:], (0, 1))
+
     def spread(self, cells: Tensor) -> Tensor:
         """Give each token what its cell has: [B, 1, D], which broadcasts, of [B, D]."""
         return cells.unsqueeze(1)
@@ -79,6 +88,14 @@ class PackedCells:
     def first(self, x: Tensor) -> Tensor:
         """Return what stands at each cell's first token: [B, ...] of [1, T, ...]."""
         return x[0, self.bounds[:-1]]
+
+    def last(self, x: Tensor) -> Tensor:
+        """Return what stands at each cell's last token: [B, D] of [1, T, D]."""
+        return x[0, self.bounds[1:] - 1]
+
+    def has_next(self) -> Tensor:
+        """Tell of each token whether another one of its cell follows, [1, T]."""
+        return self.is_real & (self._token + 1 < self.bounds[1:][self.cell]).unsqueeze(0)
 
     def spread(self, cells: Tensor) -> Tensor:
         """Give each token what its cell has: [1, T, D] of [B, D]."""

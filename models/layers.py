@@ -211,11 +211,13 @@ class LayerFactory:
             return None
         return te_layers.LinearProduct(self.recipe) if self.backend == "te" else self._function()
 
-    def core_attention(self, num_heads: int, head_dim: int, dropout: float) -> nn.Module | None:
+    def core_attention(
+        self, num_heads: int, head_dim: int, dropout: float, *, is_causal: bool = False
+    ) -> nn.Module | None:
         """Build the attention over padded rows that belongs to the backend; None: torch's own."""
         if self.backend != "te":
             return None
-        return te_layers.core_attention(num_heads, head_dim, dropout)
+        return te_layers.core_attention(num_heads, head_dim, dropout, is_causal=is_causal)
 
     def region(self) -> contextlib.AbstractContextManager[Any]:
         """Return what each forward pass runs within: all FP8 layers of a model, each once."""
@@ -257,13 +259,18 @@ class LayerFactory:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention of a pre-norm block; `qkv` holds the norm."""
+    """Multi-head self-attention of a pre-norm block; `qkv` holds the norm.
+
+    With `is_causal` a token attends to itself and the ones before it. Padding must then be at the end of rows, where no
+    real token looks, so that no mask is needed.
+    """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         *,
+        is_causal: bool = False,
         dropout: float = 0.0,
         init_std: float = 0.02,
         output_init_std: float | None = None,
@@ -277,6 +284,7 @@ class SelfAttention(nn.Module):
             raise ModelError(f"width {dim} is not divisible by {num_heads} attention heads")
         factory = factory or LayerFactory()
         self.num_heads = num_heads
+        self.is_causal = is_causal
         self.dropout = dropout
         self.qkv = factory.norm_linear(
             f"{name}.qkv", dim, 3 * dim, init_std=init_std, normalization=normalization
@@ -284,7 +292,7 @@ class SelfAttention(nn.Module):
         self.out_proj = factory.linear(
             f"{name}.out_proj", dim, dim, init_std=init_std if output_init_std is None else output_init_std
         )
-        self.core = factory.core_attention(num_heads, dim // num_heads, dropout)
+        self.core = factory.core_attention(num_heads, dim // num_heads, dropout, is_causal=is_causal)
 
     def forward(self, x: Tensor, attention_mask: Tensor | AttentionSpans | None = None) -> Tensor:
         """Attend over the real tokens of each row, or within stretches of one row.
@@ -298,18 +306,24 @@ class SelfAttention(nn.Module):
         if isinstance(attention_mask, AttentionSpans):
             q, k, v = self.qkv(x).view(N, 3, self.num_heads, D // self.num_heads).unbind(dim=1)
             dropout = self.dropout if self.training else 0.0
-            return self.out_proj(packed_attention(q, k, v, attention_mask, dropout).reshape(B, N, D))
+            attended = packed_attention(q, k, v, attention_mask, dropout, is_causal=self.is_causal)
+            return self.out_proj(attended.reshape(B, N, D))
         if self.core is not None:
             q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).unbind(dim=2)
             return self.out_proj(self.core(q, k, v, attention_mask))
         q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
         mask = None
-        if attention_mask is not None:
+        if attention_mask is not None and not self.is_causal:
             # A row without a real token attends to everything: a softmax over nothing is NaN in some kernels.
             mask = attention_mask | ~attention_mask.any(dim=-1, keepdim=True)
             mask = mask[:, None, None, :]  # broadcast over heads and queries, never materialised
         attended = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=self.dropout if self.training else 0.0
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.is_causal,
         )
         return self.out_proj(attended.transpose(1, 2).reshape(B, N, D))
 

@@ -17,13 +17,15 @@ IGNORED_LABEL = -100
 
 
 class GeneHead(nn.Module):
-    """Predict which gene stands at a position, from its hidden state and the cell's embedding."""
+    """Predict which gene stands at a position, from its hidden state and, with `sees_cell`, the cell's embedding."""
 
-    def __init__(self, dim: int, vocab_size: int, *, tied: bool, init_std: float) -> None:
+    def __init__(
+        self, dim: int, vocab_size: int, *, tied: bool, init_std: float, sees_cell: bool = True
+    ) -> None:
         """Draw the weights; `tied` takes the output weight from the token embedding."""
         super().__init__()
         self.transform = Linear(dim, dim, init_std=init_std)
-        self.cell = Linear(dim, dim, bias=False, init_std=init_std)
+        self.cell = Linear(dim, dim, bias=False, init_std=init_std) if sees_cell else None
         self.norm = Norm(dim)
         self.output = None if tied else Linear(dim, vocab_size, bias=False, init_std=init_std)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
@@ -35,8 +37,8 @@ class GeneHead(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        cells: Tensor,
-        rows: Tensor,
+        cells: Tensor | None,
+        rows: Tensor | None,
         token_weight: Tensor,
         labels: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,12 +46,15 @@ class GeneHead(nn.Module):
 
         Args:
             hidden: [M, D] hidden states of the positions.
-            cells: [B, D] embeddings of the cells.
+            cells: [B, D] embeddings of the cells; None for a head that does not see them.
             rows: [M] the cell of each position.
             token_weight: [V, D] of the token embedding.
             labels: [M] the genes that are right; large logits then never stand in memory whole.
         """
-        x = self.norm(F.gelu(self.transform(hidden) + self.cell(cells)[rows]))
+        x = self.transform(hidden)
+        if self.cell is not None:
+            x = x + self.cell(cells)[rows]
+        x = self.norm(F.gelu(x))
         weight = token_weight if self.output is None else self.output.weight
         if labels is None:
             return F.linear(x, weight, self.bias)
@@ -86,21 +91,46 @@ class ValueHead(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(
-        self, hidden: Tensor, cells: Tensor, rows: Tensor, gene_vectors: Tensor, genes: Tensor
+        self, hidden: Tensor, cells: Tensor, rows: Tensor | None, gene_vectors: Tensor, genes: Tensor
     ) -> Tensor:
         """Return [M, outputs].
 
         Args:
             hidden: [M, D] hidden states of the positions.
-            cells: [B, D] embeddings of the cells.
-            rows: [M] the cell of each position.
+            cells: [B, D] embeddings of the cells, or [M, D] what is known of its cell at each position.
+            rows: [M] the cell of each position; None where `cells` is [M, D].
             gene_vectors: [M, D] token embeddings of the genes asked about.
             genes: [M] their token ids.
         """
         gene = self.gene(self.gene_norm(gene_vectors))
         local = self.output(self.norm(F.gelu(self.transform(hidden) + gene)))
-        product = self.product_output(self.cell_norm(self.cell(cells))[rows] * gene)
+        cell = self.cell_norm(self.cell(cells))
+        product = self.product_output((cell if rows is None else cell[rows]) * gene)
         logits = local + product
+        return logits + F.embedding(genes, self.bias) + F.embedding(genes, self.prior)
+
+
+class DecodedValueHead(nn.Module):
+    """Predict a gene's expression from what a decoder made of the question for it; `prior` as in `ValueHead`."""
+
+    prior: Tensor
+
+    def __init__(self, dim: int, vocab_size: int, num_outputs: int, *, init_std: float) -> None:
+        """Draw the weights."""
+        super().__init__()
+        self.transform = Linear(dim, dim, init_std=init_std)
+        self.norm = Norm(dim)
+        self.output = Linear(dim, num_outputs, bias=False, init_std=init_std)
+        self.bias = nn.Parameter(torch.zeros(vocab_size, num_outputs))
+        self.register_buffer("prior", torch.zeros(vocab_size, num_outputs))
+
+    def reset_parameters(self) -> None:
+        """Set the bias to zero; the layers draw their own, and the prior stays."""
+        nn.init.zeros_(self.bias)
+
+    def forward(self, decoded: Tensor, genes: Tensor) -> Tensor:
+        """Return [M, outputs] for decoded states [M, D] and token ids of the genes [M]."""
+        logits = self.output(self.norm(F.gelu(self.transform(decoded))))
         return logits + F.embedding(genes, self.bias) + F.embedding(genes, self.prior)
 
 

@@ -117,9 +117,12 @@ def norm_linear(
     )
 
 
-def core_attention(num_heads: int, head_dim: int, dropout: float) -> nn.Module:
-    """Build attention over padded rows: queries, keys and values [B, N, H, D / H] and a mask to [B, N, D]."""
-    return _classes()["DotProductAttention"](num_heads, head_dim, dropout)
+def core_attention(num_heads: int, head_dim: int, dropout: float, *, is_causal: bool = False) -> nn.Module:
+    """Build attention over padded rows: queries, keys and values [B, N, H, D / H] and a mask to [B, N, D].
+
+    Causal attention needs no mask: padding is at the end of rows, where no real token looks.
+    """
+    return _classes()["DotProductAttention"](num_heads, head_dim, dropout, is_causal=is_causal)
 
 
 class LinearProduct:
@@ -232,12 +235,14 @@ def _classes() -> dict[str, Any]:
     class LayerNormLinear(Layer, te.LayerNormLinear): ...
 
     class DotProductAttention(WeightsAlone, te.DotProductAttention):
-        def __init__(self, num_heads: int, head_dim: int, dropout: float) -> None:
-            options = {"attention_dropout": dropout, "qkv_format": "bshd", "attn_mask_type": "no_mask"}
+        def __init__(self, num_heads: int, head_dim: int, dropout: float, *, is_causal: bool) -> None:
+            kind = "causal" if is_causal else "no_mask"
+            options = {"attention_dropout": dropout, "qkv_format": "bshd", "attn_mask_type": kind}
             super().__init__(num_heads, head_dim, **options)  # pyright: ignore[reportCallIssue]
+            self.is_causal = is_causal
 
         def forward(self, q: Tensor, k: Tensor, v: Tensor, is_real: Tensor | None) -> Tensor:
-            if is_real is None:
+            if is_real is None or self.is_causal:
                 return super().forward(q, k, v)
             # A row without a real token attends to everything, as in our own attention.
             is_real = is_real | ~is_real.any(dim=-1, keepdim=True)

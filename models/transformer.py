@@ -17,6 +17,7 @@ class TransformerBlock(nn.Module):
         num_heads: int,
         ffn_dim: int,
         *,
+        is_causal: bool,
         dropout: float,
         attention_dropout: float,
         activation: Activation,
@@ -31,6 +32,7 @@ class TransformerBlock(nn.Module):
         self.attention = SelfAttention(
             dim,
             num_heads,
+            is_causal=is_causal,
             dropout=attention_dropout,
             init_std=init_std,
             output_init_std=output_init_std,
@@ -57,7 +59,7 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Bidirectional transformer body: `num_layers` blocks and a final norm.
+    """Transformer body: `num_layers` blocks and a final norm.
 
     Weights start as N(0, `init_std`); the two projections of a block that write into the residual stream are
     scaled down by sqrt(2 * num_layers), so that its variance at the end does not grow with depth.
@@ -67,6 +69,7 @@ class Transformer(nn.Module):
         num_layers: number of blocks.
         num_heads: attention heads; must divide `dim`.
         ffn_dim: inner width of the MLP.
+        is_causal: let a token attend to itself and the ones before it alone; padding must be at the end of rows.
         dropout: probability, on the output of attention and MLP.
         attention_dropout: probability, on attention weights.
         activation: of the MLP.
@@ -74,6 +77,8 @@ class Transformer(nn.Module):
         init_std: standard deviation of the initial weights.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         factory: decides the precision of each linear layer.
+        name: what `exclude_layers` calls the blocks by: `layers`, of a second body of a model `decoder.layers`.
+        is_last: whether the factory builds no layer after these, so that its patterns can be checked.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Transformer(nn.Module):
         num_heads: int,
         ffn_dim: int,
         *,
+        is_causal: bool = False,
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         activation: Activation = "gelu",
@@ -90,6 +96,8 @@ class Transformer(nn.Module):
         init_std: float = 0.02,
         activation_checkpointing: bool = False,
         factory: LayerFactory | None = None,
+        name: str = "layers",
+        is_last: bool = True,
     ) -> None:
         """Draw the weights."""
         super().__init__()
@@ -100,6 +108,7 @@ class Transformer(nn.Module):
                 dim,
                 num_heads,
                 ffn_dim,
+                is_causal=is_causal,
                 dropout=dropout,
                 attention_dropout=attention_dropout,
                 activation=activation,
@@ -107,12 +116,13 @@ class Transformer(nn.Module):
                 init_std=init_std,
                 output_init_std=init_std / math.sqrt(2 * num_layers),
                 factory=factory,
-                name=f"layers.{index}",
+                name=f"{name}.{index}",
             )
             for index in range(num_layers)
         )
         self.final_norm = Norm(dim, normalization)
-        factory.check_exclusions()
+        if is_last:
+            factory.check_exclusions()
         self._factory = factory
 
     def forward(self, x: Tensor, attention_mask: Tensor | AttentionSpans | None = None) -> Tensor:
