@@ -3,9 +3,9 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import numpy as np
 import torch
@@ -13,14 +13,17 @@ from numpy.typing import NDArray
 
 from data.collate import collate, collate_packed
 from data.columns import RowTable
-from data.corpus import ROWS_PER_GROUP, open_corpus
+from data.corpus import ROWS_PER_GROUP, CorpusInfo, open_corpus
 from data.errors import DataError
 from data.hashing import DrawKey
+from data.labels import LabelColumn, LabelTask, open_labels, read_labels, read_obs, stratified_masks
 from data.masking import Masking, build_masking
 from data.memory import keep_freed_memory
+from data.options import Options
 from data.order import part_masks
 from data.readers import CorpusReader, open_columns, open_reader
-from data.tokenizers import NUM_SPECIAL_TOKENS, Tokenizer, build_tokenizer
+from data.tokenizers import NUM_SPECIAL_TOKENS, Tokenizer, build_tokenizer, complete_options
+from data.weighted_order import WeightedOrder
 
 _LABEL_COLUMNS = ("technical_batch", "target_gene")
 Layout = Literal["padded", "bucketed", "packed"]
@@ -32,8 +35,9 @@ class CellSource:
 
     A batch is a function of its rows and the draw key alone. Its dict holds CPU tensors: `tokens`, `values`,
     `attention_mask`, `depth`, `cell_index`, the Python number `num_tokens`, and where they apply `bins`,
-    `labels`, `value_labels`, `masked_index`, `batch_idx` and `target_gene_idx`. With layout `packed` it holds
-    `cu_seqlens` and `max_length` in place of `attention_mask` (see `data.collate.collate_packed`).
+    `labels`, `value_labels`, `masked_index`, `batch_idx`, `target_gene_idx` and `label` (int64 class index, -100
+    without a label; or float32, NaN without). With layout `packed` it holds `cu_seqlens` and `max_length` in place of
+    `attention_mask` (see `data.collate.collate_packed`).
     """
 
     is_inline = False
@@ -51,6 +55,9 @@ class CellSource:
         shuffle_window: int = 8192,
         num_workers: int = 0,
         is_validation: bool = False,
+        labels: LabelColumn | None = None,
+        sampling: "Sampling | None" = None,
+        notices: Sequence[str] = (),
     ) -> None:
         """Take what `cell_loader` opened; `description` is what the fingerprint is made of."""
         self.reader = reader
@@ -62,9 +69,13 @@ class CellSource:
         self.shuffle_block = shuffle_block
         self.shuffle_window = shuffle_window
         self.num_workers = num_workers
+        self.labels = labels
+        self.notices = list(notices)
+        """What the user should know of how the cells were read, for the run's start-up account."""
         self.unique_batches = list(reader.info.manifest.technical_batches)
         self._description = dict(description)
         self._is_validation = is_validation
+        self._sampling = sampling
         self._batch_index = np.arange(len(self.unique_batches))
         self._numbers: RowTable | None = None
         if layout == "bucketed":
@@ -93,6 +104,23 @@ class CellSource:
         numbers = cast(NDArray[Any], next(iter(self._numbers.gather(rows).values())))
         return np.argsort(-self.tokenizer.num_tokens(numbers), kind="stable")
 
+    def training_order(self, seed: int, phase: int) -> WeightedOrder | None:
+        """Return the order that balances classes, where `sampling` asks for one; None leaves it to the caller."""
+        if self._sampling is None:
+            return None
+        return WeightedOrder(
+            self._sampling.classes,
+            seed,
+            phase,
+            self._sampling.warmup_epochs,
+            window=self.shuffle_window,
+            selected=self.row_mask,
+        )
+
+    def obs(self, names: Sequence[str], rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Return kept obs columns of these rows by name: labels as text, numbers as they are stored."""
+        return read_obs(self.reader.info, names, rows)
+
     def expect(self, rows: NDArray[np.int64]) -> None:
         """Read ahead rows that will be fetched soon; no rows: stop reading ahead."""
         self.reader.expect(rows)
@@ -111,6 +139,7 @@ class CellSource:
         """Return what a model's sizes depend on."""
         info = self.reader.info
         has_targets = "target_gene" in info.columns
+        names = None if self.labels is None or not self.labels.names else list(self.labels.names)
         return {
             "vocab_size": NUM_SPECIAL_TOKENS + len(info.gene_space),
             "gene_space": info.gene_space,
@@ -119,6 +148,9 @@ class CellSource:
             "value_kind": info.manifest.value_kind,
             "technical_batch_names": list(self.unique_batches),
             "target_gene_names": list(info.class_names("target_gene")) if has_targets else [],
+            "tokenizer_options": complete_options(self.tokenizer, info.manifest.value_kind),
+            "label_names": names,
+            "n_classes": None if names is None else len(names),
         }
 
     def fingerprint(self) -> str:
@@ -149,6 +181,8 @@ class CellSource:
             batch["batch_idx"] = torch.from_numpy(self._batch_index[cells.columns["technical_batch"]])
         if "target_gene" in cells.columns:
             batch["target_gene_idx"] = torch.from_numpy(cells.columns["target_gene"].astype(np.int64))
+        if self.labels is not None:
+            batch["label"] = torch.from_numpy(self.labels.of(cells.columns[self.labels.column]))
         return batch
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -169,6 +203,10 @@ def cell_loader(
     shuffle_block: int = 64,
     shuffle_window: int = 8192,
     num_workers: int = 0,
+    label: str | None = None,
+    label_task: LabelTask = "classification",
+    stratify: bool = False,
+    sampling: Mapping[str, Any] | None = None,
 ) -> CellSource:
     """Open a converted corpus as a source of batches; `data.loader.cell_loader` in a config.
 
@@ -186,6 +224,11 @@ def cell_loader(
             are decoded for the cells of a block: 1024, with a window of 16384, is then four times faster.
         shuffle_window: cells that are shuffled among each other, a multiple of `shuffle_block`.
         num_workers: processes that prepare batches; 0 leaves it to one background thread.
+        label: obs column of the corpus that batches hold as `label`.
+        label_task: `classification` (a class index for each distinct label) or `regression` (the number itself).
+        stratify: split by `label`, so that validation has its share of every class.
+        sampling: draw training cells with replacement, balanced over the classes of an obs column: `{column,
+            warmup_epochs}` (see `data.weighted_order`); None shows every cell once an epoch.
     """
     if layout not in get_args(Layout):
         raise DataError(f"layout is {layout!r}; it must be {' | '.join(get_args(Layout))}")
@@ -212,25 +255,80 @@ def cell_loader(
         )  # fmt: skip
     masks = None if masking is None else build_masking(masking)
     columns = [name for name in _LABEL_COLUMNS if name in info.columns]
-    training, validation = part_masks(info.num_cells, val_fraction, split_seed, limit_cells)
+    labels = _labels(info, label, label_task)
+    training, validation, notices = _split(info, labels, stratify, val_fraction, split_seed, limit_cells)
+    balanced = None if sampling is None else _sampling(info, sampling)
     description = {
         "tokenizer": dict(tokenizer),
         "masking": None if masking is None else dict(masking),
         "split": [val_fraction, split_seed, limit_cells],
         "shuffle": [shuffle_block, shuffle_window],
     }
+    # Only what is used is named, so that runs without it keep the fingerprint they were saved with.
+    if labels is not None:
+        description["label"] = [labels.column, labels.task, list(labels.names), stratify]
+    if sampling is not None:
+        description["sampling"] = dict(sampling)
     common: dict[str, Any] = {
         "shuffle_block": shuffle_block,
         "shuffle_window": shuffle_window,
         "num_workers": num_workers,
         "description": description,
         "layout": layout,
+        "labels": labels,
     }
     # Each source has a reader of its own, so that evaluating does not drop what training reads ahead; mapped
     # files share their pages anyway.
     names = [*columns, *built.columns]
-    source = CellSource(open_reader(info, names), built, masks, training, **common)
+    if labels is not None and labels.column not in names:
+        names.append(labels.column)
+    source = CellSource(
+        open_reader(info, names), built, masks, training, **common, sampling=balanced, notices=notices
+    )
     if validation is not None:
         reader = open_reader(info, names)
         source.validation = CellSource(reader, built, masks, validation, **common, is_validation=True)
     return source
+
+
+class Sampling(NamedTuple):
+    """Hold the class of each cell that training draws are balanced over."""
+
+    classes: NDArray[np.int32]  # [num_cells], -100 for cells without a label, which count as one class
+    warmup_epochs: int
+
+
+def _labels(info: CorpusInfo, label: str | None, task: LabelTask) -> LabelColumn | None:
+    if task not in get_args(LabelTask):
+        raise DataError(f"label_task is {task!r}; it must be {' | '.join(get_args(LabelTask))}")
+    if label is None:
+        return None
+    return open_labels(info, label, task)
+
+
+def _split(
+    info: CorpusInfo,
+    labels: LabelColumn | None,
+    stratify: bool,
+    val_fraction: float,
+    split_seed: int,
+    limit_cells: int | None,
+) -> tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None, list[str]]:
+    """Return the masks of training and validation cells, and notices."""
+    training, validation = part_masks(info.num_cells, val_fraction, split_seed, limit_cells)
+    if not stratify:
+        return training, validation, []
+    if labels is None or labels.task == "regression":
+        raise DataError(
+            "stratify: true splits by the classes of a label; set label to an obs column of classes"
+        )
+    codes = read_labels(info, labels)
+    return stratified_masks(codes, labels.names, val_fraction, split_seed, limit_cells)
+
+
+def _sampling(info: CorpusInfo, options: Mapping[str, Any]) -> Sampling:
+    table = Options(options, "sampling")
+    column = table.text("column")
+    warmup_epochs = table.count("warmup_epochs", 0, minimum=0)
+    table.finish()
+    return Sampling(read_labels(info, open_labels(info, column, where="sampling.column")), warmup_epochs)

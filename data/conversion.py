@@ -21,12 +21,10 @@ from data.errors import DataError
 from data.genes import GeneSpace
 from data.h5ad import H5adFile
 from data.h5ad_matrix import CscMatrix, Matrix, MatrixChunk
-from data.manifest import ObsColumn, Storage, corpus_schema
+from data.manifest import UNLABELLED, ObsColumn, Storage, corpus_schema
 
 FILE_LABEL = "@file"
 """Stands for the name of the source file where an obs column is expected."""
-UNLABELLED = "unlabelled"
-"""Class of the cells that have no label in a column that was asked for."""
 _VALUES_PER_BATCH = 1 << 24
 
 

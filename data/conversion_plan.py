@@ -9,12 +9,13 @@ from typing import Literal, NoReturn
 import numpy as np
 
 from data.cell_rows import BadValueError, ValueKind, ValueVerdict, exact_counts, exact_lognorm, judge_values
-from data.conversion import FILE_LABEL, UNLABELLED, ConversionPlan, SourcePlan, bad_value
+from data.conversion import FILE_LABEL, ConversionPlan, SourcePlan, bad_value
 from data.errors import DataError
-from data.genes import GeneSpace, SourceGenes, combine_genes, common_key, match_genes, read_gene_list
+from data.gene_vocabulary import gene_vocabulary
+from data.genes import GeneSpace, SourceGenes, combine_genes, common_key, match_genes
 from data.h5ad import H5adFile
 from data.h5ad_matrix import CscMatrix
-from data.manifest import LABEL_COLUMNS, RESERVED_COLUMNS, ObsColumn, Storage
+from data.manifest import LABEL_COLUMNS, RESERVED_COLUMNS, UNLABELLED, ObsColumn, Storage
 
 OBS_DEFAULTS = {
     "technical_batch": ("batch", "gem_group"),
@@ -33,8 +34,8 @@ Say = Callable[[str], None]
 class ConversionSettings:
     """Hold what the user asked of a conversion."""
 
-    genes: str = "union"
-    """`union`, `intersection`, or the path of a gene list."""
+    genes: str | GeneSpace = "union"
+    """`union`, `intersection`, a vocabulary's name or the path of a gene list, or the genes themselves."""
     gene_column: str | None = None
     layer: str = "auto"
     obs: tuple[str, ...] = ()
@@ -259,12 +260,13 @@ def _refuse_values(
     )
 
 
-def choose_gene_space(genes: Sequence[SourceGenes], wanted: str, say: Say) -> GeneSpace:
-    """Return the union or intersection of the sources' genes, or the gene list in a file."""
+def choose_gene_space(genes: Sequence[SourceGenes], wanted: str | GeneSpace, say: Say) -> GeneSpace:
+    """Return the union or intersection of the sources' genes, or those of a vocabulary or gene list."""
     how: Literal["union", "intersection"]
     if wanted not in ("union", "intersection"):
-        space = read_gene_list(wanted)
-        say(f"gene space: {len(space):,} genes of {wanted}, by {space.key}, sha256 {space.sha256[:12]}")
+        space = gene_vocabulary(wanted) if isinstance(wanted, str) else wanted
+        named = f" of {wanted}" if isinstance(wanted, str) else ""
+        say(f"gene space: {len(space):,} genes{named}, by {space.key}, sha256 {space.sha256[:12]}")
         return space
     how = "union" if wanted == "union" else "intersection"
     key = common_key(genes)

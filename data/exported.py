@@ -23,7 +23,7 @@ from data.genes import GeneSpace, SourceGenes, looks_like_ensembl, match_genes, 
 from data.h5ad_matrix import MatrixChunk
 from data.hashing import DrawKey
 from data.readers import RaggedBatch
-from data.tokenizers import CLS, MASK, PAD, UNKNOWN, Tokenizer, build_tokenizer
+from data.tokenizers import CLS, MASK, PAD, UNKNOWN, Tokenizer, build_tokenizer, complete_options
 
 FORMAT = 1
 TOKENIZER_FILE = "cell_tokenizer.json"
@@ -112,7 +112,7 @@ class ExportedTokenizer:
             DataError: names and columns differ in number, too few names match, or a value is of the wrong kind.
         """
         matrix: Any = sparse.csr_array(values, copy=True)  # duplicates are summed below, in place
-        num_cells, num_columns = matrix.shape
+        num_columns = matrix.shape[1]
         if num_columns != len(genes):
             raise DataError(f"genes: {len(genes)} names were given for a matrix of {num_columns} columns")
         matrix.sum_duplicates()
@@ -120,12 +120,25 @@ class ExportedTokenizer:
         columns = matrix.indices.astype(np.int32)
         chunk = MatrixChunk(0, matrix.indptr.astype(np.int64), columns, matrix.data)
         try:
-            cells = cell_rows(chunk, remap, self.value_kind, 0)
+            return self.tokenize_chunk(chunk, remap, seed=seed)
         except BadValueError as error:
             raise DataError(
                 f"values: {error.value} {error.reason}; the model was trained on {self.value_kind}, so give it those"
             ) from None
-        rows = np.arange(num_cells, dtype=np.int64)
+
+    def tokenize_chunk(self, chunk: MatrixChunk, remap: np.ndarray, *, seed: int = 0) -> dict[str, Any]:
+        """Return a batch of consecutive cells of a file, without masking.
+
+        Args:
+            chunk: the cells; what is random depends on their row numbers, not on where the chunk begins.
+            remap: the model's index of each column, -1 where the model does not know the gene.
+            seed: of the choice among genes, where that is random.
+
+        Raises:
+            BadValueError: a value is of the wrong kind.
+        """
+        cells = cell_rows(chunk, remap, self.value_kind, 0)
+        rows = np.arange(chunk.first_row, chunk.first_row + len(chunk.offsets) - 1, dtype=np.int64)
         scalars = {"total": cells.totals, "source": np.zeros(len(rows), np.int64)}
         tokenizer = self._build([np.isin(np.arange(len(self.gene_space)), remap)])
         ragged = RaggedBatch(cells.offsets, cells.genes, cells.counts, scalars)
@@ -225,25 +238,6 @@ def tokenizer_record(phases: Iterable[PhaseSettings]) -> dict[str, Any] | None:
             same["phases"].append(phase.phase)
     special = {"pad": PAD, "unknown": UNKNOWN, "mask": MASK, "cls": CLS}
     return {"format": FORMAT, "special_tokens": special, "settings": settings} if settings else None
-
-
-def complete_options(tokenizer: Tokenizer, value_kind: str) -> dict[str, Any]:
-    """Return the options that build this tokenizer, none left to a default."""
-    options: dict[str, Any] = {
-        name: getattr(tokenizer, name)
-        for name in ("strategy", "max_genes", "prepend_cls", "padding", "gene_selection")
-    }
-    transform = tokenizer.transform
-    options["normalize"] = None if transform.target_sum is None else "library_size"
-    if transform.target_sum is not None:
-        options["target_sum"] = transform.target_sum
-    options["log1p"] = transform.log1p
-    if tokenizer.strategy == "binned_expression":
-        options |= {"n_bins": tokenizer.n_bins, "binning_method": tokenizer.binning_method}
-        if tokenizer.binning_method == "uniform":
-            options["max_value"] = tokenizer.max_value
-        options["include_zero_genes"] = tokenizer.measured is not None
-    return options
 
 
 def _chosen(entries: list[tuple[tuple[str, ...], Any]], phase: str | None, path: Path) -> Any:

@@ -32,6 +32,13 @@ class Stream(IntEnum):
     RANDOM_GENE = 8
     GENE_SELECTION = 9
     SAMPLE_SEED = 10
+    SAMPLE_KIND = 11
+    SAMPLE_CLASS = 12
+    SAMPLE_CELL = 13
+    FIT_SAMPLE = 14
+    SET_CELLS = 21
+    SET_CONTROLS = 22
+    SET_NOISE = 23
 
 
 class DrawKey(NamedTuple):

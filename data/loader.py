@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from data.cell_source import CellSource, cell_loader
 from data.errors import DataError
 from data.hashing import DrawKey
-from data.order import GlobalOrder
+from data.order import Order
 from data.read_ahead import WorkerPool, in_thread
 
 __all__ = ["CellSource", "DrawKey", "MicroBatch", "RowSource", "StepLoader", "cell_loader"]
@@ -70,7 +70,7 @@ class StepLoader:
     def __init__(
         self,
         source: RowSource,
-        order: GlobalOrder,
+        order: Order,
         *,
         draw_seed: int,
         phase: int,

@@ -14,6 +14,8 @@ FORMAT = 1
 COUNT_DTYPES = ("uint16", "uint32", "float32")
 LABEL_COLUMNS = ("technical_batch", "target_gene", "cell_type")
 RESERVED_COLUMNS = ("genes", "counts", "source", "total", "n_genes")
+UNLABELLED = "unlabelled"
+"""Class of the cells that have no label in a column that was asked for."""
 
 Storage = Literal["arrow", "parquet"]
 
@@ -90,6 +92,8 @@ class Manifest:
     columns: dict[str, ObsColumn]
     conversion_sha256: str | None = None
     """Identifies inputs and arguments of the conversion, so that it can be recognised when run again."""
+    origin: dict[str, Any] | None = None
+    """Where the cells come from, where that is not a file: release, URI and filters of the Census."""
 
     def to_json(self) -> str:
         """Return the text of `manifest.json`."""

@@ -1,6 +1,6 @@
 """Read option tables from YAML: every wrong key and value is reported at once."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from data.errors import DataError
@@ -46,15 +46,23 @@ class Options:
         self, name: str, default: float, low: float, high: float = float("inf"), above: bool = False
     ) -> float:
         """Take a number in [low, high], or in (low, high] with `above`."""
+        return float(self._take(name, default, *_range(low, high, above)))
 
-        def is_valid(value: Any) -> bool:
-            is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            return is_number and low <= value <= high and not (above and value == low)
-
-        bounds = f"{'above' if above else 'at least'} {low:g}" + (
-            f", at most {high:g}" if high < float("inf") else ""
+    def number_or_none(
+        self, name: str, default: float | None, low: float, above: bool = False
+    ) -> float | None:
+        """Take a number of at least `low`, or above it, or null."""
+        is_valid, allowed = _range(low, float("inf"), above)
+        value = self._take(
+            name, default, lambda value: value is None or is_valid(value), f"{allowed}, or null"
         )
-        return float(self._take(name, default, is_valid, f"a number {bounds}"))
+        return None if value is None else float(value)
+
+    def text(self, name: str) -> str:
+        """Take a text, which must be given and not be empty."""
+        if name not in self._table:
+            self.wrong(name, "missing; it must be a text")
+        return self._take(name, "", lambda value: isinstance(value, str) and value != "", "a text")
 
     def wrong(self, name: str, reason: str) -> None:
         """Note that an option cannot be used here."""
@@ -77,3 +85,14 @@ class Options:
             self.wrong(name, f"got {value!r}; it must be {allowed}")
             return default
         return value
+
+
+def _range(low: float, high: float, above: bool) -> tuple[Callable[[Any], bool], str]:
+    """Return the test for a number in a range, and the range in words."""
+
+    def is_valid(value: Any) -> bool:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return is_number and low <= value <= high and not (above and value == low)
+
+    limit = f", at most {high:g}" if high < float("inf") else ""
+    return is_valid, f"a number {'above' if above else 'at least'} {low:g}{limit}"

@@ -6,6 +6,7 @@ Everything here is a pure function of integers. The g-th global batch of an epoc
 
 import threading
 from collections import OrderedDict
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,37 @@ from data.hashing import Stream, stateless_hash
 
 _ROWS_AT_ONCE = 1 << 20
 _WINDOWS_KEPT = 4
+
+
+class Order(Protocol):
+    """Say which row comes at which position of an epoch, as a pure function."""
+
+    num_rows: int
+    """Positions of an epoch."""
+    shuffle: bool
+    block: int
+    window: int
+
+    @property
+    def num_windows(self) -> int:
+        """Count the windows of an epoch: runs of positions whose rows are announced to the reader together."""
+        ...
+
+    def rows(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Return the rows at positions [start, stop) of an epoch, in order."""
+        ...
+
+    def window_at(self, epoch: int, position: int) -> int:
+        """Return the window that a position of an epoch lies in."""
+        ...
+
+    def window_start(self, epoch: int, window: int) -> int:
+        """Return the first position of a window; the window after the last one starts at `num_rows`."""
+        ...
+
+    def window_rows(self, epoch: int, window: int) -> NDArray[np.int64]:
+        """Return a window's rows in order; the caller must not write into them."""
+        ...
 
 
 class GlobalOrder:

@@ -25,6 +25,8 @@ NUM_SPECIAL_TOKENS = 4
 PAD, UNKNOWN, MASK, CLS = range(NUM_SPECIAL_TOKENS)
 
 STRATEGIES = ("rank_value", "binned_expression")
+FITTED_OPTIONS = ("target_sum", "edges", "gene_medians")
+"""Options that may come from the data; a run must go on with the same."""
 _POSITION_BITS = 20
 
 
@@ -269,6 +271,25 @@ def build_tokenizer(
     genes = tuple(np.flatnonzero(mask).astype(np.int32) for mask in measured) if with_zeros else None
     default = "random" if with_zeros else "top"
     return Tokenizer(**common, **binned, gene_selection=selection or default, measured=genes)
+
+
+def complete_options(tokenizer: Tokenizer, value_kind: str) -> dict[str, Any]:
+    """Return the options that build this tokenizer, none left to a default."""
+    options: dict[str, Any] = {
+        name: getattr(tokenizer, name)
+        for name in ("strategy", "max_genes", "prepend_cls", "padding", "gene_selection")
+    }
+    transform = tokenizer.transform
+    options["normalize"] = None if transform.target_sum is None else "library_size"
+    if transform.target_sum is not None:
+        options["target_sum"] = transform.target_sum
+    options["log1p"] = transform.log1p
+    if tokenizer.strategy == "binned_expression":
+        options |= {"n_bins": tokenizer.n_bins, "binning_method": tokenizer.binning_method}
+        if tokenizer.binning_method == "uniform":
+            options["max_value"] = tokenizer.max_value
+        options["include_zero_genes"] = tokenizer.measured is not None
+    return options
 
 
 def _transform(table: Options, value_kind: str) -> ExpressionTransform:

@@ -107,7 +107,8 @@ def _adapt(opened: _Opened, name: str, where: str, ranks: Ranks) -> Cells:
     """Decide how a factory's data is read: by rows under our order wherever that is possible."""
     loader = opened.loader
     if loader is None:
-        return Cells(rows=opened.dataset, objects=(opened.dataset,))
+        notices = [f"phase '{name}': {notice}" for notice in getattr(opened.dataset, "notices", ())]
+        return Cells(rows=opened.dataset, objects=(opened.dataset,), notices=notices)
     objects = (opened.dataset, loader.dataset, loader.collate_fn)
     common: dict[str, Any] = {
         "batch_size": loader.batch_size,

@@ -5,7 +5,7 @@ from typing import Any
 
 from data import technical_batches
 from data.loader import StepLoader
-from data.order import GlobalOrder
+from data.order import GlobalOrder, Order
 from data.stream import StreamLoader
 from data.technical_batches import BatchIndexer, IndexedSource
 from trainer.config.schema import BatchPlan, PhaseConfig, RunConfig
@@ -29,7 +29,11 @@ class DataFacts:
     gene_space: Any = None
     """The genes that token ids stand for (`data.genes.GeneSpace`), the same in every phase; None for foreign data."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Sizes by the name that a constructor may ask for: `vocab_size`, `n_bins`, `max_length`."""
+    """Sizes by the name that a constructor may ask for: `vocab_size`, `n_bins`, `max_length`, `n_classes`."""
+    label_names: tuple[str, ...] = ()
+    """Names of the classes that labels stand for, by index, the same in every phase; empty without such labels."""
+    tokenizer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By phase the complete options of our tokenizer, with what was fitted to the training cells."""
 
 
 @dataclass
@@ -112,6 +116,12 @@ def open_phases(config: RunConfig, ranks: Ranks, *, pin_memory: bool) -> tuple[l
         n_technical_batches=technical_batches.padded_count(len(mapping), multiple),
         gene_space=_common_gene_space(config, opened),
         sizes=_largest_sizes(opened),
+        label_names=_common_label_names(config, opened),
+        tokenizer_options={
+            phase.name: options
+            for phase, data in zip(config.datasets, opened, strict=True)
+            if (options := data.training.facts().get("tokenizer_options")) is not None
+        },
     )
     phases = [
         _build_phase(
@@ -168,7 +178,11 @@ class _LoaderBuilder:
         """Build the training loader: one item holds the micro-batches of one optimizer step."""
         if cells.stream is not None:
             return self._stream(cells, self.plan.accumulation)
-        return self._steps(cells, cells.shuffle, self.plan.global_batch_size, self.plan.micro_batch_size)
+        # A source may draw its cells in an order of its own, balanced over classes for example.
+        own_order = getattr(cells.rows, "training_order", None)
+        order = None if own_order is None else own_order(self.seed, self.index)
+        sizes = self.plan.global_batch_size, self.plan.micro_batch_size
+        return self._steps(cells, cells.shuffle, *sizes, order)
 
     def validation(self, cells: Cells) -> StepLoader | StreamLoader:
         """Build the validation loader: in order, one micro-batch for each rank in an item."""
@@ -179,9 +193,14 @@ class _LoaderBuilder:
         return self._steps(cells, True, micro * self.ranks.count, micro)
 
     def _steps(
-        self, cells: Cells, shuffle: bool, global_batch_size: int, micro_batch_size: int
+        self,
+        cells: Cells,
+        shuffle: bool,
+        global_batch_size: int,
+        micro_batch_size: int,
+        order: Order | None = None,
     ) -> StepLoader:
-        order = GlobalOrder(
+        order = order or GlobalOrder(
             len(cells.rows),
             seed=self.seed,
             phase=self.index,
@@ -267,12 +286,31 @@ def _common_gene_space(config: RunConfig, opened: list[PhaseData]) -> Any:
     return space
 
 
+def _common_label_names(config: RunConfig, opened: list[PhaseData]) -> tuple[str, ...]:
+    """Return the phases' classes by index; two different lists are an error."""
+    names: tuple[str, ...] = ()
+    owner = ""
+    for phase, data in zip(config.datasets, opened, strict=True):
+        for cells in data.parts:
+            found = tuple(cells.facts().get("label_names") or ())
+            if found and names and found != names:
+                different = sorted(set(found) ^ set(names))
+                raise ConfigError(
+                    f"datasets '{owner}' and '{phase.name}' have different classes ({len(names)} and {len(found)}; not "
+                    f"in both: {', '.join(different[:6])}), so one index would mean two classes; give them the same "
+                    "labels"
+                )
+            if found:
+                names, owner = found, phase.name
+    return names
+
+
 def _largest_sizes(opened: list[PhaseData]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for data in opened:
         for cells in data.parts:
             facts = cells.facts()
-            for key in ("vocab_size", "n_bins", "max_length"):
+            for key in ("vocab_size", "n_bins", "max_length", "n_classes"):
                 if facts.get(key) is not None:
                     sizes[key] = max(sizes.get(key, 0), int(facts[key]))
     return sizes

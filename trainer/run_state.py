@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from data.tokenizers import FITTED_OPTIONS
 from models.fp8_state import fp8_state, load_fp8_state, merged_fp8_state
 from trainer.checkpoint import CheckpointWriter, SavedCheckpoint
 from trainer.config.load import dump_yaml
@@ -76,6 +77,8 @@ def collect_shared(run: Run, config: RunConfig, facts: DataFacts) -> dict[str, A
         "n_technical_batches": facts.n_technical_batches,
         "sizes": facts.sizes,
         "value_kinds": value_kinds(run.phases),
+        "label_names": list(facts.label_names),
+        "tokenizer_options": facts.tokenizer_options,
         "trackers": run.recorder.tracker_state(),
         "trajectory": trajectory(config, run.phases),
     }
@@ -227,6 +230,35 @@ def check_facts(state: dict[str, Any], saved: SavedCheckpoint, facts: DataFacts)
         )
     if saved.has("genes.json"):
         check_gene_space(saved.text("genes.json"), facts, str(saved.folder))
+    names = tuple(state.get("label_names", facts.label_names))
+    if names != facts.label_names:
+        different = sorted(set(names) ^ set(facts.label_names))
+        raise CheckpointError(
+            f"{saved.folder}: its labels have {len(names)} classes, the data's {len(facts.label_names)}, not in both: "
+            f"{', '.join(different[:6]) or 'none, but in another order'}; an index would mean another class"
+        )
+    check_fitted(state, facts, str(saved.folder))
+
+
+def check_fitted(state: dict[str, Any], facts: DataFacts, where: str) -> None:
+    """Compare what the current phase's tokenizer was fitted to with what its data gives: a bin is to mean the same."""
+    index, names = state["progress"]["phase_index"], [each["name"] for each in state["trajectory"]["phases"]]
+    phase = names[index] if index < len(names) else ""
+    then, now = state.get("tokenizer_options", {}).get(phase), facts.tokenizer_options.get(phase)
+    if then is None or now is None:
+        return
+    for key in FITTED_OPTIONS:
+        if then.get(key) != now.get(key):
+            raise CheckpointError(
+                f"{where}: tokenizer.{key} of phase '{phase}' was {_short(then.get(key))} and is "
+                f"{_short(now.get(key))}; set the data and the tokenizer back (it is fitted to the training cells), or "
+                "start a new run from the weights with init_from"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def check_gene_space(text: str, facts: DataFacts, where: str) -> None:

@@ -1,0 +1,84 @@
+"""Gene vocabularies by name: tables of human and mouse genes that come with the program, and lists in files.
+
+The tables are GENCODE's genes (release 48 for human, M37 for mouse) with Ensembl id, symbol and biotype; see
+`data/gene_tables/README.md` for source and licence. They hold current symbols alone, no previous ones and no aliases.
+"""
+
+import functools
+import lzma
+from pathlib import Path
+from typing import NamedTuple
+
+from data.errors import DataError
+from data.genes import GeneSpace, read_gene_list
+
+TABLES_FOLDER = Path(__file__).parent / "gene_tables"
+VOCABULARIES = ("human_protein_coding", "human_all", "mouse_protein_coding", "mouse_all")
+_GENES_FILE = "genes.json"
+_RUN_CHECKPOINTS = "checkpoint_*"
+
+
+class Gene(NamedTuple):
+    """Hold a line of a table."""
+
+    id: str
+    """Ensembl id without version."""
+    symbol: str | None
+    biotype: str
+
+
+def gene_vocabulary(name: str) -> GeneSpace:
+    """Return the genes that a vocabulary's name, or the path of a file or folder, stands for.
+
+    A path is that of a gene list (`data.genes.read_gene_list`), or of a folder with a `genes.json`: a corpus, a
+    checkpoint, an export, or a run, whose newest checkpoint is taken.
+
+    Raises:
+        DataError: there is neither a vocabulary of this name nor such a file.
+    """
+    if name in VOCABULARIES:
+        return shipped_vocabulary(name)
+    path = Path(name)
+    if path.is_dir():
+        return _of_folder(path)
+    if not path.exists():
+        raise DataError(
+            f"gene vocabulary {name!r}: there is no vocabulary of this name and no such file; there are "
+            f"{', '.join(VOCABULARIES)}, or the path of a gene list (.txt, .csv, .tsv, genes.json) or of a corpus, "
+            "run, checkpoint or export"
+        )
+    return read_gene_list(path)
+
+
+@functools.cache
+def shipped_vocabulary(name: str) -> GeneSpace:
+    """Return a vocabulary of a shipped table, in the order of the Ensembl ids."""
+    species, _, selection = name.partition("_")
+    genes = [gene for gene in read_table(species) if selection == "all" or gene.biotype == "protein_coding"]
+    return GeneSpace(tuple(gene.id for gene in genes), tuple(gene.symbol for gene in genes), key="ensembl_id")
+
+
+def read_table(species: str) -> list[Gene]:
+    """Read a shipped table, `human` or `mouse`."""
+    with lzma.open(TABLES_FOLDER / f"{species}.tsv.xz", "rt", encoding="utf-8") as file:
+        next(file)
+        rows = (line.rstrip("\n").split("\t") for line in file)
+        return [Gene(id, symbol or None, biotype) for id, symbol, biotype in rows]
+
+
+def _of_folder(folder: Path) -> GeneSpace:
+    """Return the genes of a folder that holds `genes.json`, or of the newest checkpoint of a run folder."""
+    inside = [path for path in folder.glob(f"{_RUN_CHECKPOINTS}/{_GENES_FILE}") if path.parent.suffix == ""]
+    inside.sort(key=lambda path: _step(path.parent))
+    for path in (folder / _GENES_FILE, *reversed(inside)):
+        if path.is_file():
+            return read_gene_list(path)
+    raise DataError(
+        f"gene vocabulary {folder}: no {_GENES_FILE} in this folder, nor in a {_RUN_CHECKPOINTS} of it; give a corpus, "
+        "run, checkpoint or export of cells over genes, or a gene list"
+    )
+
+
+def _step(checkpoint: Path) -> int:
+    number = checkpoint.name.rpartition("_")[2]
+    return int(number) if number.isdigit() else -1
