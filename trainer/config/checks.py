@@ -35,6 +35,7 @@ def cross_field_problems(config: RunConfig) -> list[Problem]:
             text = f"'{phase.name}' is the name of {first} too; names must differ"
             problems.append(Problem(f"{where}.name", text, (f"{first}.name",)))
         problems += _learning_rates(phase, where, config.optimizer)
+        problems += _benchmarks(phase, where)
         problems += _schedule(phase, where, config.optimizer)
     return [*problems, *_schedule_of_the_run(config)]
 
@@ -137,6 +138,15 @@ def _batches(config: RunConfig) -> Iterator[Problem]:
                 f"{prefix}micro_batch_size",
                 (*_PAIR, "micro_batch_size", *(f"{prefix}{key}" for key in (*_PAIR, "micro_batch_size"))),
             )
+
+
+def _benchmarks(phase: PhaseConfig, where: str) -> Iterator[Problem]:
+    if phase.benchmarks is None:
+        return
+    from trainer.scoring.specs import wrong_specs  # reads this package's fields
+
+    for place, text in wrong_specs(phase.benchmarks.tables(), f"{where}.benchmarks.specs"):
+        yield Problem(place, text)
 
 
 def _learning_rates(phase: PhaseConfig, where: str, optimizer: OptimizerConfig) -> Iterator[Problem]:

@@ -48,8 +48,8 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
-def tracker_section(value: Any) -> Any:
-    """Read a tracker's bare name as a section with that name."""
+def named_section(value: Any) -> Any:
+    """Read a bare name, of a tracker or a benchmark, as a section with that name."""
     return {"name": value} if isinstance(value, str) else value
 
 

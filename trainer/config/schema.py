@@ -18,8 +18,8 @@ from trainer.config.fields import (
     PositiveCount,
     RunName,
     Text,
+    named_section,
     null_as,
-    tracker_section,
 )
 from trainer.errors import ConfigError
 
@@ -141,6 +141,59 @@ class ValidationConfig(Section):
         description="Dotted path of a function that returns the validation data"
     )
     dataloader_args: Arguments = Field(default_factory=dict, description="Keyword arguments of that function")
+
+
+class BenchmarkConfig(Section):
+    """One benchmark of the cell embeddings; every key but `name` is an option of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Literal["linear_probe", "embedding_quality", "perturbation"] = Field(description="Which benchmark")
+
+
+class BenchmarksConfig(Section):
+    """Benchmarks of the embeddings of a phase's held-out cells, between its epochs."""
+
+    every_epochs: PositiveCount = Field(
+        default=1, description="Between benchmarks (epochs; the run's first start is benchmarked too)"
+    )
+    batch_size: PositiveCount = Field(default=256, description="Cells per rank and forward pass (cells)")
+    max_cells: PositiveCount = Field(
+        default=10_000,
+        description="Held-out cells that are embedded, a seeded choice where there are more (cells)",
+    )
+    specs: Annotated[
+        tuple[
+            Annotated[
+                BenchmarkConfig,
+                BeforeValidator(
+                    named_section,
+                    json_schema_input_type=Literal["linear_probe", "embedding_quality", "perturbation"]
+                    | BenchmarkConfig,
+                ),
+            ],
+            ...,
+        ],
+        AsTuple,
+        NotEmpty,
+    ] = Field(description="Which benchmarks: names, or {name, options}", json_schema_extra={"minItems": 1})
+
+    def tables(self) -> list[dict[str, Any]]:
+        """Return the benchmarks as `trainer.scoring.specs.parse_specs` reads them."""
+        return [spec.model_dump() for spec in self.specs]
+
+
+class EarlyStoppingConfig(Section):
+    """When a phase ends before its last epoch, because its validation no longer improves."""
+
+    metric: Text = Field(default="loss", description="A figure of the evaluations, as their records name it")
+    patience: PositiveCount = Field(
+        default=3, description="The phase ends after this many without an improvement (evaluations)"
+    )
+    min_delta: float = Field(
+        default=0.0, ge=0, description="What counts as an improvement is larger than this (as the metric)"
+    )
+    mode: Literal["min", "max"] = Field(default="min", description="Whether less or more is better")
 
 
 class CheckpointConfig(Section):
@@ -278,6 +331,9 @@ class PhaseConfig(Section):
     micro_batch_size: PositiveCount | None = Field(
         default=None, description="In this phase, in place of the run's (cells per rank and forward pass)"
     )
+    benchmarks: BenchmarksConfig | None = Field(
+        default=None, description="Benchmarks of the embeddings of held-out cells (null: none)"
+    )
     freeze: Patterns = Field(
         default=(), description="Regular expressions on parameter names that are held still in this phase"
     )
@@ -356,6 +412,9 @@ class RunConfig(Section):
         default=10,
         description="Steps skipped in a row for a non-finite loss or gradient before the run stops (steps)",
     )
+    early_stopping: EarlyStoppingConfig | None = Field(
+        default=None, description="When a phase ends early (null: never)"
+    )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="Which checkpoints are kept, and how they are written"
     )
@@ -364,7 +423,7 @@ class RunConfig(Section):
             Annotated[
                 TrackerConfig,
                 BeforeValidator(
-                    tracker_section,
+                    named_section,
                     json_schema_input_type=Literal["csv", "tensorboard", "wandb"] | TrackerConfig,
                 ),
             ],
@@ -487,7 +546,7 @@ def _spell_trackers(raw: dict[str, Any]) -> None:
     trackers = raw.get("trackers", ["csv"])
     if not isinstance(trackers, (list, tuple)) or not (use is None or isinstance(use, bool)):
         return
-    trackers = [tracker_section(tracker) for tracker in trackers]
+    trackers = [named_section(tracker) for tracker in trackers]
     of_wandb = [t for t in trackers if isinstance(t, dict) and t.get("name") == "wandb"]
     if use and not of_wandb:
         of_wandb = [{"name": "wandb"}]
