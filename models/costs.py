@@ -97,6 +97,11 @@ def backbone_flops(config: "ModelConfig", lengths: Sequence[float]) -> float:
     return flops
 
 
+def attention_flops(config: "ModelConfig", lengths: Sequence[float]) -> float:
+    """Return the operations of attention's own products, which have no weights."""
+    return 12.0 * config.num_layers * config.hidden_dim * sum(length * length for length in lengths)
+
+
 def encoder_activations(
     config: "EncoderConfig", *, num_tokens: int, num_cells: int, num_masked: int, is_mixed: bool
 ) -> Activations:

@@ -88,7 +88,7 @@ class Linear(nn.Linear):
 class NormLinear(nn.Module):
     """A norm followed by a linear layer, in one module as Transformer Engine's LayerNormLinear.
 
-    It is no `nn.Linear`: an adapter must act on what `normalise` returns, between the two.
+    It is no `nn.Linear`: a correction of its matrix (`models.lora`) acts on what `normalise` returns, between the two.
     """
 
     def __init__(
@@ -127,9 +127,11 @@ class NormLinear(nn.Module):
         """Return the input of the linear part."""
         return _normalise(x, self.layer_norm_weight, self.layer_norm_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise and project the last dimension."""
-        return self.linear_function(self.normalise(x), self.weight, self.bias)
+    def forward(self, x: Tensor, correction: Callable[[Tensor], Any] | None = None) -> Tensor:
+        """Normalise and project the last dimension; a correction gets the normalised input and is added."""
+        normalised = self.normalise(x)
+        result = self.linear_function(normalised, self.weight, self.bias)
+        return result if correction is None else (result + correction(normalised)).to(result.dtype)
 
 
 class LayerFactory:

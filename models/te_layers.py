@@ -9,10 +9,11 @@ import contextlib
 import functools
 import importlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.errors import ModelError
@@ -232,7 +233,19 @@ def _classes() -> dict[str, Any]:
 
     class Linear(Layer, te.Linear): ...
 
-    class LayerNormLinear(Layer, te.LayerNormLinear): ...
+    class LayerNormLinear(Layer, te.LayerNormLinear):
+        def forward(self, inp: Tensor, correction: Callable[[Tensor], Any] | None = None) -> Tensor:
+            result = super().forward(inp)
+            if correction is None:
+                return result
+            # Transformer Engine keeps the normalised input to itself.
+            own: Any = self
+            weight, bias = own.layer_norm_weight.to(inp.dtype), own.layer_norm_bias
+            if bias is None:
+                normalised = F.rms_norm(inp, weight.shape, weight, own.eps)
+            else:
+                normalised = F.layer_norm(inp, weight.shape, weight, bias.to(inp.dtype), own.eps)
+            return (result + correction(normalised)).to(result.dtype)
 
     class DotProductAttention(WeightsAlone, te.DotProductAttention):
         def __init__(self, num_heads: int, head_dim: int, dropout: float, *, is_causal: bool) -> None:

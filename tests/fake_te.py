@@ -92,6 +92,7 @@ class Linear(TransformerEngineBaseModule):
     ):
         super().__init__(name)
         assert device == "cuda"
+        self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.param_init_meta["weight"] = init_method
         if bias:
@@ -122,6 +123,7 @@ class LayerNormLinear(TransformerEngineBaseModule):
     ):
         super().__init__(name)
         assert device == "cuda"
+        self.in_features, self.out_features = in_features, out_features
         self.eps = eps
         self.layer_norm_weight = nn.Parameter(torch.empty(in_features))
         self.param_init_meta["layer_norm_weight"] = nn.init.ones_
