@@ -134,6 +134,93 @@ def h5ad_loader(
     )
 
 
+def census_loader(
+    census: Mapping[str, Any] | None = None,
+    *,
+    tokenizer: Mapping[str, Any],
+    gene_vocab: str = FROM_DATA,
+    preprocessing: Mapping[str, Any] | None = None,
+    obs: Sequence[str] = (),
+    technical_batch: str | None = None,
+    cache_dir: str = "cache",
+    min_genes: int = 1,
+    min_match: float = 0.5,
+    masking: Mapping[str, Any] | None = None,
+    val_fraction: float = 0.0,
+    split_seed: int = 0,
+    limit_cells: int | None = None,
+    layout: Layout = "padded",
+    shuffle_block: int = 64,
+    shuffle_window: int = 8192,
+    num_workers: int = 0,
+    label: str | None = None,
+    label_task: LabelTask = "classification",
+    stratify: bool = False,
+    sampling: Mapping[str, Any] | None = None,
+) -> CellSource:
+    """Read cells of the CELLxGENE Census as a source of batches: read them once into a corpus, and open that.
+
+    Args:
+        census: which cells: `organism`, `census_version`, `filters` or `obs_value_filter`, `var_value_filter`,
+            `obs_columns`, `uri` (see `data.census.CensusQuery`).
+        tokenizer: options of the tokenizer (see `data.tokenizers`).
+        gene_vocab: as in `h5ad_loader`; `from_data` takes the genes of the Census.
+        preprocessing: as in `h5ad_loader`.
+        obs: as in `h5ad_loader`, beside `obs_columns`.
+        technical_batch: obs column of the technical batch; `@file` takes each dataset as one; None keeps none.
+        cache_dir: folder of the corpora.
+        min_genes: cells with fewer expressed genes of the vocabulary are dropped.
+        min_match: least share of the genes, or of the vocabulary's if these are fewer, that must match.
+        masking: and all that follow: as in `h5ad_loader`.
+        val_fraction: see there.
+        split_seed: see there.
+        limit_cells: see there.
+        layout: see there.
+        shuffle_block: see there.
+        shuffle_window: see there.
+        num_workers: see there.
+        label: see there.
+        label_task: see there.
+        stratify: see there.
+        sampling: see there.
+
+    Raises:
+        DataError: the Census cannot be read, or does not hold what is asked for.
+    """
+    from data.census import CensusQuery, census_corpus  # which builds on this file
+
+    steps = Preprocessing.read(preprocessing)
+    corpus = census_corpus(
+        census,
+        gene_vocab=gene_vocab,
+        obs=obs,
+        needed=[label, (sampling or {}).get("column")],
+        technical_batch=technical_batch,
+        cache_dir=cache_dir,
+        min_genes=min_genes,
+        min_match=min_match,
+    )
+    source = open_prepared(
+        corpus,
+        steps,
+        tokenizer=tokenizer,
+        masking=masking,
+        val_fraction=val_fraction,
+        split_seed=split_seed,
+        limit_cells=limit_cells,
+        layout=layout,
+        shuffle_block=shuffle_block,
+        shuffle_window=shuffle_window,
+        num_workers=num_workers,
+        label=label,
+        label_task=label_task,
+        stratify=stratify,
+        sampling=sampling,
+    )
+    source.notices = [*CensusQuery.read(census).notices, *source.notices]
+    return source
+
+
 def open_prepared(
     corpus: CorpusInfo, steps: Preprocessing, *, tokenizer: Mapping[str, Any], **arguments: Any
 ) -> CellSource:
