@@ -58,7 +58,7 @@ def built(monkeypatch):
         calls.dry_runs.append(dry_run)
         return calls.outcome()
 
-    monkeypatch.setitem(sys.modules, "trainer.build", types.SimpleNamespace(run=run))
+    monkeypatch.setitem(sys.modules, "trainer.launch", types.SimpleNamespace(run=run))
     return calls
 
 

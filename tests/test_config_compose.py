@@ -426,10 +426,15 @@ def test_sections_interpolated_into_each_other_are_told(folder):
         ),
         ("training: {general: {}}\n", r"`training\.general` makes this a circuits config"),
         (
-            "data: {}\ntokenizer: {}\n",
-            r"`data`, `tokenizer` makes this a cells config, which this version does not run",
+            "datasets: []\ndata: {}\ntokenizer: {}\n",
+            r"`datasets` makes this a phases config and `data`, `tokenizer` a cells config; keep one",
         ),
-        ("model: {architecture: x}\n", r"`model\.architecture` makes this a cells config"),
+        (
+            "general: {}\neval: {}\n",
+            r"`general` makes this a circuits config and `eval` a cells config; keep one",
+        ),
+        ("model: {architecture: x}\n", r"model\.architecture: got 'x'; allowed: transformer_encoder"),
+        ("datas: {}\n", r"expected `datasets`.*did you mean it by `datas`\?"),
         (
             "datasets: []\ngeneral: {}\n",
             r"`datasets` makes this a phases config and `general` a circuits config; keep one",
@@ -442,13 +447,6 @@ def test_sections_interpolated_into_each_other_are_told(folder):
 def test_the_kind_of_a_config_is_told_from_its_keys(folder, text, message):
     with pytest.raises(ConfigError, match=message):
         load_run_config(folder(main=text) / "main.yml", [])
-
-
-def test_a_cells_key_in_a_phases_config_is_an_unknown_key(folder):
-    text = "run_name: a\nmodel: {model_class: a.b}\ngradient_accumulation_steps: 1\n"
-    text += "datasets: [{dataloader_factory: a.b}]\n"
-    with pytest.raises(ConfigError, match=r"tokenizer: unknown key"):
-        load_run_config(folder(main=text + "tokenizer: {}\n") / "main.yml", [])
 
 
 def test_config_dir_is_the_folder_of_the_file_that_was_named(folder):

@@ -17,17 +17,24 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("trainer.train", "train from a YAML file"),
+    "finetune": Command("trainer.finetune", "fine-tune a pretrained model from a YAML file"),
     "convert": Command("trainer.convert_h5ad", "convert h5ad files into a corpus"),
     "plan": Command("trainer.plan", "say what a run will take, without a GPU and without training"),
     "doctor": Command("trainer.doctor", "find out whether a run can start on this machine"),
+    "embed": Command("trainer.embed", "write the embeddings of an h5ad file's cells into a copy of it"),
+    "benchmark": Command("trainer.benchmark", "score a model's embeddings beside baselines"),
     "export": Command("trainer.export", "write a checkpoint's model as a folder that from_pretrained loads"),
 }
+
+
+_TRAINING = ("train", "finetune")
+"""The commands that end with a checkpoint when they are asked to."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["train"]:
+    if argv[:1] and argv[0] in _TRAINING:
         preemption.install()  # importing the command takes seconds, in which a signal would be lost
     if argv and argv[0] in COMMANDS:
         return run_command(lambda: importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:]))
@@ -43,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 def console() -> None:
     """Run one command as the whole process: `python -m trainer`, or the installed `cellphase`."""
     code = main()
-    if sys.argv[1:2] == ["train"]:
+    if sys.argv[1:2] and sys.argv[1] in _TRAINING:
         end_process(code)
     raise SystemExit(code)
 

@@ -40,6 +40,11 @@ def note_run_folder(folder: str | Path) -> None:
     _run_folder = str(folder)
 
 
+def run_folder() -> str | None:
+    """Return the folder of the run that this process carried out last; None: it has made none."""
+    return _run_folder
+
+
 def leave_exit(exit_code: int, reason: str) -> None:
     """Say how this rank ends; the first account of a process stands."""
     global _has_left_exit

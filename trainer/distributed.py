@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from torch import nn
 
@@ -170,6 +171,9 @@ def autocast_precision(config: RunConfig, on_cpu: bool) -> str:
 
 
 def shut_down() -> None:
-    """Leave the process group, without waiting for other ranks."""
+    """Leave the process group, without waiting for other ranks, and let another run begin in this process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    # Accelerate keeps device and precision of a process for good, and refuses another run's.
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()

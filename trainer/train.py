@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import importlib
 import os
+from typing import Literal
 
 # torch reads it when it is imported. DDP warns from C++ that it looked for unused parameters in vain; it has to look,
 # see trainer/distributed.py.
@@ -25,14 +26,16 @@ from trainer.config import dump_yaml, load_run_config
 from trainer.errors import ConfigError
 from trainer.exits import end_process, is_main_process, run_command
 
+Command = Literal["train", "finetune"]
 
-def main(argv: list[str] | None = None) -> int:
+
+def main(argv: list[str] | None = None, command: Command = "train") -> int:
     """Run the command; return an exit code of trainer/exits.py."""
-    return run_command(lambda: _train(argv))
+    return run_command(lambda: _train(argv, command))
 
 
-def _train(argv: list[str] | None) -> int:
-    arguments = _parse(sys.argv[1:] if argv is None else argv)
+def _train(argv: list[str] | None, command: Command) -> int:
+    arguments = _parse(sys.argv[1:] if argv is None else argv, command)
     if isinstance(arguments, int):
         return arguments
     if arguments.check or arguments.print_config or arguments.dry_run:
@@ -41,7 +44,7 @@ def _train(argv: list[str] | None) -> int:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     try:
-        config = load_run_config(arguments.config, arguments.overrides)
+        config = load_run_config(arguments.config, arguments.overrides, command)
     except ConfigError:
         if arguments.check:
             _say("stage 1, configuration: failed; stage 2, dotted paths: not reached")
@@ -65,15 +68,21 @@ def _train(argv: list[str] | None) -> int:
     if arguments.check:
         _say(f"stage 2, dotted paths and their arguments: ok ({len(paths)} resolved)")
         return 0
-    return importlib.import_module("trainer.build").run(config, dry_run=arguments.dry_run)
+    return importlib.import_module("trainer.launch").run(config, dry_run=arguments.dry_run)
 
 
-def _parse(argv: list[str]) -> argparse.Namespace | int:
+_ABOUT = {
+    "train": "Train the model that a YAML file describes.",
+    "finetune": "Fine-tune a pretrained model as a YAML file with a section finetune describes.",
+}
+
+
+def _parse(argv: list[str], command: Command = "train") -> argparse.Namespace | int:
     """Return the parsed command line, or the exit code where argparse has said all there is to say."""
     parser = argparse.ArgumentParser(
-        prog="train",
+        prog=command,
         allow_abbrev=False,
-        description="Train the model that a YAML file describes.",
+        description=_ABOUT[command],
         epilog="Exit codes: 0 done, 2 a mistake in the command or its files, 75 stopped by SIGTERM, SIGUSR1 or "
         "max_wall_seconds with a checkpoint, 130 interrupted, 1 anything else.",
     )
@@ -82,7 +91,8 @@ def _parse(argv: list[str]) -> argparse.Namespace | int:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="set one value (datasets.0.lr=1e-4), or pick a preset (group=name) from a folder beside FILE",
+        help="set one value (training.batch_size=32, datasets.0.lr=1e-4), or pick a preset (group=name) from a "
+        "folder beside FILE",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(

@@ -22,6 +22,7 @@ from trainer.config.cells import (
     TrainingConfig,
     load_config,
 )
+from trainer.config.cells_run import build_tokenizer_kwargs
 from trainer.config.load import dump_yaml, json_schema, load_run_config
 from trainer.config.messages import ValidationError
 from trainer.config.schema import BatchPlan, PhaseConfig, RunConfig
@@ -46,6 +47,7 @@ __all__ = [
     "TokenizerConfig",
     "TrainingConfig",
     "ValidationError",
+    "build_tokenizer_kwargs",
     "dump_yaml",
     "json_schema",
     "load_config",

@@ -16,7 +16,7 @@ from trainer.config.cells_section import CellsSection, build
 from trainer.config.compose import compose
 from trainer.config.fields import Count, PositiveCount, RunName, Text
 from trainer.config.messages import Problem, ValidationError, config_error
-from trainer.config.schema import Fp8Config
+from trainer.config.schema import EarlyStoppingConfig, Fp8Config
 
 
 def _path_text(value: Any) -> Any:
@@ -120,6 +120,19 @@ class DataConfig(CellsSection):
     )
     technical_batch: Text | None = Field(
         default=None, description="Column of obs with the technical batch (null: each file is one)"
+    )
+    layer: Text = Field(
+        default="auto",
+        description="Matrix of the files: X, raw.X or layers/NAME (auto: the first with counts); with source: local",
+    )
+    gene_column: Text | None = Field(
+        default=None,
+        description="Column of var with the gene names (null: found by content); with source: local",
+    )
+    min_match: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=0.5,
+        description="Least share of a file's genes, or of the gene space's if these are fewer, that must match "
+        "(fraction); with source: local",
     )
 
 
@@ -349,6 +362,9 @@ class TrainingConfig(CellsSection):
     fp8: Fp8Config | None = Field(default=None, description="How FP8 is computed; with precision: fp8")
     sampling: SamplingConfig | None = Field(
         default=None, description="Weighted draw of cells (null: each cell once an epoch)"
+    )
+    early_stopping: EarlyStoppingConfig | None = Field(
+        default=None, description="End the run when a metric stands still (null: never)"
     )
 
 

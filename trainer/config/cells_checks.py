@@ -6,8 +6,10 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from trainer.config.messages import Problem, unknown_name
+from trainer.config.messages import Problem
 from trainer.config.yaml_text import describe
+from trainer.errors import ConfigError
+from trainer.scoring.specs import parse_specs
 
 if TYPE_CHECKING:
     from trainer.config.cells import ScModelForgeConfig
@@ -31,8 +33,6 @@ TWINS = (
     ("tokenizer.n_bins", "model.n_bins"),
 )
 """Fields that say the same thing: the one that is written rules, and two that are written must be equal."""
-
-BENCHMARKS = ("linear_probe", "embedding_quality", "perturbation")
 
 
 def is_written(config: Any, path: str) -> bool:
@@ -173,11 +173,7 @@ def _schedule(config: ScModelForgeConfig) -> Iterator[Problem]:
             "or warmup_steps: 0",
             ("training.scheduler.name",),
         )
-    elif (
-        written
-        and is_written(config, "training.scheduler.total_steps")
-        and scheduler.warmup_steps >= scheduler.total_steps
-    ):
+    elif scheduler.name != "cosine" and written and scheduler.warmup_steps >= scheduler.total_steps:
         yield Problem(
             "training.scheduler.warmup_steps",
             f"{scheduler.warmup_steps} is not below total_steps {scheduler.total_steps}; the rise must end before it",
@@ -186,18 +182,12 @@ def _schedule(config: ScModelForgeConfig) -> Iterator[Problem]:
 
 
 def _benchmarks(config: ScModelForgeConfig) -> Iterator[Problem]:
-    for index, spec in enumerate(config.eval.benchmarks):
-        where = f"eval.benchmarks.{index}"
-        name = spec.get("name") if isinstance(spec, dict) else spec
-        if not isinstance(name, str):
-            yield Problem(
-                where,
-                f"expected a name or a section with name, got {describe(spec)}; names: {', '.join(BENCHMARKS)}",
-            )
-        elif name not in BENCHMARKS:
-            yield Problem(
-                where, f"there is no benchmark {describe(name)}; {unknown_name(name, list(BENCHMARKS))}"
-            )
+    try:
+        parse_specs(config.eval.benchmarks, "eval.benchmarks")
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            where, _, text = line.partition(": ")
+            yield Problem(where, text)
 
 
 def _fine_tuning(config: ScModelForgeConfig) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -27,15 +27,33 @@ _CELLS_KEYS = ("data", "tokenizer", "training", "eval", "finetune")
 _SPELLINGS = {"amp_dtype", "use_wandb", "wandb_project"}
 
 
-def load_run_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Load, compose and validate a run's configuration.
+def load_run_config(
+    path: str | Path,
+    overrides: list[str] | None = None,
+    command: Literal["train", "finetune"] = "train",
+) -> RunConfig:
+    """Load, compose and validate a run's configuration, of whatever kind it is.
+
+    Args:
+        path: the YAML file.
+        overrides: values on top of it, as `datasets.0.lr=1e-4`.
+        command: what a configuration of single-cell models is loaded for: pretraining, or fine-tuning.
 
     Raises:
         ConfigError: lists every mistake with its YAML path.
     """
     path = Path(path).expanduser()
     raw, problems = compose(path, list(overrides or []))
-    check_front_door(raw, str(path))
+    if check_front_door(raw, str(path)) == "cells":
+        from trainer.config.cells import cells_config
+        from trainer.config.cells_run import run_of
+
+        return run_of(cells_config(raw, str(path), problems), command)
+    if command == "finetune":
+        raise ConfigError(
+            f"{path}: `datasets` makes this a phases config, which finetune does not run; `train` does, with init_from "
+            "for the weights, or write a config with a section finetune"
+        )
     config, more = validate(raw, problems)
     problems += more
     if problems or config is None:
@@ -75,42 +93,45 @@ def validate(
     return None, problems
 
 
-def check_front_door(raw: dict[str, Any], source: str) -> None:
-    """Refuse what is not a phases configuration.
+def check_front_door(raw: dict[str, Any], source: str) -> Literal["phases", "cells"]:
+    """Return which kind of configuration this is.
 
     Raises:
-        ConfigError: it is of another kind, of two kinds, or of none.
+        ConfigError: it is of two kinds, of none, or of one that this version does not run.
     """
     training, model = raw.get("training"), raw.get("model")
     circuits = [
         *(["general"] if "general" in raw else []),
         *(["training.general"] if isinstance(training, dict) and "general" in training else []),
     ]
-    if "datasets" in raw and circuits:
+    cells = [key for key in _CELLS_KEYS if key in raw and not (key == "training" and circuits)]
+    if isinstance(model, dict) and "architecture" in model:
+        cells.append("model.architecture")
+    if "datasets" in raw and (circuits or cells):
         raise ConfigError(
-            f"{source}: `datasets` makes this a phases config and `{'`, `'.join(circuits)}` a "
-            "circuits config; keep one"
+            f"{source}: `datasets` makes this a phases config and `{'`, `'.join(circuits or cells)}` a "
+            f"{'circuits' if circuits else 'cells'} config; keep one"
         )
     if "datasets" in raw:
-        return
+        return "phases"
+    if circuits and cells:
+        raise ConfigError(
+            f"{source}: `{'`, `'.join(circuits)}` makes this a circuits config and `{'`, `'.join(cells)}` a cells "
+            "config; keep one"
+        )
     if circuits:
         raise ConfigError(
             f"{source}: `{'`, `'.join(circuits)}` makes this a circuits config, which this version "
             "does not run; "
-            "it runs configs with `datasets`, a list of phases"
+            "it runs configs with `datasets`, a list of phases, and configs with `data`"
         )
-    cells = [key for key in _CELLS_KEYS if key in raw]
-    if isinstance(model, dict) and "architecture" in model:
-        cells.append("model.architecture")
     if cells:
-        raise ConfigError(
-            f"{source}: `{'`, `'.join(cells)}` makes this a cells config, which this version does not run; "
-            "it runs configs with `datasets`, a list of phases"
-        )
-    close = next((key for key in raw if near_miss(str(key), ["datasets"])), None)
+        return "cells"
+    close = next((key for key in raw if near_miss(str(key), ["datasets", *_CELLS_KEYS])), None)
     hint = f"; did you mean it by `{close}`?" if close else ""
     raise ConfigError(
-        f"{source}: expected `datasets`, the list of phases, at the top level (with run_name and model){hint}"
+        f"{source}: expected `datasets`, the list of phases, at the top level (with run_name and model), or `data`, "
+        f"the cells of a single-cell model{hint}"
     )
 
 
