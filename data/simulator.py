@@ -20,7 +20,10 @@ In symbols: a cell of type c and technical batch b with target t of pathway p, a
     count_g ~ NegativeBinomial(mean = L * rate_g / sum of rates, variance = mean + dispersion * mean**2)
 """
 
-from dataclasses import dataclass
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -248,3 +251,27 @@ def _draw_counts(
             mean *= rng.gamma(1 / options.dispersion, options.dispersion, mean.shape)
         parts.append(rng.poisson(mean))
     return csr_matrix(np.concatenate(parts).astype(np.int32))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write a simulated file: `python -m data.simulator FILE.h5ad [--OPTION VALUE ...]`."""
+    parser = argparse.ArgumentParser(prog="python -m data.simulator", description="Simulate perturbed cells.")
+    parser.add_argument("output", metavar="FILE.h5ad")
+    for field in fields(SimulatorOptions):
+        option = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(option, dest=field.name, type=type(field.default), default=field.default)
+    options = vars(parser.parse_args(arguments))
+    output = options.pop("output")
+    try:
+        simulated = write_simulated_h5ad(output, **options)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{output}: {len(simulated.target_of):,} cells, {len(simulated.genes)} genes, {len(simulated.targets)} targets"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

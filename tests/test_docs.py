@@ -246,14 +246,17 @@ def test_the_tables_of_options_name_what_the_code_reads(heading, module, build):
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
-    """Make a folder that is as the documentation says: the corpora of the samples, and the modules of its examples."""
+    """Make a folder that is as the documentation says: its corpora, and the modules of its examples."""
+    from data.simulator import write_simulated_h5ad
     from trainer.convert_h5ad import main
 
     folder = tmp_path_factory.mktemp("docs")
+    write_simulated_h5ad(folder / "simulated.h5ad")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         corpora = str(folder / "quickstart" / "corpora")
         arguments = [*map(str, SAMPLES), "--per-file", "--output", corpora]
         assert main([*arguments, "--obs", "cell_type=bulk_labels"]) == 0
+        assert main([str(folder / "simulated.h5ad"), "--output", f"{corpora}/simulated"]) == 0
     for name, source in modules():
         (folder / name).write_text(source)
     write_geneformer_cells(folder / "my_geneformer.dataset")

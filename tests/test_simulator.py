@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.simulator import CONTROL, SimulatedPerturbations, simulate_perturbations, write_simulated_h5ad
+from data.simulator import CONTROL, SimulatedPerturbations, main, simulate_perturbations, write_simulated_h5ad
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +170,16 @@ def test_the_file_holds_the_cells_and_the_truth(tmp_path: Path):
 def test_sizes_that_do_not_fit_are_refused(options: dict, message: str):
     with pytest.raises(DataError, match=message):
         simulate_perturbations(**options)
+
+
+def test_the_command_writes_what_its_options_say_and_names_mistakes(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    path = tmp_path / "cells.h5ad"
+    options = ["--num-genes", "90", "--cells-per-target", "2", "--control-cells", "6", "--dispersion", "0"]
+    assert main([str(path), *options]) == 0
+    assert "234 cells, 90 genes, 36 targets" in capsys.readouterr().out
+    expected = simulate_perturbations(num_genes=90, cells_per_target=2, control_cells=6, dispersion=0.0)
+    assert np.array_equal(anndata.read_h5ad(path).X.toarray(), expected.counts.toarray())
+    assert main([str(path), "--num-genes", "5"]) == 2
+    assert "error: num_genes 5 is less" in capsys.readouterr().err

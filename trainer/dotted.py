@@ -15,7 +15,14 @@ from trainer.config.messages import Problem, config_error, unknown_name
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
 
-FROM_DATA = ("n_technical_batches", "num_technical_batches", "vocab_size", "n_bins")
+FROM_DATA = (
+    "n_technical_batches",
+    "num_technical_batches",
+    "vocab_size",
+    "n_bins",
+    "num_genes",
+    "num_targets",
+)
 """Arguments of a model or its config class that follow from the data where they are left out."""
 
 FOR_FACTORY = ("rank", "world_size", "seed", "facts")

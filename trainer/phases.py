@@ -29,7 +29,8 @@ class DataFacts:
     gene_space: Any = None
     """The genes that token ids stand for (`data.genes.GeneSpace`), the same in every phase; None for foreign data."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Sizes by the name that a constructor may ask for: `vocab_size`, `n_bins`, `max_length`, `n_classes`."""
+    """Sizes by the name that a constructor may ask for: `vocab_size`, `n_bins`, `max_length`, `n_classes`, `num_genes`,
+    `num_targets`."""
     label_names: tuple[str, ...] = ()
     """Names of the classes that labels stand for, by index, the same in every phase; empty without such labels."""
     tokenizer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -310,7 +311,7 @@ def _largest_sizes(opened: list[PhaseData]) -> dict[str, int]:
     for data in opened:
         for cells in data.parts:
             facts = cells.facts()
-            for key in ("vocab_size", "n_bins", "max_length", "n_classes"):
+            for key in ("vocab_size", "n_bins", "max_length", "n_classes", "num_genes", "num_targets"):
                 if facts.get(key) is not None:
                     sizes[key] = max(sizes.get(key, 0), int(facts[key]))
     return sizes

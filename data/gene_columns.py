@@ -1,0 +1,66 @@
+"""Cells as dense rows over a fixed list of genes, which is the same in every phase and for every corpus."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.corpus import CorpusInfo
+from data.errors import DataError
+from data.genes import GeneSpace, read_gene_list
+from data.ragged import row_numbers
+from data.readers import RaggedBatch
+
+_NAMES_SHOWN = 8
+
+
+class GeneColumns:
+    """Lay cells out over columns: all genes of a corpus in its order, or those of a list in the list's order."""
+
+    def __init__(self, info: CorpusInfo, genes: str | None = None) -> None:
+        """Take the corpus, and a gene list (see `data.genes.read_gene_list`) or None for all of its genes.
+
+        Raises:
+            DataError: the corpus lacks a gene of the list; leaving it out would shift the columns behind it.
+        """
+        space = info.gene_space
+        self.space = space if genes is None else _listed_space(space, genes, info.path)
+        self._column = np.full(len(space), -1, np.int64)
+        self._column[space.indices(self.space.ids)] = np.arange(len(self.space))
+        measured = [source.measured_mask(len(space))[self._column >= 0] for source in info.manifest.sources]
+        self.notices = [
+            f"{source.path_name} did not measure {int((~mask).sum())} of the {len(self.space)} genes, which read as 0"
+            for source, mask in zip(info.manifest.sources, measured, strict=True)
+            if not mask.all()
+        ]
+        self._is_whole = genes is None
+
+    def __len__(self) -> int:
+        """Count the columns."""
+        return len(self.space)
+
+    def dense(self, cells: RaggedBatch, values: NDArray[Any], fill: Any, dtype: Any) -> NDArray[Any]:
+        """Lay the values [nnz] of the cells' genes out as [cells, columns], `fill` where there is none."""
+        table = np.full((len(cells), len(self)), fill, dtype)
+        column = cells.genes if self._is_whole else self._column[cells.genes]
+        place = row_numbers(cells.offsets) * len(self) + column
+        if not self._is_whole:
+            kept = column >= 0
+            place, values = place[kept], values[kept]
+        table.reshape(-1)[place] = values
+        return table
+
+
+def _listed_space(space: GeneSpace, genes: str, path: str) -> GeneSpace:
+    """Return the genes of a list as the corpus names them, in the list's order."""
+    wanted = read_gene_list(genes)
+    index = space.indices(wanted.ids, by="ensembl_id" if wanted.key == "ensembl_id" else "symbol")
+    missing = [name for name, found in zip(wanted.ids, index.tolist(), strict=True) if found < 0]
+    if missing:
+        shown = ", ".join(missing[:_NAMES_SHOWN]) + (", ..." if len(missing) > _NAMES_SHOWN else "")
+        raise DataError(
+            f"{path}: the corpus lacks {len(missing)} of the {len(wanted)} genes of {genes}: {shown}; convert the "
+            "files with --genes and a list that has them, or take them out of the list"
+        )
+    ids, symbols = ([names[place] for place in index.tolist()] for names in (space.ids, space.symbols))
+    return GeneSpace(tuple(ids), tuple(symbols), space.key)

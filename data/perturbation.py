@@ -1,0 +1,525 @@
+"""Sets of perturbed cells beside sets of matched controls, drawn afresh in every epoch."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.control_cells import ControlCells, ControlMatch
+from data.corpus import CorpusInfo, open_corpus
+from data.errors import DataError
+from data.gene_columns import GeneColumns
+from data.hashing import DrawKey, Stream
+from data.memory import keep_freed_memory
+from data.permutation import permuted
+from data.perturbation_split import CellGroups, Part, SplitPart, split_groups
+from data.perturbation_targets import Pairs, PerturbationTargets, UnknownTargets, read_targets
+from data.readers import CorpusReader, RaggedBatch, open_columns, open_reader
+from data.tokenizers import ExpressionTransform
+from data.value_tokenizers import ValueTokenizer, build_value_tokenizer
+
+Pooling = Literal["none", "control", "both"]
+_ROWS_AT_ONCE = 1 << 20
+_SETS_TO_FIT = 64
+_FIT_EPOCH = -2
+"""Epoch of the draws that a tokenizer's inverse is fitted on, which is neither training's nor validation's."""
+
+
+class _Labels(NamedTuple):
+    """Hold the labels of every cell of a corpus, [num_cells] each; 0 where the corpus has no such column."""
+
+    perturbation: NDArray[np.int32]
+    cell_type: NDArray[np.int32]
+    technical_batch: NDArray[np.int32]
+    source: NDArray[np.int32]
+
+
+@dataclass(frozen=True, eq=False)
+class PerturbedSets:
+    """Number the sets of an epoch, and say which cells each has.
+
+    Cells of one perturbation and context are a group. A group of n cells has ceil(n / S) sets. In every epoch its cells
+    are put into a seeded order; its sets take S of them one after the other, and the last set, where cells run out,
+    goes on with the first of the same order. So the cells of a group are used equally often in an epoch, up to one
+    time, and a set repeats a cell only where its group has fewer than S.
+    """
+
+    rows: NDArray[np.int64]  # [cells], corpus rows, group after group
+    pairs: NDArray[np.int64]  # [cells], pair of cell type and technical batch (see ControlCells)
+    starts: NDArray[np.int64]  # [groups], first cell of each group
+    sizes: NDArray[np.int64]  # [groups], cells
+    perturbation: NDArray[np.int64]  # [groups]
+    set_starts: NDArray[np.int64]  # [groups + 1], first set of each group
+    set_size: int
+
+    def __len__(self) -> int:
+        """Count the sets of an epoch."""
+        return int(self.set_starts[-1])
+
+    def draw(self, sets: NDArray[np.int64], draw: DrawKey) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the group [B] of each set, and the places [B, S] of its cells in `rows` and `pairs`."""
+        group = np.searchsorted(self.set_starts, sets, "right") - 1
+        first = (sets - self.set_starts[group]) * self.set_size
+        sizes = np.broadcast_to(self.sizes[group][:, None], (len(sets), self.set_size))
+        states = np.broadcast_to(draw.cell_hashes(Stream.SET_CELLS, group)[:, None], sizes.shape)
+        place = permuted(states, sizes, (first[:, None] + np.arange(self.set_size)) % sizes)
+        return group, self.starts[group][:, None] + place
+
+    def digest(self) -> str:
+        """Identify the sets and the cells that they draw from."""
+        content = hashlib.sha256()
+        for array in (self.rows, self.pairs, self.starts, self.perturbation):
+            content.update(array.tobytes())
+        return content.hexdigest()
+
+
+class PerturbationSource:
+    """Fetch batches of sets: a row of this source is a set, and what it holds is drawn from the set and the epoch.
+
+    A batch of B sets of S cells over N genes holds these CPU tensors, int64 where nothing else is said:
+
+    - `tokens` [B, S, N]: values of the perturbed cells; [B, 1, N] with `pooling: both`.
+    - `control` [B, S, N]: values of as many controls, cell i of the one matched to cell i of the other; [B, 1, N], the
+      tokens of their mean, with `pooling: control` or `both`.
+    - `target_gene_idx` [B]; [B, 2] where the corpus has pairs and `pairs: index`, -1 behind a single target.
+    - `batch_idx` [B]: the set's technical batch; [B, S], each cell's, with `mix_technical_batches: true`. Absent where
+      the corpus has no technical batches.
+    - `cell_type_idx` [B], `perturbation_idx` [B] (class of `target_gene` in the corpus, controls among the classes).
+    - `cell_index` and `control_index` [B, S]: corpus rows of the cells.
+    - `depth` and `control_depth` float32 [B, S]: log1p of each cell's sum of stored values.
+    - `noise_seed` [B]: a number of its own for each set in each epoch, never negative.
+    - `num_tokens`: the Python number of elements of `tokens`.
+    """
+
+    is_inline = False
+    shuffle_block = 1
+    shuffle_window = 8192
+
+    def __init__(
+        self,
+        reader: CorpusReader,
+        sets: PerturbedSets,
+        controls: ControlCells,
+        targets: PerturbationTargets,
+        columns: GeneColumns,
+        tokenizer: ValueTokenizer,
+        control_tokenizer: ValueTokenizer,
+        transform: ExpressionTransform,
+        *,
+        description: Mapping[str, Any],
+        pooling: Pooling = "none",
+        mix_technical_batches: bool = False,
+        num_workers: int = 0,
+        is_validation: bool = False,
+        notices: Sequence[str] = (),
+    ) -> None:
+        """Take what `perturbation_loader` opened; `description` is what the fingerprint is made of."""
+        self.reader = reader
+        self.sets = sets
+        self.controls = controls
+        self.targets = targets
+        self.columns = columns
+        self.tokenizer, self.control_tokenizer = tokenizer, control_tokenizer
+        self.transform = transform
+        self.pooling: Pooling = pooling
+        self.mix_technical_batches = mix_technical_batches
+        self.num_workers = num_workers
+        self.validation: PerturbationSource | None = None
+        self.notices = list(notices)
+        """What the user should know of how the cells were read, for the run's start-up account."""
+        self.unique_batches = list(reader.info.manifest.technical_batches)
+        self._batch_index = np.arange(len(self.unique_batches))
+        self._description = dict(description)
+        self._is_validation = is_validation
+        keep_freed_memory()
+
+    def __len__(self) -> int:
+        """Count the sets of an epoch."""
+        return len(self.sets)
+
+    def fetch(self, rows: NDArray[np.int64], draw: DrawKey) -> dict[str, Any]:
+        """Return the batch of these sets; cells, controls and noise are drawn from `draw` and the set."""
+        if self._is_validation:
+            draw = draw._replace(epoch=-1)
+        group, places = self.sets.draw(rows, draw)
+        cells, pairs = self.sets.rows[places], self.sets.pairs[places]
+        controls = self.controls.draw(pairs, rows, draw)
+        read = self.reader.read(np.concatenate([cells.reshape(-1), controls.reshape(-1)]))
+        tokens, control = self._tokens(read, cells.shape)
+        depth = np.log1p(read.columns["total"].astype(np.float32)).reshape(2, *cells.shape)
+        cell_type, batch = np.divmod(pairs, self.controls.num_batches)
+        indices = self.targets.indices[self.sets.perturbation[group]]
+        arrays: dict[str, NDArray[Any]] = {
+            "tokens": tokens,
+            "control": control,
+            "target_gene_idx": indices[:, 0] if indices.shape[1] == 1 else indices,
+            "cell_type_idx": cell_type[:, 0],
+            "perturbation_idx": self.sets.perturbation[group],
+            "cell_index": cells,
+            "control_index": controls,
+            "depth": depth[0],
+            "control_depth": depth[1],
+            "noise_seed": (draw.cell_hashes(Stream.SET_NOISE, rows) >> np.uint64(1)).astype(np.int64),
+        }
+        if self.unique_batches:
+            arrays["batch_idx"] = self._batch_index[batch if self.mix_technical_batches else batch[:, 0]]
+        result: dict[str, Any] = {
+            name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()
+        }
+        return {**result, "num_tokens": tokens.size}
+
+    def set_batch_mapping(self, mapping: Mapping[str, int]) -> None:
+        """Let `batch_idx` hold the run's index of each technical batch, instead of the corpus's own."""
+        missing = [name for name in self.unique_batches if name not in mapping]
+        if missing:
+            raise DataError(
+                f"{self.reader.info.path}: the run's map lacks the technical batch {', '.join(missing)}; it "
+                f"has: {', '.join(mapping)}"
+            )
+        self._batch_index = np.array([mapping[name] for name in self.unique_batches], np.int64)
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a model's sizes depend on; the id that hides a value is `vocab_size`."""
+        info = self.reader.info
+        return {
+            "vocab_size": self.tokenizer.num_tokens,
+            "n_bins": self.control_tokenizer.num_tokens,
+            "num_genes": len(self.columns),
+            "num_targets": len(self.targets.target_names),
+            "gene_space": self.columns.space,
+            "value_kind": info.manifest.value_kind,
+            "technical_batch_names": list(self.unique_batches),
+            "target_gene_names": list(self.targets.target_names),
+            "value_tokenizer": self.tokenizer.to_dict(),
+            "control_value_tokenizer": self.control_tokenizer.to_dict(),
+        }
+
+    def fingerprint(self) -> str:
+        """Identify the cells, their sets and how they are tokenized."""
+        content = {"corpus": self.reader.info.fingerprint, "sets": self.sets.digest(), **self._description}
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    def fit(self) -> tuple[ValueTokenizer, ValueTokenizer]:
+        """Return both tokenizers with the mean of some sets' values in each bin as their inverse.
+
+        One tokenizer for both is fitted on perturbed cells and controls together.
+        """
+        sets = np.unique(np.linspace(0, len(self) - 1, _SETS_TO_FIT).astype(np.int64))
+        draw = DrawKey(0, 0, _FIT_EPOCH)
+        _, places = self.sets.draw(sets, draw)
+        cells = self.sets.rows[places]
+        controls = self.controls.draw(self.sets.pairs[places], sets, draw)
+        read = self.reader.read(np.concatenate([cells.reshape(-1), controls.reshape(-1)]))
+        perturbed, control = self._values(read, cells.shape)
+        if self.tokenizer is self.control_tokenizer:
+            fitted = self.tokenizer.fitted(np.concatenate([perturbed.reshape(-1), control.reshape(-1)]))
+            return fitted, fitted
+        return self.tokenizer.fitted(perturbed), self.control_tokenizer.fitted(control)
+
+    def _tokens(
+        self, read: RaggedBatch, shape: tuple[int, ...]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return the tokens of the perturbed cells and of their controls, which `read` holds one after the other."""
+        if self.pooling != "none" or self.tokenizer.strategy == "delta_bins":
+            perturbed, control = self._values(read, shape)
+            return self.tokenizer.encode(perturbed), self.control_tokenizer.encode(control)
+        # Most genes of a cell are zero: only the others are looked up.
+        values = self.transform.apply(read.counts, read.offsets, read.columns["total"])
+        middle = len(read) // 2
+        border = int(read.offsets[middle])
+        if self.tokenizer is self.control_tokenizer:
+            tokens = self.tokenizer.encode(values)
+        else:
+            parts = self.tokenizer.encode(values[:border]), self.control_tokenizer.encode(values[border:])
+            tokens = np.concatenate(parts)
+        table = self.columns.dense(read, tokens, 0, np.int64).reshape(2, *shape, len(self.columns))
+        return table[0], table[1]
+
+    def _values(
+        self, read: RaggedBatch, shape: tuple[int, ...]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return what the two tokenizers are given, pooled and as differences where that is asked for."""
+        values = self.transform.apply(read.counts, read.offsets, read.columns["total"])
+        table = self.columns.dense(read, values, 0, np.float32).reshape(2, *shape, len(self.columns))
+        perturbed, control = table
+        if self.pooling != "none":
+            control = control.mean(axis=1, keepdims=True)
+        if self.pooling == "both":
+            perturbed = perturbed.mean(axis=1, keepdims=True)
+        if self.tokenizer.strategy == "delta_bins":
+            perturbed = perturbed - control
+        return perturbed, control
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Prepare a worker process as the main process is."""
+        self.__dict__.update(state)
+        keep_freed_memory()
+
+
+def perturbation_loader(
+    path: str | Path,
+    *,
+    set_size: int,
+    tokenizer: Mapping[str, Any],
+    control_tokenizer: Mapping[str, Any] | None = None,
+    genes: str | None = None,
+    targets: str = "genes",
+    control_label: str | None = None,
+    pairs: Pairs = "error",
+    pair_separator: str = "+",
+    unknown_targets: UnknownTargets = "error",
+    mix_technical_batches: bool = False,
+    pooling: Pooling = "none",
+    control_match: ControlMatch = "any",
+    min_controls: int = 1,
+    min_cells: int = 1,
+    held_out_genes: Sequence[str] | str = (),
+    held_out_contexts: Sequence[str | Mapping[str, Any]] = (),
+    held_out_combinations: Sequence[Mapping[str, Any]] = (),
+    split_file: str | None = None,
+    split_dataset: str | None = None,
+    split_part: SplitPart = "val",
+    num_workers: int = 0,
+) -> PerturbationSource:
+    """Open a perturbation corpus as a source of sets; `data.perturbation.perturbation_loader` in a config.
+
+    Args:
+        path: folder of the corpus, or an fsspec URL of one (Parquet storage).
+        set_size: perturbed cells of a set, and controls of a set (cells).
+        tokenizer: options of the value tokenizer, `strategy` among them (see `data.value_tokenizers`).
+        control_tokenizer: the same for the controls; needed with `delta_bins`, else None takes `tokenizer`.
+        genes: file with the genes that are the columns of the batches, in its order; None takes all of the corpus.
+        targets: what `target_gene_idx` counts: `genes` (the columns of the batches), `corpus` (the genes that the
+            corpus perturbs, sorted), or a file with a list of genes.
+        control_label: class of `target_gene` that the controls have; None takes the corpus's own.
+        pairs: perturbations of two genes: `error`, `skip` them, or `index` both.
+        pair_separator: what stands between the genes of a pair.
+        unknown_targets: targets that `targets` lacks: `error`, `skip` them, or `index` them as -1.
+        mix_technical_batches: let a set mix the technical batches of its cell type; each cell's control is still
+            matched to the cell's own. False: a set is of one technical batch.
+        pooling: `none`, or replace the `control` cells of a set by their mean, or `both` sides.
+        control_match: the weakest match of controls that is allowed: `both` (technical batch and cell type),
+            `cell_type`, `technical_batch`, or `any`. The best that there is gets taken, in this order.
+        min_controls: controls that a match needs to be taken (cells).
+        min_cells: groups of one perturbation and context with fewer are left out (cells).
+        held_out_genes: target genes that validate, in all contexts, pairs with one of them too; a list, or a file.
+        held_out_contexts: cell types that validate, or tables with `cell_type` and `technical_batch`.
+        held_out_combinations: tables with `target_gene`, `cell_type` and `technical_batch`, of names or lists.
+        split_file: TOML split file of cell-load, in place of the three above.
+        split_dataset: data set of the split file that the corpus is; None finds it by the names of the files.
+        split_part: part of the split file that validates: `val` or `test`; the other one is left out.
+        num_workers: processes that prepare batches; 0 leaves it to one background thread.
+    """
+    if type(set_size) is not int or set_size < 1:
+        raise DataError(f"set_size: got {set_size!r}; it must be a whole number of cells, at least 1")
+    for name, number in (("min_controls", min_controls), ("min_cells", min_cells)):
+        if type(number) is not int or number < 1:
+            raise DataError(f"{name}: got {number!r}; it must be a whole number, at least 1")
+    for name, word, allowed in (
+        ("pooling", pooling, get_args(Pooling)),
+        ("control_match", control_match, get_args(ControlMatch)),
+    ):
+        if word not in allowed:
+            raise DataError(f"{name} is {word!r}; it must be {' | '.join(allowed)}")
+    if pooling == "both" and mix_technical_batches:
+        raise DataError("pooling: both makes one row of a set, which must then be of one technical batch; leave "
+                        "mix_technical_batches away")  # fmt: skip
+    info = open_corpus(path)
+    columns = GeneColumns(info, genes)
+    built, built_control, transform, fits = _tokenizers(info, tokenizer, control_tokenizer, pooling)
+    known = read_targets(
+        info,
+        columns=columns.space,
+        targets=targets,
+        control_label=control_label,
+        pairs=pairs,
+        pair_separator=pair_separator,
+        unknown_targets=unknown_targets,
+    )
+    labels = _read_labels(info)
+    groups, group_of, rows = _groups(info, labels, known)
+    parts, notices = split_groups(
+        groups,
+        known,
+        info,
+        held_out_genes=held_out_genes,
+        held_out_contexts=held_out_contexts,
+        held_out_combinations=held_out_combinations,
+        split_file=split_file,
+        split_dataset=split_dataset,
+        split_part=split_part,
+    )
+    is_control = np.flatnonzero(labels.perturbation == known.control)
+    if not len(is_control):
+        raise DataError(f"{info.path}: no cell is a control; their label is {known.names[known.control]!r}")
+    controls = ControlCells(
+        is_control,
+        labels.cell_type[is_control],
+        labels.technical_batch[is_control],
+        num_cell_types=len(groups.cell_types),
+        num_batches=len(groups.technical_batches),
+        min_controls=min_controls,
+    )
+    description = {
+        "set_size": set_size,
+        "tokenizers": [dict(tokenizer), None if control_tokenizer is None else dict(control_tokenizer)],
+        "genes": columns.space.sha256,
+        "targets": known.indices.tolist(),
+        "mix_technical_batches": mix_technical_batches,
+        "pooling": pooling,
+        "controls": [known.names[known.control], control_match, min_controls],
+    }
+    reader_columns = ["total"]
+    sources: dict[Part, PerturbationSource] = {}
+    notices = [*known.notices, *columns.notices, *notices]
+    for part in (Part.TRAINING, Part.VALIDATION):
+        chosen = parts[group_of] == part
+        if not chosen.any():
+            continue
+        name = "training" if part == Part.TRAINING else "validation"
+        sets, dropped = _number_sets(
+            labels, rows[chosen], controls, set_size, min_cells, is_mixed=mix_technical_batches
+        )
+        if dropped:
+            notices.append(
+                f"{name}: {dropped} groups of fewer than {min_cells} cells are left out (min_cells)"
+            )
+        if sets is None:
+            continue
+        controls.check(sets.pairs, control_match, (groups.cell_types, groups.technical_batches))
+        notices.append(
+            f"{name}: {len(sets)} sets of {set_size} in an epoch, from {len(sets.rows)} cells of "
+            f"{len(np.unique(sets.perturbation))} perturbations; {controls.account(sets.pairs)}"
+        )
+        sources[part] = PerturbationSource(
+            open_reader(info, reader_columns), sets, controls, known, columns, built, built_control, transform,
+            description=description, pooling=pooling, mix_technical_batches=mix_technical_batches,
+            num_workers=num_workers, is_validation=part == Part.VALIDATION,
+        )  # fmt: skip
+    if Part.TRAINING not in sources:
+        raise DataError(f"{info.path}: no set is left to train on; {'; '.join(notices)}")
+    source = sources[Part.TRAINING]
+    source.notices = notices
+    source.validation = sources.get(Part.VALIDATION)
+    if any(fits):
+        fitted = source.fit()
+        for each in sources.values():
+            each.tokenizer = fitted[0] if fits[0] else each.tokenizer
+            each.control_tokenizer = fitted[1] if fits[1] else each.control_tokenizer
+    return source
+
+
+def _tokenizers(
+    info: CorpusInfo, tokenizer: Mapping[str, Any], control_tokenizer: Mapping[str, Any] | None, pooling: str
+) -> tuple[ValueTokenizer, ValueTokenizer, ExpressionTransform, tuple[bool, bool]]:
+    """Build the tokenizers of perturbed cells and of controls, which see the same transform."""
+    kind = info.manifest.value_kind
+    built, transform, is_fitted = build_value_tokenizer(tokenizer, value_kind=kind)
+    built_control, control_transform, control_is_fitted = built, transform, is_fitted
+    if control_tokenizer is not None:
+        built_control, control_transform, control_is_fitted = build_value_tokenizer(
+            control_tokenizer, value_kind=kind, where="control_tokenizer"
+        )
+    if built_control.strategy == "delta_bins":
+        raise DataError(
+            "control_tokenizer: tokenizer.strategy delta_bins is for differences from the controls, whose own values "
+            "need another one; set control_tokenizer: {strategy: log_bins}"
+        )
+    if control_transform != transform:
+        raise DataError(
+            "control_tokenizer: normalize, target_sum and log1p must be those of tokenizer (and counts has none), "
+            "because the two sides are compared"
+        )
+    for name, pooled, each in (
+        ("tokenizer", pooling == "both", built),
+        ("control_tokenizer", pooling != "none", built_control),
+    ):
+        if pooled and each.strategy == "counts":
+            raise DataError(f"{name}: the mean of counts is no count; use log_bins with pooling: {pooling}")
+    return built, built_control, transform, (is_fitted, control_is_fitted)
+
+
+def _read_labels(info: CorpusInfo) -> _Labels:
+    """Read the labels of all cells; 4 bytes a cell and column."""
+    if "target_gene" not in info.columns:
+        raise DataError(
+            f"{info.path}: the corpus has no column target_gene; convert the files with --obs target_gene=COLUMN"
+        )
+    names = ["target_gene", "cell_type", "technical_batch"]
+    present = [name for name in names if name in info.columns]
+    for name in present:
+        info.class_names(name)
+    table = open_columns(info, [*present, "source"])
+    arrays = {name: np.zeros(info.num_cells, np.int32) for name in [*names, "source"]}
+    for start in range(0, info.num_cells, _ROWS_AT_ONCE):
+        rows = np.arange(start, min(start + _ROWS_AT_ONCE, info.num_cells))
+        for name, values in table.gather(rows).items():
+            arrays[name][rows] = cast(NDArray[Any], values)
+    return _Labels(*arrays.values())
+
+
+def _groups(
+    info: CorpusInfo, labels: _Labels, targets: PerturbationTargets
+) -> tuple[CellGroups, NDArray[np.int64], NDArray[np.int64]]:
+    """Return the groups of perturbed cells that take part, and the group of each of these cells with its row."""
+    rows = np.flatnonzero(targets.is_used[labels.perturbation])
+    if not len(rows):
+        raise DataError(
+            f"{info.path}: no perturbed cell is left; {'; '.join(targets.notices) or 'all are controls'}"
+        )
+    names = {
+        name: list(info.class_names(name)) if name in info.columns else [f"no {name}"]
+        for name in ("cell_type", "technical_batch")
+    }
+    sizes = (len(targets.names), len(names["cell_type"]), len(names["technical_batch"]))
+    # One number for the labels of a cell, which sorts faster than four.
+    shape = (*sizes, int(labels.source.max()) + 1)
+    codes, group_of = np.unique(
+        np.ravel_multi_index([each[rows] for each in labels], shape), return_inverse=True
+    )
+    perturbation, cell_type, batch, source = np.unravel_index(codes, shape)
+    groups = CellGroups(perturbation, cell_type, batch, source, names["cell_type"], names["technical_batch"])
+    return groups, group_of, rows
+
+
+def _number_sets(
+    labels: _Labels,
+    rows: NDArray[np.int64],
+    controls: ControlCells,
+    set_size: int,
+    min_cells: int,
+    *,
+    is_mixed: bool,
+) -> tuple[PerturbedSets | None, int]:
+    """Return the sets of these cells, and how many groups have too few cells."""
+    perturbation, cell_type = labels.perturbation[rows], labels.cell_type[rows]
+    batch = labels.technical_batch[rows]
+    pairs = controls.pair(cell_type, batch)
+    keys = [perturbation, cell_type, *([] if is_mixed else [batch])]
+    order = np.lexsort([rows, *reversed(keys)])
+    ordered = np.stack([each[order] for each in keys])
+    is_first = np.append(True, (np.diff(ordered, axis=1) != 0).any(axis=0))
+    group_of = np.cumsum(is_first) - 1
+    is_kept = np.bincount(group_of) >= min_cells
+    dropped = int((~is_kept).sum())
+    order = order[is_kept[group_of]]
+    if not len(order):
+        return None, dropped
+    _, starts, sizes = np.unique(group_of[is_kept[group_of]], return_index=True, return_counts=True)
+    set_starts = np.concatenate([[0], np.cumsum(-(-sizes // set_size))])
+    sets = PerturbedSets(
+        rows=rows[order],
+        pairs=pairs[order],
+        starts=starts.astype(np.int64),
+        sizes=sizes.astype(np.int64),
+        perturbation=perturbation[order][starts].astype(np.int64),
+        set_starts=set_starts.astype(np.int64),
+        set_size=set_size,
+    )
+    return sets, dropped
