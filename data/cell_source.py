@@ -22,7 +22,8 @@ from data.memory import keep_freed_memory
 from data.options import Options
 from data.order import part_masks
 from data.readers import CorpusReader, open_columns, open_reader
-from data.tokenizers import NUM_SPECIAL_TOKENS, Tokenizer, build_tokenizer, complete_options
+from data.tokenizer_options import build_tokenizer, complete_options, fitted_options
+from data.tokenizers import NUM_SPECIAL_TOKENS, Tokenizer
 from data.weighted_order import WeightedOrder
 
 _LABEL_COLUMNS = ("technical_batch", "target_gene")
@@ -148,7 +149,7 @@ class CellSource:
             "value_kind": info.manifest.value_kind,
             "technical_batch_names": list(self.unique_batches),
             "target_gene_names": list(info.class_names("target_gene")) if has_targets else [],
-            "tokenizer_options": complete_options(self.tokenizer, info.manifest.value_kind),
+            "tokenizer_options": complete_options(self.tokenizer, info.gene_space),
             "label_names": names,
             "n_classes": None if names is None else len(names),
         }
@@ -234,10 +235,13 @@ def cell_loader(
         raise DataError(f"layout is {layout!r}; it must be {' | '.join(get_args(Layout))}")
     info = open_corpus(path)
     num_genes = len(info.gene_space)
+    labels = _labels(info, label, label_task)
+    training, validation, notices = _split(info, labels, stratify, val_fraction, split_seed, limit_cells)
     built = build_tokenizer(
-        tokenizer,
+        fitted_options(tokenizer, info, training, split_seed),
         value_kind=info.manifest.value_kind,
         measured=[source.measured_mask(num_genes) for source in info.manifest.sources],
+        genes=info.gene_space,
     )
     if layout != "padded" and built.padding == "max_genes":
         raise DataError(
@@ -255,8 +259,6 @@ def cell_loader(
         )  # fmt: skip
     masks = None if masking is None else build_masking(masking)
     columns = [name for name in _LABEL_COLUMNS if name in info.columns]
-    labels = _labels(info, label, label_task)
-    training, validation, notices = _split(info, labels, stratify, val_fraction, split_seed, limit_cells)
     balanced = None if sampling is None else _sampling(info, sampling)
     description = {
         "tokenizer": dict(tokenizer),
@@ -269,6 +271,9 @@ def cell_loader(
         description["label"] = [labels.column, labels.task, list(labels.names), stratify]
     if sampling is not None:
         description["sampling"] = dict(sampling)
+    if built.gene_medians is not None:
+        description["gene_medians"] = built.gene_medians.tolist()
+        notices = [*notices, _medians_notice(info, built.gene_medians)]
     common: dict[str, Any] = {
         "shuffle_block": shuffle_block,
         "shuffle_window": shuffle_window,
@@ -324,6 +329,14 @@ def _split(
         )
     codes = read_labels(info, labels)
     return stratified_masks(codes, labels.names, val_fraction, split_seed, limit_cells)
+
+
+def _medians_notice(info: CorpusInfo, medians: NDArray[np.float32]) -> str:
+    num_known = int(np.isfinite(medians).sum())
+    return (
+        f"gene_medians: {num_known:,} of the {len(medians):,} genes of {info.path} have a median; the others are left "
+        "out of every cell"
+    )
 
 
 def _sampling(info: CorpusInfo, options: Mapping[str, Any]) -> Sampling:

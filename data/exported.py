@@ -1,7 +1,8 @@
 """The tokenizer of an exported model: which settings turned cells into tokens, and how new cells are given the same.
 
-`cell_tokenizer.json` holds the settings of a run's phases, complete with defaults, `genes.json` the genes that token
-ids stand for, `technical_batches.json` the index of each technical batch.
+`cell_tokenizer.json` holds the settings of a run's phases, complete with defaults and what was fitted to the training
+cells, `genes.json` the genes that token ids stand for, `technical_batches.json` the index of each technical batch,
+`labels.json` the names of the classes of a model that was trained on labels.
 """
 
 import json
@@ -23,14 +24,21 @@ from data.genes import GeneSpace, SourceGenes, looks_like_ensembl, match_genes, 
 from data.h5ad_matrix import MatrixChunk
 from data.hashing import DrawKey
 from data.readers import RaggedBatch
-from data.tokenizers import CLS, MASK, PAD, UNKNOWN, Tokenizer, build_tokenizer, complete_options
+from data.tokenizer_options import build_tokenizer, complete_options
+from data.tokenizers import CLS, MASK, PAD, UNKNOWN, Tokenizer
 
 FORMAT = 1
 TOKENIZER_FILE = "cell_tokenizer.json"
 GENES_FILE = "genes.json"
 TECHNICAL_BATCHES_FILE = "technical_batches.json"
+LABELS_FILE = "labels.json"
 
-CELL_LOADERS = ("data.loader.cell_loader", "data.cell_source.cell_loader")
+CELL_LOADERS = (
+    "data.loader.cell_loader",
+    "data.cell_source.cell_loader",
+    "data.prepared.h5ad_loader",
+    "data.prepared.census_loader",
+)
 HF_LOADER = "data.hf.hf_loader"
 _HF_OPTIONS = ("columns", "vocab_size", "pad_id", "mask_id", "special_ids", "max_length")
 
@@ -46,6 +54,8 @@ class PhaseSettings(NamedTuple):
     arguments: Mapping[str, Any]
     value_kind: str | None
     """What its corpora hold: `counts` or `lognorm`; None where the data does not tell."""
+    tokenizer_options: Mapping[str, Any] | None = None
+    """The complete options of the tokenizer as the run had it; None where its checkpoint does not say them."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class ExportedTokenizer:
     """The genes that token ids stand for: gene i is token 4 + i."""
     technical_batches: dict[str, int]
     """Index of each technical batch that the model knows."""
+    label_names: tuple[str, ...] = ()
+    """Names of the classes that the model tells apart, by index; empty where it was trained without."""
 
     def open_corpus(self, path: str | Path, **arguments: Any) -> CellSource:
         """Open a converted corpus of new cells, which must be over the model's genes.
@@ -166,7 +178,9 @@ class ExportedTokenizer:
         return remap
 
     def _build(self, measured: Sequence[np.ndarray]) -> Tokenizer:
-        return build_tokenizer(self.options, value_kind=self.value_kind, measured=measured)
+        return build_tokenizer(
+            self.options, value_kind=self.value_kind, measured=measured, genes=self.gene_space
+        )
 
 
 def load_tokenizer(folder: str | Path, phase: str | None = None) -> ExportedTokenizer:
@@ -187,45 +201,89 @@ def load_tokenizer(folder: str | Path, phase: str | None = None) -> ExportedToke
             f"{folder}: no {TOKENIZER_FILE} in it; it is written by python -m trainer export, for runs whose loaders "
             "are those of this program"
         )
-    record = _read_json(path)
+    entry = _settings(_read_json(path), phase, str(path))
+    genes = GeneSpace.from_json(_read_json(folder / GENES_FILE), str(folder / GENES_FILE))
+    batches = _read_json(folder / TECHNICAL_BATCHES_FILE)
+    return _tokenizer(entry, genes, batches, load_label_names(folder), str(path))
+
+
+def tokenizer_from_record(
+    record: Any,
+    gene_space: GeneSpace,
+    technical_batches: Mapping[str, int],
+    label_names: Sequence[str],
+    phase: str | None,
+    where: str,
+) -> ExportedTokenizer:
+    """Build the tokenizer that a record describes, which `tokenizer_record` made.
+
+    Args:
+        record: the record.
+        gene_space: the genes that token ids stand for.
+        technical_batches: index of each technical batch that the model knows.
+        label_names: names of the classes that the model tells apart, by index.
+        phase: as for `load_tokenizer`.
+        where: the record's place, for messages.
+    """
+    return _tokenizer(_settings(record, phase, where), gene_space, technical_batches, label_names, where)
+
+
+def _settings(record: Any, phase: str | None, where: str) -> Any:
+    """Return the settings of a phase, which must be those of our own loader."""
     try:
         if record["format"] != FORMAT:
-            raise DataError(f"{path}: format {record['format']!r} is not {FORMAT}, the only one known here")
-        entries = [(tuple(entry["phases"]), entry) for entry in record["settings"]]
-        entry = _chosen(entries, phase, path)
+            raise DataError(f"{where}: format {record['format']!r} is not {FORMAT}, the only one known here")
+        entry = _chosen([(tuple(entry["phases"]), entry) for entry in record["settings"]], phase, where)
         if entry["loader"] not in CELL_LOADERS:
             raise DataError(
-                f"{path}: phase '{entry['phases'][0]}' read cells that were tokenized before, by {entry['loader']}; "
+                f"{where}: phase '{entry['phases'][0]}' read cells that were tokenized before, by {entry['loader']}; "
                 f"prepare new cells the same way ({json.dumps(entry['options'])}) and read them with that loader"
             )
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise _not_settings(where, error) from None
+    return entry
+
+
+def _tokenizer(
+    entry: Any, genes: GeneSpace, batches: Mapping[str, int], label_names: Sequence[str], where: str
+) -> ExportedTokenizer:
+    try:
         tokenizer = ExportedTokenizer(
             tuple(entry["phases"]),
             dict(entry["options"]),
             entry["value_kind"],
-            GeneSpace.from_json(_read_json(folder / GENES_FILE), str(folder / GENES_FILE)),
-            {str(name): int(index) for name, index in _read_json(folder / TECHNICAL_BATCHES_FILE).items()},
+            genes,
+            {str(name): int(index) for name, index in batches.items()},
+            tuple(label_names),
         )
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{path}: not the settings of a tokenizer ({error!r}); export the model again"
-        ) from None
-    build_tokenizer(tokenizer.options, value_kind=tokenizer.value_kind, measured=[], where=str(path))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _not_settings(where, error) from None
+    build_tokenizer(tokenizer.options, value_kind=tokenizer.value_kind, measured=[], genes=genes, where=where)
     return tokenizer
+
+
+def _not_settings(where: str, error: Exception) -> DataError:
+    return DataError(f"{where}: not the settings of a tokenizer ({error!r}); export the model again")
+
+
+def load_label_names(folder: str | Path) -> tuple[str, ...]:
+    """Return the names of the classes of an exported model, by index; empty where it was trained without labels."""
+    path = Path(folder) / LABELS_FILE
+    if not path.exists():
+        return ()
+    names = _read_json(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path}: it must be a list of names; export the model again")
+    return tuple(names)
 
 
 def tokenizer_record(phases: Iterable[PhaseSettings]) -> dict[str, Any] | None:
     """Return what `cell_tokenizer.json` holds, or None where no phase read cells with a loader of ours."""
     settings: list[dict[str, Any]] = []
     for phase in phases:
-        if phase.loader.replace(":", ".") in CELL_LOADERS and phase.value_kind in ("counts", "lognorm"):
-            built = build_tokenizer(phase.arguments["tokenizer"], value_kind=phase.value_kind, measured=[])
-            entry = {
-                "loader": CELL_LOADERS[0],
-                "value_kind": phase.value_kind,
-                "options": complete_options(built, phase.value_kind),
-            }
+        kind = phase.value_kind
+        if phase.loader.replace(":", ".") in CELL_LOADERS and kind in ("counts", "lognorm"):
+            entry = {"loader": CELL_LOADERS[0], "value_kind": kind, "options": _run_options(phase, kind)}
         elif phase.loader.replace(":", ".") == HF_LOADER:
             given = {name: phase.arguments[name] for name in _HF_OPTIONS if name in phase.arguments}
             entry = {"loader": HF_LOADER, "value_kind": None, "options": given}
@@ -240,15 +298,22 @@ def tokenizer_record(phases: Iterable[PhaseSettings]) -> dict[str, Any] | None:
     return {"format": FORMAT, "special_tokens": special, "settings": settings} if settings else None
 
 
-def _chosen(entries: list[tuple[tuple[str, ...], Any]], phase: str | None, path: Path) -> Any:
+def _run_options(phase: PhaseSettings, value_kind: ValueKind) -> dict[str, Any]:
+    """Return the complete options of a phase's tokenizer."""
+    if phase.tokenizer_options is not None:
+        return dict(phase.tokenizer_options)
+    return complete_options(build_tokenizer(phase.arguments["tokenizer"], value_kind=value_kind, measured=[]))
+
+
+def _chosen(entries: list[tuple[tuple[str, ...], Any]], phase: str | None, where: str) -> Any:
     named = "; ".join(", ".join(phases) for phases, _ in entries)
     if phase is not None:
         for phases, entry in entries:
             if phase in phases:
                 return entry
-        raise DataError(f"{path}: no settings of a phase {phase!r}; there are those of: {named}")
+        raise DataError(f"{where}: no settings of a phase {phase!r}; there are those of: {named}")
     if len(entries) != 1:
-        raise DataError(f"{path}: the run's phases differ in their settings; give phase=, one of: {named}")
+        raise DataError(f"{where}: the run's phases differ in their settings; give phase=, one of: {named}")
     return entries[0][1]
 
 

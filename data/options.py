@@ -42,6 +42,19 @@ class Options:
             f"a whole number, at least {minimum}",
         )
 
+    def count_or_none(self, name: str, default: int | None, minimum: int) -> int | None:
+        """Take a whole number, or null."""
+        return self._take(
+            name,
+            default,
+            lambda value: value is None or type(value) is int and value >= minimum,
+            f"a whole number, at least {minimum}",
+        )
+
+    def take_any(self, name: str) -> Any:
+        """Take whatever was given, None where nothing was; the caller checks it."""
+        return self._take(name, None, lambda value: True, "")
+
     def number(
         self, name: str, default: float, low: float, high: float = float("inf"), above: bool = False
     ) -> float:

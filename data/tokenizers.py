@@ -1,33 +1,33 @@
 """Turn cells into gene tokens with expression, a whole ragged batch at a time.
 
-`rank_value` orders a cell's genes by expression, as Geneformer does. `binned_expression` keeps them in the
-order of the gene space and sorts their expression into bins.
+`rank_value` orders a cell's genes by expression, as Geneformer does, with `gene_medians` by expression over the gene's
+median. The other strategies keep them in the order of the gene space: `binned_expression` sorts their expression into
+bins, `continuous_projection` and `gene_embedding` leave it as the transform does (of the latter the model takes its
+gene vectors from a file; a gene without one is a token like the others). Every strategy can have bins beside
+(`n_bins`), for a model that predicts them.
 
-Bins: 0 is zero expression and nothing else; expressed genes take 1 to n_bins - 1. `uniform` cuts [0, max_value]
-into n_bins equal intervals, open below; the lowest one would be bin 0, so its values join bin 1, and those
-beyond max_value the last bin. `per_cell` takes quantiles of the cell's own expressed genes, as scGPT does.
+A cell with more genes than fit keeps the highest expressed ones, or a seeded random choice (`gene_selection`).
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.binning import by_expression, edge_bins, quantile_bins, uniform_bins
 from data.errors import DataError
 from data.hashing import DrawKey, Stream, gene_hash
-from data.options import Options
-from data.ragged import choose_smallest, offsets_of, positions, row_numbers, sort_rows
+from data.ragged import choose_smallest, offsets_of, row_numbers
 from data.readers import RaggedBatch
 
 NUM_SPECIAL_TOKENS = 4
 PAD, UNKNOWN, MASK, CLS = range(NUM_SPECIAL_TOKENS)
 
-STRATEGIES = ("rank_value", "binned_expression")
+Strategy = Literal["rank_value", "binned_expression", "continuous_projection", "gene_embedding"]
+BinningMethod = Literal["uniform", "quantile", "per_cell"]
 FITTED_OPTIONS = ("target_sum", "edges", "gene_medians")
 """Options that may come from the data; a run must go on with the same."""
-_POSITION_BITS = 20
 
 
 class TokenizedCells(NamedTuple):
@@ -68,7 +68,7 @@ class ExpressionTransform:
 class Tokenizer:
     """Hold a tokenizer's options; calling it turns cells into tokens."""
 
-    strategy: Literal["rank_value", "binned_expression"]
+    strategy: Strategy
     max_genes: int
     """Most tokens of a cell, the cls token among them."""
     prepend_cls: bool
@@ -78,12 +78,18 @@ class Tokenizer:
     gene_selection: Literal["top", "random"]
     """Which genes stay when a cell has more than fit: the highest expressed, or a seeded random choice."""
     n_bins: int | None = None
-    """Expression bins of `binned_expression`; None in `rank_value`."""
-    binning_method: Literal["uniform", "per_cell"] = "uniform"
+    """Expression bins, 0 for zero expression among them; None leaves them out."""
+    binning_method: BinningMethod = "uniform"
     max_value: float = 10.0
     """Expression at which the `uniform` bins end."""
+    edges: tuple[float, ...] | None = None
+    """n_bins - 2 values, ascending, between the `quantile` bins."""
     measured: tuple[NDArray[np.int32], ...] | None = None
     """The genes that each source measured, where genes without expression are tokens too."""
+    gene_medians: NDArray[np.float32] | None = None
+    """[genes of the gene space]: what `rank_value` divides expression by; genes without one (NaN) are left out."""
+    is_logarithm: bool = False
+    """Whether the stored values are logarithms, which `gene_medians` apply to after taking these back."""
 
     @property
     def room(self) -> int:
@@ -103,47 +109,79 @@ class Tokenizer:
 
     def __call__(self, cells: RaggedBatch, rows: NDArray[np.int64], draw: DrawKey) -> TokenizedCells:
         """Tokenize the cells of these corpus rows; what is random depends on `draw` and the row alone."""
-        cells = _expressed(cells)
+        cells = self._known(_expressed(cells))
         if not self.prepend_cls and self.measured is None and (np.diff(cells.offsets) == 0).any():
             row = rows[np.diff(cells.offsets) == 0][0]
+            some = "gene" if self.gene_medians is None else "gene that has a median"
             raise DataError(
-                f"row {row}: the cell expresses no gene, so it has no token; set tokenizer.prepend_cls: true or "
+                f"row {row}: the cell expresses no {some}, so it has no token; set tokenizer.prepend_cls: true or "
                 "convert with --min-genes 1"
             )
+        own_bins = None
+        if self.n_bins is not None and self.binning_method == "per_cell":
+            own_bins = quantile_bins(cells.counts, cells.offsets, self.n_bins)
         if self.strategy == "rank_value":
-            return self._rank(cells, rows, draw)
-        return self._bin(cells, rows, draw)
+            return self._rank(cells, own_bins, rows, draw)
+        return self._in_gene_order(cells, own_bins, rows, draw)
 
-    def _rank(self, cells: RaggedBatch, rows: NDArray[np.int64], draw: DrawKey) -> TokenizedCells:
+    def _known(self, cells: RaggedBatch) -> RaggedBatch:
+        """Leave out genes without a median, where medians are used."""
+        if self.gene_medians is None:
+            return cells
+        is_known = np.isfinite(self.gene_medians)[cells.genes]
+        return cells if is_known.all() else _keep(cells, np.flatnonzero(is_known))
+
+    def _rank(
+        self, cells: RaggedBatch, own_bins: NDArray[np.int32] | None, rows: NDArray[np.int64], draw: DrawKey
+    ) -> TokenizedCells:
         if self.gene_selection == "random":
-            cells = _keep(cells, self._chosen_at_random(cells, rows, draw))
-        order, offsets = _by_expression(cells.counts, cells.offsets, self.room)
-        values = self.transform.apply(cells.counts[order], offsets, cells.columns["total"])
-        return TokenizedCells(offsets, cells.genes[order], values, None)
+            chosen = self._chosen_at_random(cells, rows, draw)
+            cells, own_bins = _keep(cells, chosen), None if own_bins is None else own_bins[chosen]
+        order, offsets = by_expression(self._ranked_by(cells), cells.offsets, self.room)
+        counts = cells.counts[order]
+        values = self.transform.apply(counts, offsets, cells.columns["total"])
+        bins = self._bins(values, counts, None if own_bins is None else own_bins[order])
+        return TokenizedCells(offsets, cells.genes[order], values, bins)
 
-    def _bin(self, cells: RaggedBatch, rows: NDArray[np.int64], draw: DrawKey) -> TokenizedCells:
-        assert self.n_bins is not None
+    def _ranked_by(self, cells: RaggedBatch) -> NDArray[Any]:
+        """Return what orders the genes of each cell; what all genes of a cell are scaled by does not matter."""
+        if self.gene_medians is None:
+            return cells.counts
+        values = cells.counts.astype(np.float32)
+        return (np.expm1(values) if self.is_logarithm else values) / self.gene_medians[cells.genes]
+
+    def _in_gene_order(
+        self, cells: RaggedBatch, own_bins: NDArray[np.int32] | None, rows: NDArray[np.int64], draw: DrawKey
+    ) -> TokenizedCells:
         totals = cells.columns["total"]
-        bins = None
-        if self.binning_method == "per_cell":
-            bins = quantile_bins(cells.counts, cells.offsets, self.n_bins)
         if self.measured is None:
             kept = self._fitting(cells, rows, draw)
             if kept is not None:
-                bins = None if bins is None else bins[kept]
+                own_bins = None if own_bins is None else own_bins[kept]
                 cells = _keep(cells, kept)
             genes, counts, offsets = cells.genes, cells.counts, cells.offsets
         else:
             offsets, genes, place = self._with_zeros(cells, rows, draw)
             # Place -1, a gene without expression, finds the zero that is appended.
             counts = np.append(cells.counts, cells.counts.dtype.type(0))[place]
-            bins = None if bins is None else np.append(bins, np.int32(0))[place]
+            own_bins = None if own_bins is None else np.append(own_bins, np.int32(0))[place]
         values = self.transform.apply(counts, offsets, totals)
-        if bins is None:
+        return TokenizedCells(offsets, genes, values, self._bins(values, counts, own_bins))
+
+    def _bins(
+        self, values: NDArray[np.float32], counts: NDArray[Any], own_bins: NDArray[np.int32] | None
+    ) -> NDArray[np.int32] | None:
+        """Return the bin of each token, None without bins; `own_bins` are those of the cell itself."""
+        if self.n_bins is None or own_bins is not None:
+            return own_bins
+        if self.binning_method == "quantile":
+            assert self.edges is not None, "the edges are fitted before cells are tokenized"
+            bins = edge_bins(values, np.array(self.edges, np.float32))
+        else:
             bins = uniform_bins(values, self.n_bins, self.max_value)
-            if self.measured is not None:
-                bins[counts == 0] = 0
-        return TokenizedCells(offsets, genes, values, bins)
+        if self.measured is not None:
+            bins[counts == 0] = 0
+        return bins
 
     def _fitting(
         self, cells: RaggedBatch, rows: NDArray[np.int64], draw: DrawKey
@@ -156,9 +194,7 @@ class Tokenizer:
             return self._chosen_at_random(cells, rows, draw)
         stays = ~np.repeat(is_long, np.diff(cells.offsets))
         inside = np.flatnonzero(~stays)
-        order, _ = _by_expression(
-            cells.counts[inside], offsets_of(np.diff(cells.offsets)[is_long]), self.room
-        )
+        order, _ = by_expression(cells.counts[inside], offsets_of(np.diff(cells.offsets)[is_long]), self.room)
         stays[inside[order]] = True
         return np.flatnonzero(stays)
 
@@ -192,123 +228,6 @@ class Tokenizer:
         return chosen_offsets, genes, place[row_numbers(chosen_offsets) * num_genes + genes]
 
 
-def uniform_bins(values: NDArray[np.float32], n_bins: int, max_value: float) -> NDArray[np.int32]:
-    """Sort the values of expressed genes into equal bins of [0, max_value]; bin 0 stays empty."""
-    scaled = values * np.float32(n_bins / max_value)
-    np.ceil(scaled, out=scaled)
-    scaled -= 1
-    np.clip(scaled, 1, n_bins - 1, out=scaled)
-    return scaled.astype(np.int32)
-
-
-def quantile_bins(counts: NDArray[Any], offsets: NDArray[np.int64], n_bins: int) -> NDArray[np.int32]:
-    """Sort the expressed genes of each cell into bins 1 to n_bins - 1 by quantiles of their own values.
-
-    The bin of x is the number of edges at or below x, the n_bins - 1 edges being the linearly interpolated
-    quantiles 0, 1 / (n_bins - 2), ..., 1. Edge j lies at rank j * (k - 1) / (n_bins - 2) of the k values, and is
-    at or below x exactly when that is not above u, the highest rank of a value equal to x. So whole numbers
-    suffice, equal values share a bin, and scaling or taking logarithms changes nothing.
-    """
-    lengths = np.diff(offsets)
-    order, _ = _by_expression(counts, offsets, int(lengths.max(initial=0)), ascending=True)
-    ordered = counts[order]
-    is_last = np.ones(len(ordered), np.bool_)
-    is_last[:-1] = ordered[1:] != ordered[:-1]
-    is_last[offsets[1:][lengths > 0] - 1] = True
-    ends = np.flatnonzero(is_last)
-    run = np.cumsum(is_last) - is_last
-    starts, steps = np.repeat(offsets[:-1], lengths), np.repeat(np.maximum(lengths - 1, 1), lengths)
-    ranks = ends[run] - starts
-    # A cell with a single value has all edges on it.
-    ranks[np.repeat(lengths == 1, lengths)] = 1
-    bins = np.empty(len(ordered), np.int32)
-    bins[order] = ranks * (n_bins - 2) // steps + 1
-    return bins
-
-
-def build_tokenizer(
-    options: Mapping[str, Any],
-    *,
-    value_kind: Literal["counts", "lognorm"],
-    measured: Sequence[NDArray[np.bool_]],
-    where: str = "tokenizer",
-) -> Tokenizer:
-    """Check a tokenizer's options and build it.
-
-    Args:
-        options: the table in the YAML file; `strategy` decides which others there are.
-        value_kind: what the corpus holds, which decides whether values are normalised.
-        measured: for each source of the corpus a mask of the genes that it measured.
-        where: place of the options in the YAML file.
-    """
-    table = Options(options, where)
-    if "strategy" not in table:
-        table.wrong("strategy", f"missing; it must be one of {', '.join(STRATEGIES)}")
-    strategy = table.choice("strategy", STRATEGIES, "binned_expression")
-    common: dict[str, Any] = {
-        "strategy": strategy,
-        "max_genes": table.count("max_genes", 2048, minimum=2),
-        "prepend_cls": table.flag("prepend_cls", True),
-        "padding": table.choice("padding", ("longest", "max_genes"), "longest"),
-        "transform": _transform(table, value_kind),
-    }
-    selection = table.choice("gene_selection", ("top", "random"), None)
-    if strategy == "rank_value":
-        table.finish()
-        return Tokenizer(**common, gene_selection=selection or "top")
-    binned: dict[str, Any] = {
-        "n_bins": table.count("n_bins", 51, minimum=3),
-        "binning_method": table.choice("binning_method", ("uniform", "per_cell"), "uniform"),
-    }
-    if binned["binning_method"] == "uniform":
-        binned["max_value"] = table.number("max_value", 10.0, low=0, above=True)
-    with_zeros = table.flag("include_zero_genes", False)
-    if with_zeros and selection == "top":
-        table.wrong(
-            "gene_selection", "top has no meaning with include_zero_genes: true; set random or leave it out"
-        )
-    table.finish()
-    genes = tuple(np.flatnonzero(mask).astype(np.int32) for mask in measured) if with_zeros else None
-    default = "random" if with_zeros else "top"
-    return Tokenizer(**common, **binned, gene_selection=selection or default, measured=genes)
-
-
-def complete_options(tokenizer: Tokenizer, value_kind: str) -> dict[str, Any]:
-    """Return the options that build this tokenizer, none left to a default."""
-    options: dict[str, Any] = {
-        name: getattr(tokenizer, name)
-        for name in ("strategy", "max_genes", "prepend_cls", "padding", "gene_selection")
-    }
-    transform = tokenizer.transform
-    options["normalize"] = None if transform.target_sum is None else "library_size"
-    if transform.target_sum is not None:
-        options["target_sum"] = transform.target_sum
-    options["log1p"] = transform.log1p
-    if tokenizer.strategy == "binned_expression":
-        options |= {"n_bins": tokenizer.n_bins, "binning_method": tokenizer.binning_method}
-        if tokenizer.binning_method == "uniform":
-            options["max_value"] = tokenizer.max_value
-        options["include_zero_genes"] = tokenizer.measured is not None
-    return options
-
-
-def _transform(table: Options, value_kind: str) -> ExpressionTransform:
-    """Read the options of the transform; what the corpus holds decides their defaults."""
-    is_counts = value_kind == "counts"
-    normalize = table.choice("normalize", ("library_size", None), "library_size" if is_counts else None)
-    target_sum = table.number("target_sum", 1e4, low=0, above=True)
-    log1p = table.flag("log1p", is_counts)
-    if not is_counts:
-        reason = "the corpus holds log-normalised values already; leave this option out"
-        if normalize is not None:
-            table.wrong("normalize", reason)
-        if log1p:
-            table.wrong("log1p", reason)
-    if normalize is None and "target_sum" in table:
-        table.wrong("target_sum", "nothing is scaled to it without normalize: library_size")
-    return ExpressionTransform(target_sum if normalize is not None else None, log1p)
-
-
 def _expressed(cells: RaggedBatch) -> RaggedBatch:
     """Drop entries that are not positive, which a corpus rarely holds."""
     is_expressed = cells.counts > 0
@@ -321,35 +240,3 @@ def _keep(cells: RaggedBatch, kept: NDArray[np.int64]) -> RaggedBatch:
     """Return the cells with only the genes at these ascending flat positions."""
     offsets = np.searchsorted(kept, cells.offsets)
     return RaggedBatch(offsets, cells.genes[kept], cells.counts[kept], cells.columns)
-
-
-def _by_expression(
-    counts: NDArray[Any], offsets: NDArray[np.int64], limit: int, ascending: bool = False
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Order the genes of each cell by expression, highest first; ties stay in gene order.
-
-    Value and position are packed into one unsigned key, because NumPy sorts those with vector instructions and
-    arguments without. Positive floats compare like their bits.
-
-    Returns:
-        Flat positions of the first `limit` genes of each cell, and the offsets of these.
-    """
-    lengths = np.diff(offsets)
-    local = positions(offsets)
-    if counts.dtype == np.uint16 and lengths.max(initial=0) <= 1 << 16:
-        bits, kind, shift = counts.astype(np.uint32), np.uint32, 16
-    else:
-        if lengths.max(initial=0) > 1 << _POSITION_BITS:
-            raise DataError(
-                f"a cell with {lengths.max()} genes cannot be ranked; {1 << _POSITION_BITS} is the limit"
-            )
-        bits = counts.view(np.uint32) if counts.dtype == np.float32 else counts
-        bits, kind, shift = bits.astype(np.uint64), np.uint64, _POSITION_BITS
-    top = kind((1 << 16) - 1 if kind is np.uint32 else (1 << 32) - 1)
-    keys = (bits if ascending else top - bits) << kind(shift)
-    keys |= local.astype(kind)
-    ordered = (sort_rows(keys, offsets) & kind((1 << shift) - 1)).astype(np.int64)
-    ordered += np.repeat(offsets[:-1], lengths)
-    if lengths.max(initial=0) <= limit:
-        return ordered, offsets
-    return ordered[local < limit], offsets_of(np.minimum(lengths, limit))

@@ -21,9 +21,9 @@ from torch import nn
 from toy import ToyConfig, ToyModel
 
 from data.errors import DataError
-from data.exported import PhaseSettings, complete_options, load_tokenizer, tokenizer_record
+from data.exported import PhaseSettings, load_tokenizer, tokenizer_record
 from data.loader import DrawKey, cell_loader
-from data.tokenizers import build_tokenizer
+from data.tokenizer_options import build_tokenizer, complete_options
 from models.encoder import EncoderConfig, MaskedCellEncoder
 from models.errors import ModelError
 from models.pretrained import ModelDescription, from_pretrained, save_pretrained
@@ -116,7 +116,7 @@ def left_over(folder):
 def test_an_export_computes_what_the_trained_model_computes(run, exported):
     trained = load_trained(open_checkpoint(newest(run))).model
     loaded = MaskedCellEncoder.from_pretrained(exported)
-    batch = export_probe.encoder_probe(trained, seed=7)
+    batch = export_probe.made_up_batch(trained, seed=7)
     one, two = (export_probe.answer(model, "logits", batch, None) for model in (trained, loaded))
     assert {"hidden", "gene_logits", "value_logits", "embedding"} == one.keys()
     assert export_probe.differences(one, two) == [] and not loaded.training
@@ -129,7 +129,7 @@ def test_the_weights_are_those_of_the_checkpoint(run, exported):
 
 def test_the_gene_head_uses_the_token_embedding_after_loading(exported):
     model = MaskedCellEncoder.from_pretrained(exported)
-    batch = export_probe.encoder_probe(model)
+    batch = export_probe.made_up_batch(model)
     before = model(batch).gene_logits
     rare = max(
         set(range(4, 44)) - set(batch["tokens"].flatten().tolist()) - set(batch["labels"].flatten().tolist())
@@ -169,7 +169,7 @@ def test_a_weight_that_is_lost_stops_the_export(home, run, monkeypatch):
 def test_a_batch_is_made_up_for_every_kind_of_encoder(changes):
     arguments = {"vocab_size": 9, "hidden_dim": 16, "num_layers": 1, "num_heads": 2, "max_seq_len": 5}
     model = MaskedCellEncoder(EncoderConfig(**arguments | changes)).eval()
-    batch = export_probe.encoder_probe(model)
+    batch = export_probe.made_up_batch(model)
     assert batch["tokens"].shape == (4, 5) and batch["masked_index"].numel() >= 4
     assert all(
         tensor.isfinite().all() for tensor in export_probe.answer(model, "logits", batch, None).values()
@@ -600,11 +600,14 @@ def test_phases_that_differ_keep_their_own_settings(copy):
         {"strategy": "binned_expression", "max_value": 8, "prepend_cls": False, "padding": "max_genes"},
         {"strategy": "binned_expression", "include_zero_genes": True, "log1p": False},
         {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": 9},
+        {"strategy": "binned_expression", "binning_method": "quantile", "n_bins": 4, "edges": [0.1, 2.5]},
+        {"strategy": "continuous_projection", "n_bins": 7, "include_zero_genes": True},
+        {"strategy": "gene_embedding", "max_genes": 30},
     ],
 )
 def test_complete_options_build_the_same_tokenizer(options, value_kind):
     built = build_tokenizer(options, value_kind=value_kind, measured=[])
-    complete = json.loads(json.dumps(complete_options(built, value_kind)))
+    complete = json.loads(json.dumps(complete_options(built)))
     assert options.items() <= complete.items()
     assert build_tokenizer(complete, value_kind=value_kind, measured=[]) == built
 

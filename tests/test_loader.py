@@ -11,7 +11,7 @@ import torch
 from data.errors import DataError
 from data.loader import CellSource, DrawKey, MicroBatch, StepLoader, cell_loader
 from data.order import GlobalOrder
-from data.tokenizers import complete_options
+from data.tokenizer_options import complete_options
 from tests.corpora import Cells, file_server, make_cells, write_corpus
 
 NUM_GENES = 80
@@ -262,7 +262,7 @@ def test_facts_are_what_a_model_needs(source: CellSource):
         "value_kind": "counts",
         "technical_batch_names": ["lane-a", "lane-b", "lane-c"],
         "target_gene_names": ["non-targeting", "GENE1"],
-        "tokenizer_options": complete_options(source.tokenizer, "counts"),
+        "tokenizer_options": complete_options(source.tokenizer),
         "label_names": None,
         "n_classes": None,
     }

@@ -1,19 +1,25 @@
 import numpy as np
 import pytest
 
+from data.cell_source import cell_loader
 from data.errors import DataError
 from data.hashing import DrawKey
 from data.ragged import choose_smallest, offsets_of
 from data.readers import RaggedBatch
-from data.tokenizers import TokenizedCells, Tokenizer, build_tokenizer
+from data.tokenizer_options import build_tokenizer
+from data.tokenizers import TokenizedCells, Tokenizer
+from tests.corpora import gene_space, make_cells, write_corpus
 
 DRAW = DrawKey(seed=1, phase=0, epoch=0)
 NUM_GENES = 60
 
 
+QUANTILE = {"strategy": "binned_expression", "binning_method": "quantile", "n_bins": 5}
+
+
 def make(options: dict, value_kind: str = "counts", measured: list[np.ndarray] | None = None) -> Tokenizer:
     masks = [np.ones(NUM_GENES, bool)] if measured is None else measured
-    return build_tokenizer(options, value_kind=value_kind, measured=masks)
+    return build_tokenizer(options, value_kind=value_kind, measured=masks, genes=gene_space(NUM_GENES))
 
 
 def cells_of(
@@ -234,6 +240,178 @@ def test_zero_genes_are_chosen_at_random_to_fit(method: str):
     assert not np.array_equal(again.genes, tokens.genes)
 
 
+@pytest.mark.parametrize("strategy", ["continuous_projection", "gene_embedding"])
+def test_strategies_without_bins_keep_the_order_of_genes_and_the_values(strategy: str):
+    cells = random_cells(30)
+    tokens = tokenize(make({"strategy": strategy, "max_genes": 12}), cells)
+    binned = tokenize(make({"strategy": "binned_expression", "max_genes": 12}), cells)
+    assert tokens.bins is None
+    assert np.array_equal(tokens.genes, binned.genes)
+    assert np.array_equal(tokens.values, binned.values)
+    assert all((np.diff(row) > 0).all() for row in split(tokens, "genes"))
+
+
+@pytest.mark.parametrize("strategy", ["rank_value", "continuous_projection", "gene_embedding"])
+@pytest.mark.parametrize("method", ["uniform", "per_cell", "quantile"])
+def test_every_strategy_can_have_the_bins_of_binned_expression(strategy: str, method: str):
+    cells = random_cells(30)
+    options = {"n_bins": 5, "binning_method": method, "max_genes": 12}
+    options |= {"edges": [5.0, 6.0, 7.0]} if method == "quantile" else {}
+    tokens = tokenize(make({"strategy": strategy, **options}), cells)
+    binned = tokenize(make({"strategy": "binned_expression", **options}), cells)
+    assert tokens.bins is not None and binned.bins is not None
+    for row in range(30):
+        mine, theirs = (slice(*each.offsets[row : row + 2]) for each in (tokens, binned))
+        pairs = [
+            sorted(zip(each.genes[part].tolist(), each.bins[part].tolist(), strict=True))
+            for each, part in ((tokens, mine), (binned, theirs))
+        ]
+        assert pairs[0] == pairs[1]
+
+
+@pytest.mark.parametrize("method", ["quantile", "per_cell"])
+def test_continuous_projection_can_show_genes_without_expression(method: str):
+    options = {"n_bins": 4, "binning_method": method, "include_zero_genes": True, "max_genes": 40}
+    options |= {"edges": [0.5, 5.0]} if method == "quantile" else {}
+    tokens = tokenize(make({"strategy": "continuous_projection", **options}), random_cells(20))
+    assert tokens.bins is not None
+    assert np.array_equal(tokens.bins == 0, tokens.values == 0)
+    assert (tokens.values == 0).any()
+
+
+def test_quantile_bins_count_the_edges_below_a_value():
+    cells = cells_of({gene: gene + 1 for gene in range(8)}, total=[100])
+    options = {**QUANTILE, "edges": [2, 4, 4], "normalize": None, "log1p": False}
+    tokens = tokenize(make(options), cells)
+    assert tokens.bins is not None
+    assert tokens.bins.tolist() == [1, 1, 2, 2, 4, 4, 4, 4]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "corpus", make_cells(400, NUM_GENES, 20), NUM_GENES)
+
+
+def test_quantile_edges_are_fitted_to_the_training_cells_alone(corpus):
+    options = {**QUANTILE, "n_bins": 6, "max_genes": NUM_GENES + 1}
+    source = cell_loader(corpus, tokenizer=options, val_fraction=0.5)
+    assert source.row_mask is not None and source.validation is not None
+    edges = source.facts()["tokenizer_options"]["edges"]
+    values = source.fetch_unmasked(np.flatnonzero(source.row_mask), DRAW)["values"].numpy()
+    expected = np.quantile(values[values > 0].astype(np.float64), np.arange(1, 5) / 5)
+    assert edges == pytest.approx(expected, abs=1e-6)
+    counts = np.bincount(source.fetch_unmasked(np.flatnonzero(source.row_mask), DRAW)["bins"].flatten())[1:]
+    assert counts.min() / counts.max() > 0.8
+    assert source.validation.facts()["tokenizer_options"]["edges"] == edges
+
+
+def test_fitting_again_gives_the_same_edges_and_other_cells_others(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.tokenizer_options.CELLS_FITTED", 100)
+
+    def edges(**options) -> list[float]:
+        return cell_loader(corpus, tokenizer=QUANTILE, **options).facts()["tokenizer_options"]["edges"]
+
+    assert edges() == edges()
+    assert edges(split_seed=1) != edges()
+
+
+def test_fitted_edges_are_options_that_are_not_fitted_again(corpus, tmp_path):
+    first = cell_loader(corpus, tokenizer=QUANTILE)
+    options = first.facts()["tokenizer_options"]
+    other = write_corpus(tmp_path / "other", make_cells(50, NUM_GENES, 9, seed=5), NUM_GENES)
+    assert cell_loader(other, tokenizer=options).facts()["tokenizer_options"] == options
+    assert cell_loader(other, tokenizer=QUANTILE).facts()["tokenizer_options"] != options
+
+
+def test_a_target_sum_of_null_is_the_median_of_the_training_cells(corpus):
+    source = cell_loader(corpus, tokenizer={"strategy": "rank_value", "target_sum": None}, val_fraction=0.3)
+    assert source.row_mask is not None
+    totals = source.reader.read(np.flatnonzero(source.row_mask)).columns["total"]
+    assert source.facts()["tokenizer_options"]["target_sum"] == np.median(totals)
+
+
+MEDIANS = {f"GENE{gene}": 0.5 + gene % 7 for gene in range(40)}
+
+
+def ranked_by_hand(cell: dict[int, float]) -> list[int]:
+    known = [gene for gene in sorted(cell) if gene < 40]
+    return sorted(known, key=lambda gene: -np.float32(cell[gene]) / np.float32(MEDIANS[f"GENE{gene}"]))
+
+
+@pytest.mark.parametrize("kind", ["counts", "lognorm"])
+def test_ranks_over_medians_are_those_of_geneformer(kind: str):
+    rng = np.random.default_rng(3)
+    raw = [
+        {int(gene): int(rng.integers(1, 99)) for gene in rng.choice(NUM_GENES, 30, False)} for _ in range(20)
+    ]
+    tokenizer = make({"strategy": "rank_value", "gene_medians": MEDIANS, "max_genes": 11}, kind)
+    if kind == "counts":
+        cells = cells_of(*raw)
+    else:
+        cells = cells_of(
+            *({gene: np.log1p(count) for gene, count in cell.items()} for cell in raw), dtype=np.float32
+        )
+    tokens = tokenize(tokenizer, cells)
+    for row, cell in zip(split(tokens, "genes"), raw, strict=True):
+        scores = [cell[gene] / MEDIANS[f"GENE{gene}"] for gene in row]
+        expected = [cell[gene] / MEDIANS[f"GENE{gene}"] for gene in ranked_by_hand(cell)[:10]]
+        assert scores == pytest.approx(expected, rel=1e-5)
+
+
+def test_medians_change_the_order_and_not_the_values():
+    cells = random_cells(20)
+    plain = tokenize(make({"strategy": "rank_value"}), cells)
+    ranked = tokenize(
+        make({"strategy": "rank_value", "gene_medians": {f"GENE{g}": 1 + g for g in range(60)}}), cells
+    )
+    assert split(plain, "genes") != split(ranked, "genes")
+    for row in range(20):
+        before, after = (
+            dict(zip(split(each, "genes")[row], split(each, "values")[row], strict=True))
+            for each in (plain, ranked)
+        )
+        assert before == after
+
+
+@pytest.mark.parametrize("name", ["m.json", "m.tsv", "m.csv"])
+def test_medians_are_read_from_a_file_and_kept_in_the_options(tmp_path, corpus, name: str):
+    path = tmp_path / name
+    separator = "," if name.endswith(".csv") else "\t"
+    lines = [separator.join(["gene", "median"]), *(f"{gene}{separator}{m}" for gene, m in MEDIANS.items())]
+    path.write_text(str(MEDIANS).replace("'", '"') if name.endswith(".json") else "\n".join(lines))
+    source = cell_loader(corpus, tokenizer={"strategy": "rank_value", "gene_medians": str(path)})
+    assert source.facts()["tokenizer_options"]["gene_medians"] == MEDIANS
+    assert source.notices == [
+        f"gene_medians: 40 of the 60 genes of {corpus} have a median; the others are left out of every cell"
+    ]
+    path.unlink()
+    again = cell_loader(corpus, tokenizer=source.facts()["tokenizer_options"])
+    assert (again.fetch(np.arange(9), DRAW)["tokens"] == source.fetch(np.arange(9), DRAW)["tokens"]).all()
+
+
+@pytest.mark.parametrize(
+    ("medians", "message"),
+    [
+        ({"GENE1": 0}, r"a median must be a number above 0; 1 are not, such as GENE1 \(0\)"),
+        ({"TP53": 1.0}, r"none of its 1 genes \(TP53\) is among the data's \(GENE0, GENE1, GENE2\)"),
+        ("absent.tsv", "absent.tsv cannot be read as text"),
+        (7, "got int; it must be the path of a file"),
+    ],
+)
+def test_wrong_medians_are_named(medians, message: str):
+    with pytest.raises(DataError, match=message):
+        make({"strategy": "rank_value", "gene_medians": medians})
+
+
+def test_a_pickle_of_medians_is_never_read(tmp_path):
+    import pickle
+
+    path = tmp_path / "gene_median_dictionary.pkl"
+    path.write_bytes(pickle.dumps({"GENE1": 1.0, "x": b"\xff" * 9}))
+    with pytest.raises(DataError, match="never unpickled"):
+        make({"strategy": "rank_value", "gene_medians": str(path)})
+
+
 def test_entries_that_are_not_expressed_are_dropped():
     cells = cells_of({0: 0, 1: 2, 2: 0}, {5: 1})
     tokens = tokenize(make({"strategy": "binned_expression"}), cells)
@@ -257,15 +435,21 @@ def test_the_cls_token_takes_one_place():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"strategy": "gene_embedding"}, "strategy: got 'gene_embedding'; it must be rank_value | binned_expression"),
-        ({"strategy": "continuous_projection"}, "rank_value | binned_expression"),
+        ({"strategy": "gene2vec"}, "strategy: got 'gene2vec'; it must be rank_value | binned_expression | continuous"),
         ({}, "strategy: missing; it must be one of rank_value, binned_expression"),
-        ({"strategy": "rank_value", "n_bins": 51}, "n_bins: not an option here; there are: strategy, max_genes"),
+        ({"strategy": "rank_value", "max_value": 9}, "max_value: there are no bins without n_bins"),
+        ({"strategy": "continuous_projection", "binning_method": "per_cell"}, "binning_method: there are no bins with"),
+        ({"strategy": "binned_expression", "n_bins": None}, "n_bins: got None; binned_expression needs a whole"),
+        ({"strategy": "binned_expression", "edges": [1, 2]}, "edges: not an option here"),
+        ({**QUANTILE, "edges": [1, 2]}, "edges: they must be n_bins - 2 = 3 ascending numbers"),
+        ({**QUANTILE, "edges": [1, 3, 2]}, "edges: they must be n_bins - 2 = 3 ascending numbers"),
+        ({"strategy": "rank_value", "target_sum": None}, "target_sum: null stands for the median of the training"),
+        ({"strategy": "binned_expression", "gene_medians": {"GENE1": 1}}, "gene_medians: not an option here"),
         ({"strategy": "rank_value", "include_zero_genes": True}, "include_zero_genes: not an option here"),
         ({"strategy": "binned_expression", "n_bins": 2}, "n_bins: got 2; it must be a whole number, at least 3"),
         ({"strategy": "binned_expression", "n_bins": True}, "n_bins: got True"),
         ({"strategy": "binned_expression", "max_value": 0}, "max_value: got 0; it must be a number above 0"),
-        ({"strategy": "binned_expression", "binning_method": "quantile"}, "must be uniform | per_cell"),
+        ({"strategy": "binned_expression", "binning_method": "deciles"}, "must be uniform | quantile | per_cell"),
         ({"strategy": "binned_expression", "binning_method": "per_cell", "max_value": 9}, "max_value: not an option"),
         ({"strategy": "rank_value", "max_genes": "many"}, "max_genes: got 'many'"),
         ({"strategy": "rank_value", "normalize": "median"}, "normalize: got 'median'; it must be library_size | null"),

@@ -28,18 +28,20 @@ from torch import nn
 
 from data.exported import (
     GENES_FILE,
+    LABELS_FILE,
     TECHNICAL_BATCHES_FILE,
     TOKENIZER_FILE,
     PhaseSettings,
     tokenizer_record,
 )
 from data.genes import GeneSpace
-from models.encoder import MaskedCellEncoder
+from models.fine_tuned import FineTunedModel
 from models.pretrained import (
     CONFIG_FILE,
     FORMAT,
     ModelDescription,
     config_fields,
+    describe,
     is_json,
     save_pretrained,
     signature_defaults,
@@ -61,6 +63,8 @@ from trainer.shards import full_weights
 
 CARD_FILE = "README.md"
 _PACKAGES = ("cellphase", "torch", "safetensors")
+_MERGED_TOLERANCE = 1e-4
+"""Relative to the largest: a merged matrix rounds once, where a correction is rounded apart."""
 _NOT_METRICS = WALL_CLOCK_FIELDS | {"kind", "global_step", "phase", "phase_step", "epoch", "cells"}
 
 
@@ -77,8 +81,8 @@ class Trained:
 
     @property
     def is_ours(self) -> bool:
-        """Whether a batch can be made up for the model: it is one of our encoders."""
-        return isinstance(self.model, MaskedCellEncoder)
+        """Whether a batch can be made up for the model: it is one of ours."""
+        return export_probe.is_known(self.model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +130,7 @@ def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> list[str]
     """
     out = Path(os.path.abspath(out))
     check_free(out, overwrite)
-    trained = load_trained(find_checkpoint(checkpoint))
+    trained = without_lora(load_trained(find_checkpoint(checkpoint)))
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -173,12 +177,41 @@ def load_trained(saved: SavedCheckpoint) -> Trained:
             "run for one step and export the checkpoint that this writes"
         )
     genes = GeneSpace.from_json(saved.text(GENES_FILE)) if saved.has(GENES_FILE) else None
-    facts = DataFacts(state["technical_batches"], state["n_technical_batches"], genes, state["sizes"])
+    facts = DataFacts(
+        state["technical_batches"],
+        state["n_technical_batches"],
+        genes,
+        state["sizes"],
+        tuple(state.get("label_names", ())),
+        state.get("tokenizer_options", {}),
+    )
     # The layers of an export are plain ones, whose weights are the same: it is to run where there is no FP8.
     config = config.model_copy(update={"precision": None, "fp8": None} if config.precision == "fp8" else {})
     model = build_model(config, facts)
     load_weights(model, full_weights(saved), str(saved.folder))
     return Trained(saved, config, facts, state, model.eval())
+
+
+def without_lora(trained: Trained) -> Trained:
+    """Return the trained model with its LoRA corrections added to the weights that they correct, if it has any.
+
+    Raises:
+        UserError: it does not compute the same then.
+    """
+    model = trained.model
+    if not isinstance(model, FineTunedModel) or model.config.lora is None:
+        return trained
+    merged = model.merged().eval()
+    batch = export_probe.made_up_batch(model)
+    ours, theirs = (export_probe.answer(each, "logits", batch, None) for each in (model, merged))
+    for name, answer in ours.items():
+        difference, size = float((answer - theirs[name]).abs().max()), float(answer.abs().max())
+        if not difference <= _MERGED_TOLERANCE * size:
+            raise UserError(
+                f"{trained.saved.folder}: with its LoRA corrections merged the model computes another {name}, off by "
+                f"{difference:.3g} where the largest is {size:.3g}; nothing was written"
+            )
+    return dataclasses.replace(trained, model=merged)
 
 
 def write_folder(trained: Trained, folder: Path) -> None:
@@ -188,18 +221,34 @@ def write_folder(trained: Trained, folder: Path) -> None:
     _write_json(folder / TECHNICAL_BATCHES_FILE, trained.facts.technical_batches)
     if saved.has(GENES_FILE):
         shutil.copyfile(saved.folder / GENES_FILE, folder / GENES_FILE)
-    kinds = trained.state.get("value_kinds", {})
-    record = tokenizer_record(
-        PhaseSettings(phase.name, phase.dataloader_factory, phase.dataloader_args, kinds.get(phase.name))
-        for phase in trained.config.datasets
-    )
+    record = tokenizer_settings(trained)
     if record is not None:
         _write_json(folder / TOKENIZER_FILE, record)
+    if trained.state.get("label_names"):
+        _write_json(folder / LABELS_FILE, trained.state["label_names"])
+
+
+def tokenizer_settings(trained: Trained) -> dict[str, Any] | None:
+    """Return how the run's phases tokenized their cells, as `cell_tokenizer.json` holds it; None: not by ours."""
+    kinds = trained.state.get("value_kinds", {})
+    options = trained.state.get("tokenizer_options", {})
+    return tokenizer_record(
+        PhaseSettings(
+            phase.name,
+            phase.dataloader_factory,
+            phase.dataloader_args,
+            kinds.get(phase.name),
+            options.get(phase.name),
+        )
+        for phase in trained.config.datasets
+    )
 
 
 def describe_run_model(trained: Trained) -> ModelDescription:
     """Return how the run constructed its model, complete with sizes and defaults."""
     config, facts, settings = trained.config, trained.facts, trained.config.model
+    if isinstance(trained.model, FineTunedModel):  # merged, it is no more what the run's arguments make
+        return describe(trained.model)
     factory = resolve(settings.model_class, "model.model_class")
     if settings.config_class is None:
         given = with_data_sizes(factory, settings.model_args, facts, "model.model_args")
@@ -276,8 +325,8 @@ def verify(trained: Trained, folder: Path) -> str:
 
 def _ask(trained: Trained, folder: Path) -> tuple[str, str]:
     """Write the question that fits the model; return its kind, and why it asks for weights alone where it does."""
-    if isinstance(trained.model, MaskedCellEncoder):
-        _write(trained, folder, "logits", export_probe.encoder_probe(trained.model))
+    if trained.is_ours:
+        _write(trained, folder, "logits", export_probe.made_up_batch(trained.model))
         return "logits", ""
     reason = ""
     if "loss" in trained.state:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.tokenizers import FITTED_OPTIONS
+from data.tokenizer_options import FITTED_OPTIONS
 from models.fp8_state import fp8_state, load_fp8_state, merged_fp8_state
 from trainer.checkpoint import CheckpointWriter, SavedCheckpoint
 from trainer.config.load import dump_yaml
