@@ -120,6 +120,35 @@ def from_pretrained(
     return model.to(device).eval()
 
 
+def construct(folder: str | Path, *, trusted_modules: Iterable[str] = ()) -> nn.Module:
+    """Construct the model that a folder describes at random initialisation, in evaluation mode.
+
+    Raises:
+        ModelError: the folder describes no model of this program, or names a class that is not trusted.
+    """
+    description, _ = _read_config(Path(folder))
+    trusted = [OWN_PACKAGE, *trusted_modules]
+    factory = _resolve(description.model_class, "model_class", trusted, Path(folder))
+    return _construct(factory, description, trusted, Path(folder)).eval()
+
+
+def read_folder(folder: str | Path) -> tuple[ModelDescription, dict[str, Tensor]]:
+    """Read what an exported folder holds, without constructing its model: how that is done, and all its weights.
+
+    Raises:
+        ModelError: a file is missing, damaged or of another kind.
+    """
+    folder = Path(folder)
+    description, tied = _read_config(folder)
+    weights = _read_weights(folder / WEIGHTS_FILE)
+    try:
+        return description, {**weights, **{name: weights[kept] for name, kept in tied.items()}}
+    except KeyError as error:
+        raise ModelError(
+            f"{folder}: {CONFIG_FILE} ties a weight to {error}, which {WEIGHTS_FILE} lacks"
+        ) from None
+
+
 def describe(model: nn.Module) -> ModelDescription:
     """Describe a model whose only argument is the dataclass in `model.config`.
 

@@ -93,8 +93,11 @@ class Strategy:
         return norm
 
     def hold_still(self, patterns: Sequence[str]) -> None:
-        """Hold the parameters of these patterns still from here on, and no others."""
+        """Hold the parameters of these patterns still from here on, and no others; tell the model where it asks."""
         self._held.hold(self._groups_of(patterns))
+        tell = getattr(getattr(self.own_module, "model", None), "hold_still", None)
+        if callable(tell):
+            tell(lambda name: matches(name, patterns))
 
     def hold_all(self) -> None:
         """Let steps compute their norm and change nothing."""

@@ -1,27 +1,41 @@
 """Where a fresh run's weights come from: the data's priors, other weights (`init_from`), or an older trainer's file."""
 
+import dataclasses
 import inspect
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data.labels import read_labels
 from data.loader import DrawKey
+from models.errors import ModelError
+from models.fine_tuned import BACKBONES
+from models.lora import plain_name
+from models.pretrained import CONFIG_FILE as EXPORTED_CONFIG
+from models.pretrained import read_folder
 from trainer.checkpoint import list_checkpoints, open_checkpoint
+from trainer.config.load import load_run_config
 from trainer.config.schema import RunConfig
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.phases import DataFacts, Phase
 from trainer.reference_checkpoint import load_reference_checkpoint
 from trainer.run import Run
 from trainer.run_state import check_gene_space, load_weights
 from trainer.shards import full_weights
-from trainer.zero_building import gathered_where_divided
+from trainer.zero_building import gathered_where_divided, whole_shape
 
 PRIOR_CELLS = 4096
 """Training cells of each phase that a model may take its priors from."""
+
+_SHAPELESS = ("num_heads", "activation")
+"""Fields of a model's configuration that decide what its weights compute and that no weight's shape tells."""
 
 
 def initialise_weights(
@@ -29,14 +43,16 @@ def initialise_weights(
 ) -> list[str]:
     """Give a fresh model its starting weights, the same on every rank, and return what was done.
 
-    `init_from` replaces all weights. Otherwise a model with `initialise_from_data(batches)` sees up to
-    `PRIOR_CELLS` training cells of each phase, without masking, once.
+    `init_from` replaces all weights, or those of the backbone of a model that has one. Otherwise a model with
+    `initialise_from_data(batches)` sees up to `PRIOR_CELLS` training cells of each phase, without masking, once. A
+    model that weighs classes is told how many training cells each one has.
     """
+    counted = tell_class_counts(model, phases)
     if config.init_from is not None:
-        return [load_initial_weights(Path(config.init_from), model, facts)]
+        return [*load_initial_weights(Path(config.init_from), model, facts), *counted]
     hook = getattr(model, "initialise_from_data", None)
     if not callable(hook):
-        return []
+        return counted
     arguments: dict[str, Any] = {}
     if "gene_ids" in inspect.signature(hook).parameters:
         arguments["gene_ids"] = None if facts.gene_space is None else facts.gene_space.ids
@@ -45,7 +61,7 @@ def initialise_weights(
     with gathered_where_divided(list(written())):
         account: Any = hook(unmasked_batches(config, phases), **arguments) or {}
     done = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in account.items())
-    return [f"weights started from the data: {done}"] if done else []
+    return [*([f"weights started from the data: {done}"] if done else []), *counted]
 
 
 def unmasked_batches(config: RunConfig, phases: list[Phase]) -> Iterator[dict[str, Any]]:
@@ -57,36 +73,179 @@ def unmasked_batches(config: RunConfig, phases: list[Phase]) -> Iterator[dict[st
         yield from unmasked(PRIOR_CELLS, DrawKey(config.seed, phase.index, 0))
 
 
-def load_initial_weights(path: Path, model: nn.Module, facts: DataFacts) -> str:
-    """Load weights alone from a checkpoint folder, a run folder, a `.safetensors` file or a `.pt` file.
+def tell_class_counts(model: nn.Module, phases: list[Phase]) -> list[str]:
+    """Count the training cells of each class for a model that asks for it, and return what is to be said.
+
+    Raises:
+        ConfigError: no phase reads labels of classes with our loader.
+    """
+    if not getattr(model, "wants_class_counts", False):
+        return []
+    counts: np.ndarray | None = None
+    for phase in phases:
+        source = getattr(phase.loader, "source", None)
+        labels = getattr(source, "labels", None)
+        if source is None or labels is None or labels.task != "classification":
+            continue
+        codes = read_labels(source.reader.info, labels)
+        codes = codes if source.row_mask is None else codes[source.row_mask]
+        found = np.bincount(codes[codes >= 0], minlength=len(labels.names))
+        counts = found if counts is None else counts + found
+    if counts is None:
+        raise ConfigError(
+            "class_weights: balanced needs the classes of the training cells, and no phase reads them: set `label` of "
+            "data.loader.cell_loader, or give the weights as a list"
+        )
+    model.set_class_counts(counts.tolist())  # type: ignore[operator]
+    return [
+        f"classes weighted in inverse proportion to their training cells: {counts.min()} to {counts.max()}"
+    ]
+
+
+class Source(NamedTuple):
+    """Weights to start from, and what they say of themselves."""
+
+    weights: dict[str, Tensor]
+    genes: str | None = None
+    """The `genes.json` that their token ids stand for; None: they do not tell."""
+    model_class: str = ""
+    """Dotted path of the model's class; empty: they do not tell."""
+    config_args: Mapping[str, Any] = {}
+
+
+def load_initial_weights(path: Path, model: nn.Module, facts: DataFacts) -> list[str]:
+    """Load weights alone: of a checkpoint folder, a run folder, an exported folder, a `.safetensors` or a `.pt` file.
+
+    A model with `pretrained_names()` takes those that it names, and everything else of it starts fresh.
 
     Raises:
         CheckpointError: there is no such file, it does not fit the model, or its genes are not the data's.
     """
-    genes: str | None = None
+    source = read_source(path)
+    if source.genes is not None:
+        check_gene_space(source.genes, facts, f"init_from: {path}")
+    if callable(getattr(model, "pretrained_names", None)):
+        said = load_backbone(source, model, facts, f"init_from: {path}")
+    else:
+        load_weights(model, source.weights, f"init_from: {path}")
+        said = [f"weights taken from {path}"]
+    if source.genes is None and facts.gene_space is not None:
+        said.append(
+            f"{path} does not name its genes: that its token ids mean the data's could not be checked"
+        )
+    return said
+
+
+def read_source(path: Path) -> Source:
+    """Read the weights that a path stands for.
+
+    Raises:
+        CheckpointError: there is no such file, or it holds no weights.
+    """
+    if path.is_dir() and (path / EXPORTED_CONFIG).is_file():
+        try:
+            description, weights = read_folder(path)
+        except ModelError as error:
+            raise CheckpointError(f"init_from: {error}") from error
+        genes = path / "genes.json"
+        text = genes.read_text(encoding="utf-8") if genes.is_file() else None
+        return Source(weights, text, description.model_class, description.config_args)
     if path.is_dir():
         folder = path if (path / "manifest.json").is_file() else None
         complete = list_checkpoints(path) if folder is None else []
         if folder is None and not complete:
             raise CheckpointError(
-                f"init_from: {path} is neither a checkpoint nor a run folder with a complete one"
+                f"init_from: {path} is neither a checkpoint, nor a run folder with a complete one, nor an exported "
+                "model"
             )
         saved = open_checkpoint(folder if folder is not None else complete[-1])
-        weights: dict[str, Tensor] = full_weights(saved)
         genes = saved.text("genes.json") if saved.has("genes.json") else None
-    elif not path.is_file():
+        settings = load_run_config(saved.folder / "config.yaml").model
+        return Source(full_weights(saved), genes, settings.model_class, settings.config_args)
+    if not path.is_file():
         raise CheckpointError(f"init_from: {path} does not exist")
-    elif path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
         try:
-            weights = load_file(path)
+            return Source(load_file(path))
         except SafetensorError as error:
             raise CheckpointError(f"init_from: {path} is not a readable safetensors file ({error})") from None
-    else:
-        weights = load_reference_checkpoint(path).model_state_dict
-    if genes is not None:
-        check_gene_space(genes, facts, str(path))
-    load_weights(model, weights, f"init_from: {path}")
-    return f"weights taken from {path}"
+    return Source(load_reference_checkpoint(path).model_state_dict)
+
+
+def load_backbone(source: Source, model: Any, facts: DataFacts, where: str) -> list[str]:
+    """Load the weights of a pretrained model into the backbone of another, strictly; return what is to be said.
+
+    Raises:
+        CheckpointError: a weight is missing, unknown or of another shape, or the pretrained model is another one.
+    """
+    prefix: str = model.pretrained_prefix
+    weights, args = source.weights, source.config_args
+    model_class = source.model_class
+    left_out: Counter[str] = Counter()
+    if any(name.startswith(prefix) for name in weights):  # fine-tuned before: its backbone goes on
+        model_class, args = args.get("backbone_class", ""), args.get("backbone_config", {})
+        if any(plain_name(name) is None for name in weights):
+            raise CheckpointError(
+                f"{where}: it holds LoRA corrections apart from the weights that they correct; export it, which merges "
+                "them, and start from the exported folder"
+            )
+        left_out.update(name.partition(".")[0] for name in weights if not name.startswith(prefix))
+        weights = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    check_same_model(model, model_class, args, facts, where)
+    heads = set(model.backbone.head_names)
+    left_out.update(name.partition(".")[0] for name in weights if name.partition(".")[0] in heads)
+    weights = {name: weight for name, weight in weights.items() if name.partition(".")[0] not in heads}
+    wanted: dict[str, str] = model.pretrained_names()
+    state = model.state_dict(keep_vars=True)
+    missing = sorted(set(wanted.values()) - weights.keys())
+    unexpected = sorted(weights.keys() - set(wanted.values()))
+    other = [
+        f"{theirs} is {list(weights[theirs].shape)} there and {list(whole_shape(state[own]))} here"
+        for own, theirs in wanted.items()
+        if theirs in weights and tuple(weights[theirs].shape) != whole_shape(state[own])
+    ]
+    problems = [f"it lacks {', '.join(missing[:6])}"] if missing else []
+    problems += [f"it has {', '.join(unexpected[:6])}, which the backbone has not"] if unexpected else []
+    problems += other[:6]
+    if problems:
+        raise CheckpointError(
+            f"{where} does not fit the backbone ({len(missing)} names missing, {len(unexpected)} unknown, {len(other)} "
+            f"of another shape): {'; '.join(problems)}"
+        )
+    for own, theirs in wanted.items():
+        with gathered_where_divided([state[own]]), torch.no_grad():
+            state[own].copy_(weights[theirs])
+    named = ", ".join(f"{name} ({number})" for name, number in sorted(left_out.items()))
+    said = [f"{len(wanted)} tensors of the backbone taken from {where.removeprefix('init_from: ')}"]
+    if named:
+        said.append(f"left out, because this model has no use for them: {named}")
+    return [*said, "the head starts fresh"]
+
+
+def check_same_model(
+    model: Any, model_class: str, args: Mapping[str, Any], facts: DataFacts, where: str
+) -> None:
+    """Refuse a pretrained model whose weights would fit and compute something else."""
+    config = model.config
+    ours = config.backbone_class.replace(":", ".")
+    theirs = model_class.replace(":", ".")
+    if theirs in BACKBONES and theirs != ours:
+        raise CheckpointError(f"{where} is of {theirs}, but backbone_class is {ours}")
+    for name in _SHAPELESS:
+        mine = getattr(config.backbone, name)
+        known = {field.name: field.default for field in dataclasses.fields(config.backbone)}
+        given = args.get(name, known[name] if theirs in BACKBONES else mine)
+        if given != mine:
+            raise CheckpointError(
+                f"{where} was trained with {name} {given}, but backbone_config says {mine}, which computes something "
+                "else with the same weights; take over the configuration of the pretrained model"
+            )
+    n_bins, data_bins = config.backbone.n_bins, facts.sizes.get("n_bins")
+    if n_bins is not None and config.backbone.use_expression_values and (data_bins or 0) > n_bins:
+        raise CheckpointError(
+            f"{where} reads {n_bins} expression bins, but the data has {data_bins}; tokenize the data as that of the "
+            "pretrained model was"
+        )
 
 
 def restore_reference_checkpoint(path: Path, run: Run) -> list[str]:
