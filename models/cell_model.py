@@ -129,6 +129,12 @@ class CellModel(nn.Module):
             if gene_ids is None:
                 raise ModelError("gene_embedding_path is set, but the data names no genes")
             table = load_gene_embeddings(self.config.gene_embedding_path, gene_ids)
+            wanted = self.config.gene_embedding_dim
+            if wanted is not None and table.shape[1] != wanted:
+                raise ModelError(
+                    f"gene_embedding_path: {self.config.gene_embedding_path} holds vectors of {table.shape[1]} numbers, "
+                    f"but gene_embedding_dim is {wanted}"
+                )
             table = fit_to_width(table, self.config.hidden_dim, self.config.init_std)
             known = ~table.isnan().any(dim=1)
             weight = self.token_embedding.weight

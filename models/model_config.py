@@ -39,6 +39,7 @@ class ModelConfig:
         use_value_prior: start the value head at each gene's own distribution over training cells.
         gene_embedding_path: file of gene vectors to start the token embedding from (.npy with a .txt of gene names
             beside it, or .safetensors).
+        gene_embedding_dim: length that the vectors in `gene_embedding_path` must have; None takes any.
         init_std: standard deviation of the initial weights.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
         layer_backend: `torch` for no FP8, `te` for Transformer Engine, `torchao`, or `emulate`: FP8 emulated in fp32.
@@ -67,6 +68,7 @@ class ModelConfig:
     pooling: Pooling = "cls"
     use_value_prior: bool = True
     gene_embedding_path: str | None = None
+    gene_embedding_dim: int | None = None
     init_std: float = 0.02
     activation_checkpointing: bool = False
     layer_backend: Backend = "torch"
@@ -157,6 +159,7 @@ class ModelConfig:
         for field in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 yield f"{field} is {getattr(self, field)}; it must be in [0, 1)"
+        yield from self.at_least(1, "gene_embedding_dim")
         if not self.init_std > 0:
             yield f"init_std is {self.init_std}; it must be positive"
 

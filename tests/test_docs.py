@@ -30,7 +30,10 @@ from trainer.config import json_schema, load_run_config  # noqa: E402
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.y*ml"))
+PHASES_CONFIGS = [path for path in CONFIGS if re.search(r"^datasets:", path.read_text(), re.MULTILINE)]
 SAMPLES = sorted((ROOT / "data" / "samples").glob("*.h5ad"))
+TYPED_PAGES = ("cells.md",)
+"""Pages whose YAML blocks are typed configurations."""
 BEGIN = "<!-- generated from the code by `python tests/test_docs.py`; do not edit -->"
 END = "<!-- end of what is generated -->"
 
@@ -300,12 +303,17 @@ def snippets():
 
 
 def runs():
-    """Return whole configurations: the YAML blocks with `datasets`, and the others merged into the page's first."""
+    """Return whole configurations: the YAML blocks with `datasets`, and the others merged into the page's first.
+
+    Typed configurations are run by tests/test_cells_examples.py.
+    """
     # The workspace stands for the repository, in which these files find the corpora.
-    texts = {path: path.read_text().replace("${config_dir:}/../", "") for path in CONFIGS}
+    texts = {path: path.read_text().replace("${config_dir:}/../", "") for path in PHASES_CONFIGS}
     found = [pytest.param(yaml_of(text), id=page_id(path)) for path, text in texts.items()]
     for page in PAGES:
         whole = None
+        if page.name in TYPED_PAGES:
+            continue
         for number, block in enumerate(blocks(page, "yaml")):
             content = yaml_of(block)
             whole = content if whole is None and "datasets" in content else whole

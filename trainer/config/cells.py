@@ -132,7 +132,7 @@ class DataConfig(CellsSection):
     min_match: Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.5,
         description="Least share of a file's genes, or of the gene space's if these are fewer, that must match "
-        "(fraction); with source: local",
+        "(fraction)",
     )
 
 

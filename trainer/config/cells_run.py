@@ -143,6 +143,7 @@ def loader(config: ScModelForgeConfig, mask: dict[str, Any] | None) -> dict[str,
         "preprocessing": preprocessing(config),
         "technical_batch": data.technical_batch or EACH_FILE,
         "cache_dir": data.cache_dir,
+        "min_match": data.min_match,
         "obs": obs_columns(config),
         "tokenizer": build_tokenizer_kwargs(config),
         "masking": mask,
@@ -169,7 +170,6 @@ def loader(config: ScModelForgeConfig, mask: dict[str, Any] | None) -> dict[str,
             "paths": list(data.paths),
             "layer": data.layer,
             "gene_column": data.gene_column,
-            "min_match": data.min_match,
             **arguments,
         },
     }
@@ -226,10 +226,8 @@ def masking(config: ScModelForgeConfig) -> dict[str, Any] | None:
 
 
 def obs_columns(config: ScModelForgeConfig) -> list[str]:
-    """Return the obs columns that benchmarks read, and those that the user wants kept."""
+    """Return the obs columns that benchmarks read."""
     columns = [column for spec in benchmark_specs(config) for column in spec.columns()]
-    if config.data.source == "cellxgene_census":
-        columns += config.data.census.obs_columns or []
     return list(dict.fromkeys(columns))
 
 
