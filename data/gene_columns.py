@@ -1,6 +1,6 @@
 """Cells as dense rows over a fixed list of genes, which is the same in every phase and for every corpus."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,33 +11,52 @@ from data.genes import GeneSpace, read_gene_list
 from data.ragged import row_numbers
 from data.readers import RaggedBatch
 
+Unmeasured = Literal["zero", "hide"]
+HIDDEN = -1
+"""Token of a gene that the cell's file did not measure, with `hide`."""
 _NAMES_SHOWN = 8
 
 
 class GeneColumns:
     """Lay cells out over columns: all genes of a corpus in its order, or those of a list in the list's order."""
 
-    def __init__(self, info: CorpusInfo, genes: str | None = None) -> None:
-        """Take the corpus, and a gene list (see `data.genes.read_gene_list`) or None for all of its genes.
+    def __init__(self, info: CorpusInfo, genes: str | None = None, unmeasured: Unmeasured = "zero") -> None:
+        """Say which genes are columns.
+
+        Args:
+            info: the corpus.
+            genes: a gene list (see `data.genes.read_gene_list`), or None for all genes of the corpus.
+            unmeasured: what a gene that the cell's file did not measure is.
 
         Raises:
             DataError: the corpus lacks a gene of the list; leaving it out would shift the columns behind it.
         """
+        if unmeasured not in get_args(Unmeasured):
+            raise DataError(f"unmeasured is {unmeasured!r}; it must be {' | '.join(get_args(Unmeasured))}")
         space = info.gene_space
         self.space = space if genes is None else _listed_space(space, genes, info.path)
         self._column = np.full(len(space), -1, np.int64)
         self._column[space.indices(self.space.ids)] = np.arange(len(self.space))
-        measured = [source.measured_mask(len(space))[self._column >= 0] for source in info.manifest.sources]
+        columns = space.indices(self.space.ids)
+        measured = np.stack([each.measured_mask(len(space))[columns] for each in info.manifest.sources])
+        done = "read as 0" if unmeasured == "zero" else f"are hidden (token {HIDDEN})"
         self.notices = [
-            f"{source.path_name} did not measure {int((~mask).sum())} of the {len(self.space)} genes, which read as 0"
+            f"{source.path_name} did not measure {int((~mask).sum())} of the {len(self.space)} genes, which {done}"
             for source, mask in zip(info.manifest.sources, measured, strict=True)
             if not mask.all()
         ]
+        self._measured = measured if unmeasured == "hide" and not measured.all() else None
+        self.reader_columns = ["total"] if self._measured is None else ["total", "source"]
+        """What a reader of the cells has to give beside genes and counts."""
         self._is_whole = genes is None
 
     def __len__(self) -> int:
         """Count the columns."""
         return len(self.space)
+
+    def is_measured(self, cells: RaggedBatch) -> NDArray[np.bool_] | None:
+        """Return [cells, columns], false where a gene is to be hidden; None where none is."""
+        return None if self._measured is None else self._measured[cells.columns["source"]]
 
     def dense(self, cells: RaggedBatch, values: NDArray[Any], fill: Any, dtype: Any) -> NDArray[Any]:
         """Lay the values [nnz] of the cells' genes out as [cells, columns], `fill` where there is none."""

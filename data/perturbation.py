@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data.control_cells import ControlCells, ControlMatch
 from data.corpus import CorpusInfo, open_corpus
 from data.errors import DataError
-from data.gene_columns import GeneColumns
+from data.gene_columns import HIDDEN, GeneColumns, Unmeasured
 from data.hashing import DrawKey, Stream
 from data.memory import keep_freed_memory
 from data.permutation import permuted
@@ -86,7 +86,7 @@ class PerturbationSource:
 
     - `tokens` [B, S, N]: values of the perturbed cells; [B, 1, N] with `pooling: both`.
     - `control` [B, S, N]: values of as many controls, cell i of the one matched to cell i of the other; [B, 1, N], the
-      tokens of their mean, with `pooling: control` or `both`.
+      tokens of their mean, with `pooling: control` or `both`. -1 stands for a gene hidden by `unmeasured: hide`.
     - `target_gene_idx` [B]; [B, 2] where the corpus has pairs and `pairs: index`, -1 behind a single target.
     - `batch_idx` [B]: the set's technical batch; [B, S], each cell's, with `mix_technical_batches: true`. Absent where
       the corpus has no technical batches.
@@ -216,9 +216,12 @@ class PerturbationSource:
         cells = self.sets.rows[places]
         controls = self.controls.draw(self.sets.pairs[places], sets, draw)
         read = self.reader.read(np.concatenate([cells.reshape(-1), controls.reshape(-1)]))
-        perturbed, control = self._values(read, cells.shape)
+        perturbed, control = (
+            values.reshape(-1) if shown is None else values[shown]
+            for values, shown in self._values(read, cells.shape)
+        )
         if self.tokenizer is self.control_tokenizer:
-            fitted = self.tokenizer.fitted(np.concatenate([perturbed.reshape(-1), control.reshape(-1)]))
+            fitted = self.tokenizer.fitted(np.concatenate([perturbed, control]))
             return fitted, fitted
         return self.tokenizer.fitted(perturbed), self.control_tokenizer.fitted(control)
 
@@ -227,34 +230,45 @@ class PerturbationSource:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the tokens of the perturbed cells and of their controls, which `read` holds one after the other."""
         if self.pooling != "none" or self.tokenizer.strategy == "delta_bins":
-            perturbed, control = self._values(read, shape)
-            return self.tokenizer.encode(perturbed), self.control_tokenizer.encode(control)
+            tokens = []
+            tokenizers = (self.tokenizer, self.control_tokenizer)
+            for encoder, (values, shown) in zip(tokenizers, self._values(read, shape), strict=True):
+                tokens.append(encoder.encode(values))
+                if shown is not None:
+                    tokens[-1][~shown] = HIDDEN
+            return tokens[0], tokens[1]
         # Most genes of a cell are zero: only the others are looked up.
         values = self.transform.apply(read.counts, read.offsets, read.columns["total"])
-        middle = len(read) // 2
-        border = int(read.offsets[middle])
+        border = int(read.offsets[len(read) // 2])
         if self.tokenizer is self.control_tokenizer:
-            tokens = self.tokenizer.encode(values)
+            flat = self.tokenizer.encode(values)
         else:
             parts = self.tokenizer.encode(values[:border]), self.control_tokenizer.encode(values[border:])
-            tokens = np.concatenate(parts)
-        table = self.columns.dense(read, tokens, 0, np.int64).reshape(2, *shape, len(self.columns))
+            flat = np.concatenate(parts)
+        table = self.columns.dense(read, flat, 0, np.int64)
+        is_measured = self.columns.is_measured(read)
+        if is_measured is not None:
+            table[~is_measured] = HIDDEN
+        table = table.reshape(2, *shape, len(self.columns))
         return table[0], table[1]
 
     def _values(
         self, read: RaggedBatch, shape: tuple[int, ...]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return what the two tokenizers are given, pooled and as differences where that is asked for."""
+    ) -> tuple[tuple[NDArray[np.float32], NDArray[np.bool_] | None], ...]:
+        """Return what the two tokenizers are given, pooled and as differences where asked for, and what is shown."""
         values = self.transform.apply(read.counts, read.offsets, read.columns["total"])
-        table = self.columns.dense(read, values, 0, np.float32).reshape(2, *shape, len(self.columns))
-        perturbed, control = table
+        whole = (2, *shape, len(self.columns))
+        perturbed, control = self.columns.dense(read, values, 0, np.float32).reshape(whole)
+        is_measured = self.columns.is_measured(read)
+        shown, control_shown = (None, None) if is_measured is None else is_measured.reshape(whole)
         if self.pooling != "none":
-            control = control.mean(axis=1, keepdims=True)
+            control, control_shown = _mean_cell(control, control_shown)
         if self.pooling == "both":
-            perturbed = perturbed.mean(axis=1, keepdims=True)
+            perturbed, shown = _mean_cell(perturbed, shown)
         if self.tokenizer.strategy == "delta_bins":
             perturbed = perturbed - control
-        return perturbed, control
+            shown = None if shown is None or control_shown is None else shown & control_shown
+        return (perturbed, shown), (control, control_shown)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Prepare a worker process as the main process is."""
@@ -269,6 +283,7 @@ def perturbation_loader(
     tokenizer: Mapping[str, Any],
     control_tokenizer: Mapping[str, Any] | None = None,
     genes: str | None = None,
+    unmeasured: Unmeasured = "zero",
     targets: str = "genes",
     control_label: str | None = None,
     pairs: Pairs = "error",
@@ -295,6 +310,7 @@ def perturbation_loader(
         tokenizer: options of the value tokenizer, `strategy` among them (see `data.value_tokenizers`).
         control_tokenizer: the same for the controls; needed with `delta_bins`, else None takes `tokenizer`.
         genes: file with the genes that are the columns of the batches, in its order; None takes all of the corpus.
+        unmeasured: what a gene is in cells of a file that did not measure it: `zero`, or `hide` it as token -1.
         targets: what `target_gene_idx` counts: `genes` (the columns of the batches), `corpus` (the genes that the
             corpus perturbs, sorted), or a file with a list of genes.
         control_label: class of `target_gene` that the controls have; None takes the corpus's own.
@@ -331,7 +347,7 @@ def perturbation_loader(
         raise DataError("pooling: both makes one row of a set, which must then be of one technical batch; leave "
                         "mix_technical_batches away")  # fmt: skip
     info = open_corpus(path)
-    columns = GeneColumns(info, genes)
+    columns = GeneColumns(info, genes, unmeasured)
     built, built_control, transform, fits = _tokenizers(info, tokenizer, control_tokenizer, pooling)
     known = read_targets(
         info,
@@ -369,13 +385,12 @@ def perturbation_loader(
     description = {
         "set_size": set_size,
         "tokenizers": [dict(tokenizer), None if control_tokenizer is None else dict(control_tokenizer)],
-        "genes": columns.space.sha256,
+        "genes": [columns.space.sha256, unmeasured],
         "targets": known.indices.tolist(),
         "mix_technical_batches": mix_technical_batches,
         "pooling": pooling,
         "controls": [known.names[known.control], control_match, min_controls],
     }
-    reader_columns = ["total"]
     sources: dict[Part, PerturbationSource] = {}
     notices = [*known.notices, *columns.notices, *notices]
     for part in (Part.TRAINING, Part.VALIDATION):
@@ -398,7 +413,7 @@ def perturbation_loader(
             f"{len(np.unique(sets.perturbation))} perturbations; {controls.account(sets.pairs)}"
         )
         sources[part] = PerturbationSource(
-            open_reader(info, reader_columns), sets, controls, known, columns, built, built_control, transform,
+            open_reader(info, columns.reader_columns), sets, controls, known, columns, built, built_control, transform,
             description=description, pooling=pooling, mix_technical_batches=mix_technical_batches,
             num_workers=num_workers, is_validation=part == Part.VALIDATION,
         )  # fmt: skip
@@ -413,6 +428,16 @@ def perturbation_loader(
             each.tokenizer = fitted[0] if fits[0] else each.tokenizer
             each.control_tokenizer = fitted[1] if fits[1] else each.control_tokenizer
     return source
+
+
+def _mean_cell(
+    values: NDArray[np.float32], shown: NDArray[np.bool_] | None
+) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
+    """Return the mean [B, 1, N] over the cells of each set that measured a gene, and which genes any of them did."""
+    if shown is None:
+        return values.mean(axis=1, keepdims=True), None
+    counts = shown.sum(axis=1, keepdims=True)
+    return values.sum(axis=1, keepdims=True) / np.maximum(counts, 1).astype(np.float32), counts > 0
 
 
 def _tokenizers(

@@ -83,6 +83,21 @@ def test_diffusion_comes_before_compute_loss_and_gets_the_contract_arguments():
     assert batch_idx is batch["batch_idx"] and step == 9
 
 
+def test_a_diffusion_that_names_the_seed_of_the_noise_is_given_the_batchs():
+    model, seeds = WithDiffusion(), []
+
+    def compute_loss(model, tokens, *, control_set, target_gene_idx, batch_idx, step, noise_seed=None):
+        seeds.append(noise_seed)
+        return model.linear(tokens).mean()
+
+    model.diffusion = SimpleNamespace(compute_loss=compute_loss)
+    batch = {**BATCH, "noise_seed": torch.arange(4)}
+    LossModule(model)(batch, 0, 1)
+    LossModule(model)(BATCH, 0, 1)
+    assert seeds[0] is batch["noise_seed"] and seeds[1] is None
+    LossModule(WithDiffusion())(batch, 0, 1)  # one that does not name it is called without
+
+
 def test_compute_loss_comes_before_criterion():
     class Both(WithMethod, WithCriterion):
         pass

@@ -149,7 +149,11 @@ def _configured(model: nn.Module, loss: Any) -> tuple[str, Callable[..., Any], A
 
 
 def _diffusion(model: nn.Module, diffusion: Any) -> Callable[..., Any]:
+    # Seeds of the noise make it the same after a resume and on another number of ranks.
+    takes_seed = bool(_accepted(diffusion.compute_loss, {"noise_seed"}))
+
     def compute(batch: dict[str, Any], step: int, total: int | None) -> Any:
+        seed = {"noise_seed": batch["noise_seed"]} if takes_seed and "noise_seed" in batch else {}
         return diffusion.compute_loss(
             model,
             batch["tokens"],
@@ -157,6 +161,7 @@ def _diffusion(model: nn.Module, diffusion: Any) -> Callable[..., Any]:
             target_gene_idx=batch.get("target_gene_idx"),
             batch_idx=batch.get("batch_idx"),
             step=step,
+            **seed,
         )
 
     return compute
