@@ -72,7 +72,13 @@ class WorkerPool(Generic[Key, Item]):
     def __init__(self, load: Callable[[Key], Item], num_workers: int, depth: int, pin_memory: bool) -> None:
         """Take what prepares an item; the processes start with the first pass."""
         self._keys = _Keys()
-        self._loader = DataLoader(
+        with _without_advice_on_workers():
+            self._loader = self._make(load, num_workers, depth, pin_memory)
+
+    def _make(
+        self, load: Callable[[Key], Item], num_workers: int, depth: int, pin_memory: bool
+    ) -> DataLoader[Any]:
+        return DataLoader(
             _Loading(load),
             batch_size=None,
             sampler=self._keys,
@@ -91,7 +97,7 @@ class WorkerPool(Generic[Key, Item]):
         """Yield the item of each key, in order."""
         self._keys.keys = keys
         try:
-            with warnings.catch_warnings():
+            with _without_advice_on_workers():
                 warnings.filterwarnings("ignore", message="Got pickle error", category=UserWarning)
                 start_fork_server()
                 iterator = iter(self._loader)
@@ -140,6 +146,14 @@ class _Loading(Dataset[Any]):
         except Exception as error:
             error.add_note(f"in a worker process:\n{traceback.format_exc()}")
             return _Failure(error)
+
+
+@contextlib.contextmanager
+def _without_advice_on_workers() -> Iterator[None]:
+    """Keep torch from advising, several times a run, to have no more workers than cores: the user chose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        yield
 
 
 def _as_it_is(item: Any) -> Any:
