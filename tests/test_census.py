@@ -1,6 +1,9 @@
 """The Census source against a small SOMA collection on disk, which is laid out as the Census is."""
 
 import ast
+import json
+import os
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from census_files import BUILD, DATASETS, TISSUES, gene_id, write_census
 from h5ad_files import dense_corpus
+from launching import launch_ranks
 
 import data.census
 import data.census_conversion
@@ -475,6 +479,7 @@ def test_the_loader_gives_batches_with_labels_of_the_cells_that_pass(census, tmp
     )
     assert source.unique_batches == list(DATASETS)
     assert any("filters is not used" in notice for notice in source.notices)
+    assert any(f"the Census of {BUILD}" in notice for notice in source.notices)
     assert source.validation is not None
 
 
@@ -485,3 +490,102 @@ def test_the_cells_of_an_experiment_without_datasets_are_one_technical_batch(tmp
     assert info.manifest.technical_batches == ("own",)
     np.testing.assert_array_equal(column(info, "tissue"), own.obs["tissue"])
     assert [source.path_name for source in info.manifest.sources] == ["own"]
+
+
+CELLS_DOOR = """
+data:
+  source: cellxgene_census
+  gene_vocab: from_data
+  num_workers: 0
+  census:
+    uri: {uri}
+    filters:
+      tissue: ["brain", "lung"]
+      is_primary_data: true
+    obs_columns: ["tissue", "donor_id"]
+tokenizer: {{max_genes: 32}}
+model: {{hidden_dim: 16, num_layers: 1, num_heads: 2, max_seq_len: 32}}
+training: {{batch_size: 16, max_epochs: 1, precision: "32", logger: csv, run_name: census}}
+"""
+
+
+@pytest.mark.slow
+def test_a_typed_configuration_trains_on_the_census_with_two_ranks_that_read_it_once(census, tmp_path):
+    (tmp_path / "cells.yaml").write_text(CELLS_DOOR.format(uri=census.uri))
+    command = ["-m", "trainer", "train", "--config", tmp_path / "cells.yaml"]
+    output = launch_ranks(2, command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}).stdout
+    assert output.count("read once into") == 1
+    assert f"the Census of {BUILD}" in " ".join(output.split())
+    passes = np.isin(census.obs["tissue"], TISSUES[:2]) & census.obs["is_primary_data"]
+    (corpus,) = (tmp_path / "cache").glob("census-*")
+    np.testing.assert_array_equal(dense_corpus(open_corpus(corpus)), census.counts[passes])
+    (metrics,) = tmp_path.glob("checkpoints/*/metrics.jsonl")
+    losses = [
+        record["loss"] for record in map(json.loads, metrics.read_text().splitlines()) if "loss" in record
+    ]
+    assert losses and np.isfinite(losses).all()
+
+
+READ_AND_BE_KILLED = """
+import os, signal, sys
+import data.census_conversion as conversion
+from data.census import census_corpus
+from data.census_soma import CensusExperiment
+conversion.CELLS_PER_BATCH, conversion.BATCHES_PER_SHARD = 16, 2
+counts = CensusExperiment.counts
+def killed(self, numbers):
+    if numbers[0] >= 160:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return counts(self, numbers)
+CensusExperiment.counts = killed
+census_corpus({"uri": sys.argv[1]}, cache_dir=sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_reading_that_is_killed_leaves_nothing_loadable_and_goes_on(
+    census, tmp_path, monkeypatch, small_batches
+):
+    command = [sys.executable, "-c", READ_AND_BE_KILLED, census.uri, str(tmp_path / "cache")]
+    assert subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True).returncode == -9
+    (folder,) = (tmp_path / "cache").glob("census-*")
+    with pytest.raises(DataError, match="not finished"):
+        open_corpus(folder)
+    counts, asked = CensusExperiment.counts, []
+    monkeypatch.setattr(
+        CensusExperiment,
+        "counts",
+        lambda self, numbers: (asked.append(int(numbers[0])), counts(self, numbers))[1],
+    )
+    np.testing.assert_array_equal(dense_corpus(corpus_of(census, tmp_path)), census.counts)
+    assert 64 <= asked[0] <= 160
+
+
+MEASURE = """
+import resource, sys
+import pyarrow.ipc, tiledbsoma
+from data.census import census_corpus
+from census_files import write_census
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+census_corpus({"uri": sys.argv[1]}, cache_dir=sys.argv[3])
+before = peak()
+info = census_corpus({"uri": sys.argv[2]}, cache_dir=sys.argv[3])
+print(peak() - before, info.manifest.n_nonzero * 20 // 2**20)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
+    pytest.importorskip("tiledbsoma", reason="needs the extra census")
+    sizes = {"few": 4_000, "many": 20_000}
+    uris = [write_census(tmp_path / name, cells, 500, density=0.5).uri for name, cells in sizes.items()]
+    command = [sys.executable, "-c", MEASURE, *uris, str(tmp_path / "cache")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    result = subprocess.run(
+        command, cwd=tmp_path, timeout=300, capture_output=True, text=True, env=environment
+    )
+    assert result.returncode == 0, result.stderr
+    growth, values = map(int, result.stdout.split())
+    assert values > 80, "the query must be large enough to tell"
+    assert growth < values / 3, f"memory grew by {growth} MB for {values} MB of values"
