@@ -1,0 +1,216 @@
+"""The sizes and choices of a perturbation transformer, and how they are checked."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from models import perturbation_costs
+from models.diffusion import Objective, make_diffusion
+from models.errors import ModelError
+from models.fp8_alignment import FP8_ALIGNMENT, alignment, nearest_multiples
+from models.fp8_scaling import Recipe
+from models.layers import Activation, Backend, Normalization, check_choice
+
+TargetTable = Literal["genes", "own"]
+ControlTokens = Literal["shared", "own"]
+
+
+@dataclass(frozen=True)
+class PerturbationTransformerConfig:
+    """Hold the sizes and choices of a `PerturbationTransformer`.
+
+    Attributes:
+        num_genes: genes, which are the columns of the tokens.
+        vocab_size: expression tokens of a gene; the id after the last one is the mask.
+        n_bins: expression tokens of control cells; None takes `vocab_size`.
+        control_tokens: `shared` where a token means the same in perturbed cells and controls: the logits of a gene then
+            start from its distribution over the controls. `own` where it does not, as with changes for tokens.
+        n_technical_batches: technical batches that the embedding has a vector for, or more; 0 leaves it out.
+        use_control: condition on the set of control cells.
+        use_target: condition on the perturbed genes.
+        target_table: `genes`: a target is a gene among the columns, seen by its vector and its expression in controls;
+            `own`: one of `num_targets`, with a vector of its own.
+        num_targets: targets of the own table; None takes `num_genes`.
+        hidden_dim: width of the latents.
+        gene_dim: width at each gene; None is `hidden_dim`.
+        num_latents: latents that a cell is compressed into.
+        num_context_latents: latents that the set of controls is compressed into.
+        num_layers: transformer blocks over the latents.
+        num_context_layers: transformer blocks over the latents of the controls.
+        num_heads: attention heads; must divide `hidden_dim` and `gene_dim`.
+        ffn_dim: inner width of the latents' MLPs; None is 4 x `hidden_dim`.
+        gene_ffn_dim: inner width of the MLP at each gene; None is 2 x `gene_dim`.
+        dropout: probability, on the output of attention and MLP of the blocks.
+        attention_dropout: probability, on attention weights of the blocks.
+        activation: of the MLPs.
+        normalization: kind of norm.
+        gene_embedding_path: file of gene vectors, such as of the genes' proteins (.npy with a .txt of gene names beside
+            it, or .safetensors), which stay as they are beside the learned ones.
+        gene_vector_dim: width that the vectors of the file are brought to; 0 has none.
+        objective: `absorbing` or `partial` (see `models.diffusion`).
+        objective_args: options of the objective. With `auxiliary` among them heads for these losses are built.
+        init_std: standard deviation of the initial weights.
+        activation_checkpointing: recompute blocks in the backward pass instead of keeping their activations.
+        layer_backend: `torch` for no FP8, `te` for Transformer Engine, `torchao`, or `emulate`: FP8 emulated in fp32.
+        fp8_recipe: how FP8 scales are chosen; `torchao` knows `current_scaling` alone.
+        exclude_layers: patterns of layers kept out of FP8, such as `*.out_proj`, `layers.0.*` or `decoder.*`.
+        num_technical_batches: rows of the technical batch embedding, where `n_technical_batches` was rounded up from
+            them; None takes that.
+    """
+
+    num_genes: int
+    vocab_size: int
+    n_bins: int | None = None
+    control_tokens: ControlTokens = "shared"
+    n_technical_batches: int = 0
+    use_control: bool = True
+    use_target: bool = True
+    target_table: TargetTable = "genes"
+    num_targets: int | None = None
+    hidden_dim: int = 256
+    gene_dim: int | None = None
+    num_latents: int = 64
+    num_context_latents: int = 32
+    num_layers: int = 6
+    num_context_layers: int = 1
+    num_heads: int = 8
+    ffn_dim: int | None = None
+    gene_ffn_dim: int | None = None
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    activation: Activation = "gelu"
+    normalization: Normalization = "LayerNorm"
+    gene_embedding_path: str | None = None
+    gene_vector_dim: int = 0
+    objective: Objective = "absorbing"
+    objective_args: Mapping[str, Any] = field(default_factory=dict)
+    init_std: float = 0.02
+    activation_checkpointing: bool = False
+    layer_backend: Backend = "torch"
+    fp8_recipe: Recipe = "current_scaling"
+    exclude_layers: tuple[str, ...] = ()
+    num_technical_batches: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field; raise one ModelError that names all that is wrong."""
+        object.__setattr__(self, "exclude_layers", tuple(self.exclude_layers))
+        problems = [*self._wrong_numbers(), *self._wrong_choices()]
+        if problems:
+            raise ModelError("; ".join(problems))
+        make_diffusion(self.objective, self.vocab_size, dict(self.objective_args))
+
+    @property
+    def gene_width(self) -> int:
+        """Width at each gene."""
+        return self.hidden_dim if self.gene_dim is None else self.gene_dim
+
+    @property
+    def inner_dim(self) -> int:
+        """Inner width of the latents' MLPs."""
+        return 4 * self.hidden_dim if self.ffn_dim is None else self.ffn_dim
+
+    @property
+    def gene_inner_dim(self) -> int:
+        """Inner width of the MLP at each gene."""
+        return 2 * self.gene_width if self.gene_ffn_dim is None else self.gene_ffn_dim
+
+    @property
+    def num_control_tokens(self) -> int:
+        """Expression tokens of control cells."""
+        return self.vocab_size if self.n_bins is None else self.n_bins
+
+    @property
+    def num_conditions(self) -> int:
+        """Tokens beside the latents: time and, where they are used, target and technical batch."""
+        return 1 + self.use_target + (self.n_technical_batches > 0)
+
+    @property
+    def has_auxiliary_heads(self) -> bool:
+        """Whether there are heads for the auxiliary losses."""
+        return self.objective_args.get("auxiliary") is not None
+
+    def _wrong_numbers(self) -> Iterable[str]:
+        sizes = (
+            "num_genes",
+            "vocab_size",
+            "n_bins",
+            "num_targets",
+            "hidden_dim",
+            "gene_width",
+            "num_latents",
+        )
+        more = (
+            "num_context_latents",
+            "num_layers",
+            "num_context_layers",
+            "num_heads",
+            "inner_dim",
+            "gene_inner_dim",
+        )
+        for name in (*sizes, *more):
+            value, least = getattr(self, name), 2 if name in ("vocab_size", "n_bins") else 1
+            if value is not None and value < least:
+                shown = {"gene_width": "gene_dim", "inner_dim": "ffn_dim", "gene_inner_dim": "gene_ffn_dim"}
+                yield f"{shown.get(name, name)} is {value}; it must be at least {least}"
+        for name in ("n_technical_batches", "gene_vector_dim"):
+            if getattr(self, name) < 0:
+                yield f"{name} is {getattr(self, name)}; it must not be negative"
+        rows = self.num_technical_batches
+        if rows is not None and not 0 <= rows <= self.n_technical_batches:
+            yield f"num_technical_batches is {rows}; it must be in 0 to n_technical_batches {self.n_technical_batches}"
+        for name, width in (("hidden_dim", self.hidden_dim), ("gene_dim", self.gene_width)):
+            if self.num_heads > 0 and width % self.num_heads:
+                yield f"{name} {width} is not divisible by num_heads {self.num_heads}"
+        for name in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"{name} is {getattr(self, name)}; it must be in [0, 1)"
+        if not self.init_std > 0:
+            yield f"init_std is {self.init_std}; it must be positive"
+
+    def _wrong_choices(self) -> Iterable[str]:
+        choices = {
+            "control_tokens": ControlTokens,
+            "target_table": TargetTable,
+            "activation": Activation,
+            "normalization": Normalization,
+            "objective": Objective,
+            "layer_backend": Backend,
+            "fp8_recipe": Recipe,
+        }
+        for name, allowed in choices.items():
+            try:
+                check_choice(name, getattr(self, name), allowed)
+            except ValueError as error:
+                yield str(error)
+        if self.control_tokens == "shared" and self.num_control_tokens != self.vocab_size:
+            yield (
+                f"control_tokens is shared, but perturbed cells have {self.vocab_size} tokens and controls "
+                f"{self.num_control_tokens}; set control_tokens: own, or tokenize both alike"
+            )
+        if self.gene_embedding_path is not None and not self.gene_vector_dim:
+            yield "gene_embedding_path is set, but gene_vector_dim is 0; set the width to keep, such as 64"
+        if self.target_table == "genes" and self.num_targets not in (None, self.num_genes):
+            yield (
+                f"num_targets is {self.num_targets} and num_genes {self.num_genes}, but with target_table genes the "
+                "targets are the genes; set target_table: own"
+            )
+        yield from self._wrong_fp8()
+
+    def _wrong_fp8(self) -> Iterable[str]:
+        backend, recipe = self.layer_backend, self.fp8_recipe
+        if backend == "torch":
+            if recipe != "current_scaling":
+                yield f"fp8_recipe is {recipe}, but layer_backend torch has no FP8 layers"
+            return
+        if backend == "torchao" and recipe != "current_scaling":
+            yield f"fp8_recipe is {recipe}; layer_backend torchao knows current_scaling alone"
+        multiple = alignment(recipe)
+        for name, value in perturbation_costs.matrix_sizes(self).items():
+            if value % multiple:
+                near = nearest_multiples(value, multiple)
+                yield f"{name} is {value}; FP8 layers need a multiple of {multiple}, such as {near}"
+        if backend == "te" and self.num_heads > 0 and self.hidden_dim % (self.num_heads * FP8_ALIGNMENT):
+            yield (
+                f"num_heads is {self.num_heads}, which makes heads of {self.hidden_dim / self.num_heads:g}; the "
+                f"attention of Transformer Engine needs a multiple of {FP8_ALIGNMENT}"
+            )
