@@ -16,7 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.autoregressive import AutoregressiveModel
+from models.cell_model import CLS, MASK, PAD, CellModel
 from models.encoder import MaskedCellEncoder
+from models.fine_tuned import FineTunedModel
+from models.masked_autoencoder import MaskedAutoencoder
 from models.masked_heads import NUM_SPECIAL_TOKENS
 from models.pretrained import from_pretrained, state_tensors
 
@@ -29,34 +33,46 @@ QUESTION_FILE, BATCH_FILE, ANSWER_FILE, HASHES_FILE = (
 _CELLS, _TOKENS, _MASKED = 4, 24, 6
 
 
-def encoder_probe(model: MaskedCellEncoder, seed: int = 0) -> dict[str, Any]:
-    """Return a batch of made-up cells from the model's own vocabulary, masked, each of another length."""
-    config, generator = model.config, torch.Generator().manual_seed(seed)
+def is_known(model: nn.Module) -> bool:
+    """Tell whether a batch can be made up for a model: it is one of ours."""
+    return isinstance(model, MaskedCellEncoder | AutoregressiveModel | MaskedAutoencoder | FineTunedModel)
+
+
+def made_up_batch(model: nn.Module, seed: int = 0) -> dict[str, Any]:
+    """Return made-up cells of one of our models' own vocabulary, each of another length, masked for pretraining.
+
+    An autoregressive model and one that is fine-tuned see no masks.
+    """
+    backbone = model.backbone if isinstance(model, FineTunedModel) else model
+    assert isinstance(backbone, CellModel)
+    config, generator = backbone.config, torch.Generator().manual_seed(seed)
     num_genes = config.vocab_size - NUM_SPECIAL_TOKENS
     width = min(_TOKENS, num_genes + 1, config.max_seq_len or _TOKENS)
     lengths = torch.linspace(width, max(2, width // 2), _CELLS).long()
     genes = torch.stack([torch.randperm(num_genes, generator=generator)[: width - 1] for _ in range(_CELLS)])
-    tokens = torch.cat([torch.full((_CELLS, 1), 3), genes + NUM_SPECIAL_TOKENS], dim=1)  # 3 is cls
+    tokens = torch.cat([torch.full((_CELLS, 1), CLS), genes + NUM_SPECIAL_TOKENS], dim=1)
     attention = torch.arange(width) < lengths[:, None]
     values = torch.rand((_CELLS, width), generator=generator) * 5
     labels = torch.full((_CELLS, width), -100)
     is_masked = attention & (torch.arange(width) % max(2, width // _MASKED) == 1)
+    is_masked &= isinstance(model, MaskedCellEncoder | MaskedAutoencoder)
     labels[is_masked] = tokens[is_masked]
-    tokens = tokens.masked_fill(~attention, 0).masked_fill(is_masked, 2)  # 2 is mask
+    tokens = tokens.masked_fill(~attention, PAD).masked_fill(is_masked, MASK)
     batch: dict[str, Any] = {
         "tokens": tokens,
         "values": values.masked_fill(~attention | is_masked, 0.0),
         "attention_mask": attention,
         "num_tokens": int(lengths.sum()),
         "depth": torch.rand(_CELLS, generator=generator) * 5 + 5,
-        "labels": labels,
-        "masked_index": is_masked.flatten().nonzero().squeeze(1),
     }
+    if is_masked.any():
+        batch |= {"labels": labels, "masked_index": is_masked.flatten().nonzero().squeeze(1)}
     if config.n_bins is not None:
         bins = torch.randint(0, config.n_bins, (_CELLS, width), generator=generator)
         batch["bins"] = bins.masked_fill(is_masked, config.n_bins).masked_fill(~attention, 0)
-    if model.technical_batch_embedding is not None:
-        count = model.technical_batch_embedding.num_embeddings
+    embedding = getattr(backbone, "technical_batch_embedding", None)
+    if embedding is not None:
+        count = embedding.num_embeddings
         batch["batch_idx"] = torch.randint(0, count, (_CELLS,), generator=generator)
     return batch
 
@@ -69,7 +85,7 @@ def answer(
 
     Args:
         model: the model.
-        kind: `logits` for our encoders, `loss` for any other model, `weights` to compute nothing.
+        kind: `logits` for our models, `loss` for any other model, `weights` to compute nothing.
         batch: the batch.
         loss: what the run configured as `loss`, or None.
     """
@@ -80,8 +96,8 @@ def answer(
     if kind == "weights":
         return {}
     if kind == "logits":
-        assert isinstance(model, MaskedCellEncoder)
-        answers: dict[str, Tensor | None] = {**model(batch)._asdict(), "embedding": model.encode(batch)}
+        asked: Any = model
+        answers: dict[str, Tensor | None] = {**asked(batch)._asdict(), "embedding": asked.encode(batch)}
         return {name: tensor.contiguous() for name, tensor in answers.items() if tensor is not None}
     from trainer.config.schema import LossConfig
     from trainer.losses import LossModule, build_loss
