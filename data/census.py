@@ -17,9 +17,9 @@ from data.census_conversion import CensusCorpusSettings, convert_census
 from data.census_soma import CensusExperiment, Release, find_release
 from data.conversion_plan import parse_obs
 from data.corpus import CorpusInfo
+from data.corpus_cache import cache_name, made_once, obs_requests, say
 from data.errors import DataError
-from data.gene_vocabulary import gene_vocabulary
-from data.prepared import FROM_DATA, cache_name, made_once, obs_requests, say
+from data.gene_vocabulary import FROM_DATA, gene_vocabulary
 
 ORGANISMS = {"Homo sapiens": "homo_sapiens", "Mus musculus": "mus_musculus"}
 """The Census's key of each organism."""

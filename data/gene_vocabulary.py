@@ -14,6 +14,8 @@ from data.genes import GeneSpace, read_gene_list
 
 TABLES_FOLDER = Path(__file__).parent / "gene_tables"
 VOCABULARIES = ("human_protein_coding", "human_all", "mouse_protein_coding", "mouse_all")
+FROM_DATA = "from_data"
+"""Where a loader asks for a vocabulary: the union of the files' own genes."""
 _GENES_FILE = "genes.json"
 _RUN_CHECKPOINTS = "checkpoint_*"
 

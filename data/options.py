@@ -77,6 +77,15 @@ class Options:
             self.wrong(name, "missing; it must be a text")
         return self._take(name, "", lambda value: isinstance(value, str) and value != "", "a text")
 
+    def text_or_none(self, name: str) -> str | None:
+        """Take a text that is not empty, or null."""
+        return self._take(
+            name,
+            None,
+            lambda value: value is None or isinstance(value, str) and value != "",
+            "a text, or null",
+        )
+
     def wrong(self, name: str, reason: str) -> None:
         """Note that an option cannot be used here."""
         self._mistakes.append(f"{self._where}.{name}: {reason}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data.errors import DataError
+from data.hvg import HvgOptions
 from data.options import Options
 
 _TRANSFORM_OPTIONS = ("normalize", "target_sum", "log1p")
@@ -16,6 +17,8 @@ class Preprocessing:
 
     transform: Mapping[str, Any]
     """Options of the tokenizer (`normalize`, `target_sum`, `log1p`), those that were given."""
+    hvg: HvgOptions | None = None
+    """The choice of highly variable genes, None for all."""
 
     @classmethod
     def read(cls, options: Mapping[str, Any] | None) -> "Preprocessing":
@@ -28,8 +31,10 @@ class Preprocessing:
         table.choice("normalize", ("library_size", None), None)
         table.number_or_none("target_sum", None, low=0, above=True)
         table.flag("log1p", False)
+        hvg = HvgOptions.read(table)
         table.finish()
-        return cls({name: options[name] for name in _TRANSFORM_OPTIONS if options and name in options})
+        transform = {name: options[name] for name in _TRANSFORM_OPTIONS if options and name in options}
+        return cls(transform, hvg)
 
     def tokenizer_options(
         self, tokenizer: Mapping[str, Any], value_kind: str

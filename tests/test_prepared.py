@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 import torch
 
-from data import prepared
+from data.cell_source import CellSource
 from data.corpus import UNFINISHED, open_corpus
+from data.corpus_cache import say
 from data.errors import DataError
 from data.hashing import DrawKey
 from data.prepared import h5ad_loader
@@ -40,7 +41,7 @@ def cache(tmp_path, monkeypatch) -> str:
     return str(tmp_path / "cache")
 
 
-def load(*paths: Path, cache_dir: str, **options) -> prepared.CellSource:
+def load(*paths: Path, cache_dir: str, **options) -> CellSource:
     return h5ad_loader(list(map(str, paths)), tokenizer=TOKENIZER, cache_dir=cache_dir, **options)
 
 
@@ -157,7 +158,7 @@ def test_a_process_that_waits_says_for_what(cells, cache, tmp_path, capsys):
     entered, released = threading.Event(), threading.Event()
 
     def hold():
-        with file_lock(folder / "x", "nothing", prepared.say):
+        with file_lock(folder / "x", "nothing", say):
             entered.set()
             released.wait(10)
 
@@ -167,7 +168,7 @@ def test_a_process_that_waits_says_for_what(cells, cache, tmp_path, capsys):
     timer = threading.Timer(0.3, released.set)
     timer.start()
     begin = time.monotonic()
-    with file_lock(folder / "x", "converting cells.h5ad", prepared.say):
+    with file_lock(folder / "x", "converting cells.h5ad", say):
         assert time.monotonic() - begin > 0.2
     holder.join()
     timer.join()
