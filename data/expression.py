@@ -107,7 +107,11 @@ class ExpressionSource:
         self._batch_index = np.array([mapping[name] for name in self.unique_batches], np.int64)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a model's sizes depend on; the id that hides a value is `vocab_size`."""
+        """Return what a model's sizes depend on; the id that hides a value is `vocab_size`.
+
+        `tokenizer_options`, which checkpoints keep, hold what turns tokens into values again
+        (`data.value_tokenizers.ValueTokenizer.from_dict`).
+        """
         return {
             "vocab_size": self.tokenizer.num_tokens,
             "n_bins": self.tokenizer.num_tokens,
@@ -115,7 +119,11 @@ class ExpressionSource:
             "gene_space": self.columns.space,
             "value_kind": self.reader.info.manifest.value_kind,
             "technical_batch_names": list(self.unique_batches),
-            "value_tokenizer": self.tokenizer.to_dict(),
+            "tokenizer_options": {
+                "target_sum": self.transform.target_sum,
+                "log1p": self.transform.log1p,
+                "tokenizer": self.tokenizer.to_dict(),
+            },
         }
 
     def fingerprint(self) -> str:

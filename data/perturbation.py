@@ -185,7 +185,11 @@ class PerturbationSource:
         self._batch_index = np.array([mapping[name] for name in self.unique_batches], np.int64)
 
     def facts(self) -> dict[str, Any]:
-        """Return what a model's sizes depend on; the id that hides a value is `vocab_size`."""
+        """Return what a model's sizes depend on; the id that hides a value is `vocab_size`.
+
+        `tokenizer_options`, which checkpoints keep, hold what turns tokens into values again
+        (`data.value_tokenizers.ValueTokenizer.from_dict`), and the names of the targets where these are not the genes.
+        """
         info = self.reader.info
         return {
             "vocab_size": self.tokenizer.num_tokens,
@@ -196,8 +200,13 @@ class PerturbationSource:
             "value_kind": info.manifest.value_kind,
             "technical_batch_names": list(self.unique_batches),
             "target_gene_names": list(self.targets.target_names),
-            "value_tokenizer": self.tokenizer.to_dict(),
-            "control_value_tokenizer": self.control_tokenizer.to_dict(),
+            "tokenizer_options": {
+                "target_sum": self.transform.target_sum,
+                "log1p": self.transform.log1p,
+                "tokenizer": self.tokenizer.to_dict(),
+                "control_tokenizer": self.control_tokenizer.to_dict(),
+                "targets": None if self.targets.are_genes else list(self.targets.target_names),
+            },
         }
 
     def fingerprint(self) -> str:

@@ -36,6 +36,8 @@ class PerturbationTargets:
     is_used: NDArray[np.bool_]  # [perturbations], false for controls and for what is skipped
     target_names: tuple[str, ...]
     """Name of each index."""
+    are_genes: bool
+    """Whether an index is a column of the batches."""
     notices: tuple[str, ...]
 
     def classes(self, names: Iterable[str], where: str) -> NDArray[np.int64]:
@@ -109,7 +111,9 @@ def read_targets(
             f"{info.path}: no perturbation is left; {'; '.join(notices) or 'all cells are controls'}"
         )
     shown = tuple(symbol or gene for gene, symbol in zip(space.ids, space.symbols, strict=True))
-    return PerturbationTargets(names, control, genes, indices, is_used, shown, tuple(notices))
+    return PerturbationTargets(
+        names, control, genes, indices, is_used, shown, targets == "genes", tuple(notices)
+    )
 
 
 def read_names(names: Sequence[str] | str, where: str) -> list[str]:

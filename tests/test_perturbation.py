@@ -250,7 +250,8 @@ def test_the_inverse_of_the_tokens_is_fitted_on_the_cells(corpus: Path):
         return abs(float(np.mean(biases)))
 
     assert mean_bias(source) < 1e-3 < mean_bias(middle)
-    assert source.facts()["value_tokenizer"] == source.tokenizer.to_dict()
+    kept = source.facts()["tokenizer_options"]
+    assert kept["tokenizer"] == kept["control_tokenizer"] == source.tokenizer.to_dict()
 
 
 # Which cells come when
