@@ -52,8 +52,10 @@ class PreprocessingConfig(CellsSection):
         description="Highly variable genes that make up the gene space (genes; null: all)",
     )
     log1p: bool = Field(default=True, description="Take log(1 + x) after scaling")
-    hvg_flavor: Literal["seurat_v3", "seurat_v3_paper", "seurat", "cell_ranger"] = Field(
-        default="seurat_v3", description="How scanpy ranks highly variable genes; with hvg_selection"
+    hvg_flavor: Literal["seurat_v3", "seurat_v3_paper", "seurat", "cell_ranger"] | None = Field(
+        default=None,
+        description="How scanpy ranks highly variable genes (null: seurat_v3 for counts, seurat for log-normalised "
+        "values); with hvg_selection",
     )
     hvg_batch_key: Text | None = Field(
         default=None,

@@ -182,12 +182,13 @@ def preprocessing(config: ScModelForgeConfig) -> dict[str, Any]:
     if steps.normalize is not None:
         arguments["target_sum"] = steps.target_sum
     if steps.hvg_selection is not None:
-        arguments |= {
+        chosen = {
             "hvg_selection": steps.hvg_selection,
             "hvg_flavor": steps.hvg_flavor,
             "hvg_batch_key": steps.hvg_batch_key,
             "hvg_whitelist": steps.hvg_whitelist,
         }
+        arguments |= {key: value for key, value in chosen.items() if value is not None}
     return arguments
 
 
