@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlparse
@@ -77,7 +78,9 @@ def find_release(census_version: str, uri: str | None) -> Release:
     if folder is not None:
         if not folder.is_dir():
             raise DataError(f"census.uri: {uri}: no such folder")
-        return Release(folder.name, uri, {"content": _fragments(folder), "build": expected}, expected)
+        # Absolute, since TileDB takes a relative one from where the process began.
+        where = str(folder.absolute())
+        return Release(Path(where).name, where, {"content": _fragments(folder), "build": expected}, expected)
     with contextlib.closing(_open_uri(uri)) as root:
         build = _build_date(root)
     if build is None:
@@ -126,10 +129,12 @@ class CensusExperiment:
         """Close it."""
         self._closing.close()
 
-    @property
+    @cached_property
     def num_var(self) -> int:
-        """Count the gene numbers that the matrix has room for."""
-        return int(self._rna.X[LAYER].shape[1])
+        """Count the gene numbers up to the last one; the matrix may have room for many more."""
+        with self._problems("reading the genes", None, []):
+            numbers = self._rna.var.read(column_names=[CELL_ID]).concat()[CELL_ID].to_numpy()
+        return int(numbers.max(initial=-1)) + 1
 
     def require(self, column: str, where: str) -> None:
         """Raise where obs lacks a column, or holds it in a type that is not known here."""

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from data.corpus import open_corpus
 from data.errors import DataError
 from data.hashing import DrawKey
 from data.prepared import census_loader
+from trainer.config import load_run_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -250,6 +252,12 @@ def test_a_collection_that_was_written_anew_is_read_anew(tmp_path):
     corpora.append(corpus_of(second, tmp_path))
     assert corpora[0].path != corpora[1].path
     np.testing.assert_array_equal(dense_corpus(corpora[1])[:, 0], second.counts[:, 0])
+
+
+def test_a_relative_folder_is_the_one_of_where_the_command_runs(census, tmp_path, monkeypatch):
+    monkeypatch.chdir(Path(census.uri).parent)
+    info = census_corpus({"uri": Path(census.uri).name}, cache_dir=tmp_path)
+    assert info.path == census_corpus({"uri": census.uri}, cache_dir=tmp_path).path
 
 
 def test_several_callers_at_once_read_once(census, tmp_path, monkeypatch):
@@ -490,6 +498,23 @@ def test_the_cells_of_an_experiment_without_datasets_are_one_technical_batch(tmp
     assert info.manifest.technical_batches == ("own",)
     np.testing.assert_array_equal(column(info, "tissue"), own.obs["tissue"])
     assert [source.path_name for source in info.manifest.sources] == ["own"]
+
+
+def test_the_first_example_of_the_documentation_asks_for_the_cells_that_it_says(tmp_path):
+    example = re.search(
+        r"^```yaml\n(.*?)^```$", (ROOT / "docs" / "census.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert example is not None
+    (tmp_path / "census.yaml").write_text(example[1])
+    (phase,) = load_run_config(tmp_path / "census.yaml").datasets
+    assert phase.dataloader_factory == "data.prepared.census_loader"
+    query = CensusQuery.read(phase.dataloader_args["census"])
+    assert (
+        query.obs_filter
+        == 'tissue in ["brain", "heart"] and disease in ["normal"] and is_primary_data == True'
+    )
+    assert query.organism == "homo_sapiens" and query.census_version == "latest"
+    assert {"tissue", "donor_id", "cell_type"} <= {*query.obs_columns, *phase.dataloader_args["obs"]}
 
 
 CELLS_DOOR = """

@@ -7,6 +7,7 @@ import ast
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import inspect
 import io
 import json
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
+from census_files import write_census  # noqa: E402
+
 from data.cell_source import cell_loader  # noqa: E402
 from data.hf import hf_loader  # noqa: E402
 from models.encoder import EncoderConfig  # noqa: E402
@@ -34,6 +37,7 @@ PHASES_CONFIGS = [path for path in CONFIGS if re.search(r"^datasets:", path.read
 SAMPLES = sorted((ROOT / "data" / "samples").glob("*.h5ad"))
 TYPED_PAGES = ("cells.md",)
 """Pages whose YAML blocks are typed configurations."""
+HAS_SOMA = importlib.util.find_spec("tiledbsoma") is not None
 BEGIN = "<!-- generated from the code by `python tests/test_docs.py`; do not edit -->"
 END = "<!-- end of what is generated -->"
 
@@ -263,6 +267,8 @@ def workspace(tmp_path_factory):
     for name, source in modules():
         (folder / name).write_text(source)
     write_geneformer_cells(folder / "my_geneformer.dataset")
+    if HAS_SOMA:
+        write_census(folder / "small-census")
     return folder
 
 
@@ -292,10 +298,15 @@ def modules():
                 yield name[1], block
 
 
+def needs_packages(block):
+    """Return the marks of an example that reads the Census."""
+    return [pytest.mark.skipif(not HAS_SOMA, reason="needs the extra census")] if "census" in block else []
+
+
 def snippets():
     """Return the Python blocks that are no files."""
     return [
-        pytest.param(block, id=f"{page_id(page)}-{number}")
+        pytest.param(block, id=f"{page_id(page)}-{number}", marks=needs_packages(block))
         for page in PAGES
         for number, block in enumerate(blocks(page, "python"))
         if not re.match(r"# \w+\.py\n", block)
@@ -316,9 +327,15 @@ def runs():
             continue
         for number, block in enumerate(blocks(page, "yaml")):
             content = yaml_of(block)
+            if whole is None and "data" in content:
+                continue
             whole = content if whole is None and "datasets" in content else whole
             assert whole is not None, f"{page}: the first YAML block is no whole configuration"
-            found.append(pytest.param({**whole, **content}, id=f"{page_id(page)}-{number}"))
+            found.append(
+                pytest.param(
+                    {**whole, **content}, id=f"{page_id(page)}-{number}", marks=needs_packages(block)
+                )
+            )
     return found
 
 
