@@ -26,7 +26,7 @@ from data.value_tokenizers import ValueTokenizer, build_value_tokenizer
 
 Pooling = Literal["none", "control", "both"]
 _ROWS_AT_ONCE = 1 << 20
-_SETS_TO_FIT = 64
+_SETS_TO_FIT, _SETS_AT_ONCE = 64, 4
 _FIT_EPOCH = -2
 """Epoch of the draws that a tokenizer's inverse is fitted on, which is neither training's nor validation's."""
 
@@ -220,19 +220,21 @@ class PerturbationSource:
         One tokenizer for both is fitted on perturbed cells and controls together.
         """
         sets = np.unique(np.linspace(0, len(self) - 1, _SETS_TO_FIT).astype(np.int64))
+        sides: tuple[list[NDArray[np.float32]], ...] = ([], [])
         draw = DrawKey(0, 0, _FIT_EPOCH)
-        _, places = self.sets.draw(sets, draw)
-        cells = self.sets.rows[places]
-        controls = self.controls.draw(self.sets.pairs[places], sets, draw)
-        read = self.reader.read(np.concatenate([cells.reshape(-1), controls.reshape(-1)]))
-        perturbed, control = (
-            values.reshape(-1) if shown is None else values[shown]
-            for values, shown in self._values(read, cells.shape)
-        )
+        for start in range(0, len(sets), _SETS_AT_ONCE):
+            part = sets[start : start + _SETS_AT_ONCE]
+            _, places = self.sets.draw(part, draw)
+            cells = self.sets.rows[places]
+            controls = self.controls.draw(self.sets.pairs[places], part, draw)
+            read = self.reader.read(np.concatenate([cells.reshape(-1), controls.reshape(-1)]))
+            for side, (values, shown) in zip(sides, self._values(read, cells.shape), strict=True):
+                # Most values are zero, and zero decodes to zero in any case.
+                side.append(values[values != 0 if shown is None else (values != 0) & shown])
         if self.tokenizer is self.control_tokenizer:
-            fitted = self.tokenizer.fitted(np.concatenate([perturbed, control]))
+            fitted = self.tokenizer.fitted([*sides[0], *sides[1]])
             return fitted, fitted
-        return self.tokenizer.fitted(perturbed), self.control_tokenizer.fitted(control)
+        return self.tokenizer.fitted(sides[0]), self.control_tokenizer.fitted(sides[1])
 
     def _tokens(
         self, read: RaggedBatch, shape: tuple[int, ...]
@@ -242,7 +244,9 @@ class PerturbationSource:
             tokens = []
             tokenizers = (self.tokenizer, self.control_tokenizer)
             for encoder, (values, shown) in zip(tokenizers, self._values(read, shape), strict=True):
-                tokens.append(encoder.encode(values))
+                table = np.full(values.shape, encoder.zero_token, np.int64)
+                table[values != 0] = encoder.encode(values[values != 0])
+                tokens.append(table)
                 if shown is not None:
                     tokens[-1][~shown] = HIDDEN
             return tokens[0], tokens[1]

@@ -8,7 +8,7 @@ The inverse of a token is the middle of its bin, or, once fitted, the mean of th
 mean of decoded values is the mean of the values themselves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -92,11 +92,17 @@ class ValueTokenizer:
             )
         return self.centres[tokens]
 
-    def fitted(self, values: NDArray[Any]) -> "ValueTokenizer":
-        """Return the tokenizer with the mean of these values in each bin as its inverse; empty bins keep theirs."""
-        tokens = self.encode(values).reshape(-1)
-        counts = np.bincount(tokens, minlength=self.num_tokens)
-        sums = np.bincount(tokens, weights=values.reshape(-1).astype(np.float64), minlength=self.num_tokens)
+    def fitted(self, parts: Iterable[NDArray[Any]]) -> "ValueTokenizer":
+        """Return the tokenizer with the mean of these values in each bin as its inverse.
+
+        Bins that none of them falls into keep theirs, and the token of 0 decodes to 0.
+        """
+        counts, sums = np.zeros(self.num_tokens, np.int64), np.zeros(self.num_tokens)
+        for values in parts:
+            tokens, flat = self.encode(values).reshape(-1), values.reshape(-1).astype(np.float64)
+            counts += np.bincount(tokens, minlength=self.num_tokens)
+            sums += np.bincount(tokens, weights=flat, minlength=self.num_tokens)
+        counts[self.zero_token] = 0
         means = sums / np.maximum(counts, 1)
         return replace(self, centres=np.where(counts > 0, means, self.centres).astype(np.float32))
 
