@@ -28,6 +28,7 @@ from census_files import write_census  # noqa: E402
 
 from data.cell_source import cell_loader  # noqa: E402
 from data.hf import hf_loader  # noqa: E402
+from data.prepared import h5ad_loader  # noqa: E402
 from models.encoder import EncoderConfig  # noqa: E402
 from trainer.config import json_schema, load_run_config  # noqa: E402
 
@@ -38,6 +39,7 @@ SAMPLES = sorted((ROOT / "data" / "samples").glob("*.h5ad"))
 TYPED_PAGES = ("cells.md",)
 """Pages whose YAML blocks are typed configurations."""
 HAS_SOMA = importlib.util.find_spec("tiledbsoma") is not None
+H5AD_TITLE = "`dataloader_args` of `data.prepared.h5ad_loader`, beside those of `data.loader.cell_loader`"
 BEGIN = "<!-- generated from the code by `python tests/test_docs.py`; do not edit -->"
 END = "<!-- end of what is generated -->"
 
@@ -76,12 +78,14 @@ def render_tables():
     assert where.keys() == schema["$defs"].keys(), "a section of the schema has no place in the documentation"
     sections += [(f"`{path}`", path, schema["$defs"][name]) for name, path in where.items()]
     parts = [_schema_table(title, section, where) for title, _, section in sections]
-    for title, target, heading in (
-        ("`dataloader_args` of `data.loader.cell_loader`", cell_loader, "Args:"),
-        ("`dataloader_args` of `data.hf.hf_loader`", hf_loader, "Args:"),
-        ("`config_args` of `models.encoder.EncoderConfig`", EncoderConfig, "Attributes:"),
+    shared = inspect.signature(cell_loader).parameters.keys()
+    for title, target, heading, told in (
+        ("`dataloader_args` of `data.loader.cell_loader`", cell_loader, "Args:", ()),
+        (H5AD_TITLE, h5ad_loader, "Args:", shared - {"tokenizer"}),
+        ("`dataloader_args` of `data.hf.hf_loader`", hf_loader, "Args:", ()),
+        ("`config_args` of `models.encoder.EncoderConfig`", EncoderConfig, "Attributes:", ()),
     ):
-        parts.append(_signature_table(title, target, _described(target, heading)))
+        parts.append(_signature_table(title, target, _described(target, heading), told))
     return "\n\n".join(parts)
 
 
@@ -100,12 +104,14 @@ def _schema_table(title, section, where):
     return _table(title, rows)
 
 
-def _signature_table(title, target, meanings):
+def _signature_table(title, target, meanings, told):
     rows = []
     hints = inspect.get_annotations(target, eval_str=True) if inspect.isfunction(target) else {}
     if dataclasses.is_dataclass(target):
         hints = {field.name: field.type for field in dataclasses.fields(target)}
     for name, parameter in inspect.signature(target).parameters.items():
+        if name in told:
+            continue
         default = "required" if parameter.default is parameter.empty else _default(parameter.default)
         meaning = re.sub(r"\bNone\b", "null", meanings[name].rstrip("."))
         rows.append((f"`{name}`", _annotation(hints[name]), default, meaning[0].upper() + meaning[1:]))
@@ -218,12 +224,17 @@ def test_every_key_has_a_meaning():
     [
         (
             "tokenizer",
-            "data.tokenizers",
+            "data.tokenizer_options",
             lambda m: [
-                m.build_tokenizer({"strategy": strategy}, value_kind="counts", measured=[])
-                for strategy in m.STRATEGIES
+                m.build_tokenizer(options, value_kind="counts", measured=[])
+                for options in (
+                    {"strategy": "binned_expression"},
+                    {"strategy": "binned_expression", "binning_method": "quantile", "n_bins": 3, "edges": [1]},
+                    {"strategy": "rank_value"},
+                )
             ],
         ),
+        ("preprocessing", "data.preprocessing", lambda m: m.Preprocessing.read({})),
         ("masking", "data.masking", lambda m: m.build_masking({})),
     ],
 )
@@ -258,6 +269,8 @@ def workspace(tmp_path_factory):
     from trainer.convert_h5ad import main
 
     folder = tmp_path_factory.mktemp("docs")
+    (folder / "data").mkdir()
+    (folder / "data" / "samples").symlink_to(ROOT / "data" / "samples")
     write_simulated_h5ad(folder / "simulated.h5ad")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         corpora = str(folder / "quickstart" / "corpora")
