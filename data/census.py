@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.census_conversion import CensusCorpusSettings, convert_census
-from data.census_soma import CensusExperiment, Release, find_release
+from data.census_soma import MOVING_VERSIONS, CensusExperiment, Release, find_release
 from data.conversion_plan import parse_obs
 from data.corpus import CorpusInfo
 from data.corpus_cache import cache_name, made_once, obs_requests, say
@@ -82,6 +82,11 @@ class CensusQuery:
         if self.obs_value_filter is not None:
             return self.obs_value_filter
         return value_filter(self.filters) or None if self.filters else None
+
+    @property
+    def is_moving(self) -> bool:
+        """Tell whether the same words may stand for other cells tomorrow."""
+        return self.uri is None and self.census_version in MOVING_VERSIONS
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -182,7 +187,7 @@ def _convert(release: Release, query: CensusQuery, settings: CensusCorpusSetting
 def _version(value: Any) -> str:
     if isinstance(value, datetime.date):  # YAML reads a date without quotes as one
         return value.isoformat()
-    if isinstance(value, str) and value in ("latest", "stable"):
+    if isinstance(value, str) and value in MOVING_VERSIONS:
         return value
     try:
         return datetime.date.fromisoformat(value).isoformat()

@@ -25,6 +25,8 @@ from data.genes import SourceGenes, check_gene_names, strip_version
 
 CELL_ID = "soma_joinid"
 DATASET = "dataset_id"
+MOVING_VERSIONS = ("latest", "stable")
+"""Names that stand for another release from time to time."""
 MODALITY = "RNA"
 LAYER = "raw"
 _PRESENCE = "feature_dataset_presence_matrix"
@@ -69,7 +71,7 @@ def find_release(census_version: str, uri: str | None) -> Release:
     Raises:
         DataError: there is none, or the network is needed and cannot be reached.
     """
-    is_date = census_version not in ("latest", "stable")
+    is_date = census_version not in MOVING_VERSIONS
     if uri is None:
         build = census_version if is_date else _release_build(census_version)
         return Release(build, None, {"build": build}, build)

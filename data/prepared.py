@@ -189,9 +189,14 @@ def census_loader(
         stratify=stratify,
         sampling=sampling,
     )
-    build = (corpus.manifest.origin or {}).get("build")
+    query, build = CensusQuery.read(census), (corpus.manifest.origin or {}).get("build")
     release = f"cells of the Census of {build}, " if build else ""
-    source.notices = [*CensusQuery.read(census).notices, f"{release}read into {corpus.path}", *source.notices]
+    notices = [*query.notices, f"{release}read into {corpus.path}"]
+    if query.is_moving:
+        notices.append(
+            f"census_version {query.census_version} is {build} today; name that date to resume with it"
+        )
+    source.notices = [*notices, *source.notices]
     return source
 
 

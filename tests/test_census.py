@@ -305,6 +305,26 @@ def test_an_interrupted_reading_is_not_loadable_and_goes_on_with_the_same_bytes(
     assert not (folder / ".unfinished").exists()
 
 
+def test_a_network_that_fails_on_the_way_is_told_with_what_to_do(
+    census, tmp_path, monkeypatch, small_batches
+):
+    tiledbsoma = pytest.importorskip("tiledbsoma", reason="needs the extra census")
+    read, times = tiledbsoma.SparseNDArray.read, []
+
+    def failing(self, *arguments, **options):
+        times.append(1)
+        if len(times) == 6:
+            raise tiledbsoma.SOMAError("[TileDB::S3] Error: could not resolve host")
+        return read(self, *arguments, **options)
+
+    monkeypatch.setattr(tiledbsoma.SparseNDArray, "read", failing)
+    with pytest.raises(
+        DataError, match=r"reading counts: .*could not resolve host; start again, and reading goes on"
+    ):
+        corpus_of(census, tmp_path)
+    np.testing.assert_array_equal(dense_corpus(corpus_of(census, tmp_path)), census.counts)
+
+
 def test_a_reading_interrupted_while_it_is_published_is_finished(
     census, tmp_path, monkeypatch, small_batches
 ):
@@ -441,6 +461,18 @@ def test_latest_is_resolved_to_its_date(census, tmp_path, monkeypatch):
     assert BUILD in Path(latest.path).name
     origin = latest.manifest.origin
     assert origin is not None and (origin["census_version"], origin["build"]) == ("latest", BUILD)
+
+
+def test_a_version_that_moves_is_named_with_its_date(census, tmp_path, monkeypatch):
+    FakeDirectory(monkeypatch, census)
+
+    def notices(version):
+        tokenizer = {"strategy": "rank_value", "max_genes": 16}
+        options = {"census_version": version}
+        return " ".join(census_loader(options, tokenizer=tokenizer, cache_dir=str(tmp_path)).notices)
+
+    assert f"census_version latest is {BUILD} today" in notices("latest")
+    assert "today" not in notices(BUILD)
 
 
 def test_a_dated_release_in_the_cache_needs_neither_network_nor_package(census, tmp_path, monkeypatch):
@@ -614,3 +646,25 @@ def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
     growth, values = map(int, result.stdout.split())
     assert values > 80, "the query must be large enough to tell"
     assert growth < values / 3, f"memory grew by {growth} MB for {values} MB of values"
+
+
+def test_highly_variable_genes_are_chosen_of_the_census_too(census, tmp_path):
+    source = census_loader(
+        {"uri": census.uri},
+        tokenizer={"strategy": "rank_value", "max_genes": 16},
+        preprocessing={
+            "normalize": "library_size",
+            "log1p": True,
+            "hvg_selection": 8,
+            "hvg_batch_key": "tissue",
+        },
+        technical_batch="@file",
+        cache_dir=str(tmp_path),
+    )
+    info = source.reader.info
+    assert len(info.gene_space) == 8 and set(info.gene_space.ids) < set(census.gene_ids)
+    assert info.manifest.origin is not None and info.manifest.origin["build"] == BUILD
+    assert [record.path_name for record in info.manifest.sources] == list(DATASETS)
+    kept = [census.gene_ids.index(name) for name in info.gene_space.ids]
+    rows = column(info, "soma_joinid")
+    np.testing.assert_array_equal(dense_corpus(info), census.counts[np.ix_(rows, kept)])
