@@ -22,12 +22,14 @@ from data.errors import DataError
 from models.errors import ModelError
 from trainer import control, distributed, preemption, runfolder, watch
 from trainer.account import build_account
+from trainer.benchmarking import check_benchmarks, finish_benchmarks, start_benchmarks
 from trainer.checkpoint import CheckpointWriter, Retention, open_checkpoint
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.console import startup_account as print_account
 from trainer.distributed import Ranks
 from trainer.dotted import check_dotted_paths, resolve
+from trainer.early_stopping import check_early_stopping
 from trainer.errors import ConfigError, UserError
 from trainer.exits import PREEMPTED
 from trainer.freezing import split_groups
@@ -93,6 +95,8 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         )
         seed_dropout(config.seed, ranks.index, 0)
         state = Run(config, ranks, strategy, module, phases, Progress(), Recorder(), None, scheduler)
+        check_early_stopping(state)
+        check_benchmarks(state)
         if dry_run:
             account = build_account(state, facts, run_folder="none (dry run)", resumed_from=None, notes=notes)
             print_account(account)
@@ -128,6 +132,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         if ranks.is_main:
             trackers = {} if saved is None else saved.shared("run_state.safetensors")["trackers"]
             run.recorder = Recorder.open(config, folder, step, trackers, redone_record(run))
+            start_benchmarks(run, folder)
         resumed_from = (
             None if resume.checkpoint is None else f"{resume.checkpoint} (step {run.progress.global_step})"
         )
@@ -158,6 +163,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
     finally:
         is_wanted = exit_code in (0, PREEMPTED)
         watcher.close(exit_code, reason, is_consequence=is_consequence, is_wanted=is_wanted)
+        finish_benchmarks(run, wait=exit_code == 0)
         run.recorder.close(exit_code)
         if ranks.is_main:
             with contextlib.suppress(OSError):  # a full disk must not hide what stopped the run

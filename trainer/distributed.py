@@ -83,6 +83,14 @@ class Ranks:
         torch.distributed.all_gather(parts, padded, group=self.group)
         return [bytes(part.tolist()).rstrip(b"\0").decode() for part in parts]
 
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor] | None:
+        """Return every rank's CPU tensor, all of one shape, on rank 0, and None on the others."""
+        if self.count == 1:
+            return [tensor]
+        parts = [torch.zeros_like(tensor) for _ in range(self.count)] if self.is_main else None
+        torch.distributed.gather(tensor, parts, dst=0, group=self.group)
+        return parts
+
     def _reduce(self, values: Sequence[float], operation: Any) -> list[float]:
         if self.count == 1:
             return [float(value) for value in values]

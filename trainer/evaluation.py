@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from data.loader import MicroBatch
+from trainer.early_stopping import note_evaluation
 from trainer.losses import move_to_device
 from trainer.meters import LossSum
 from trainer.phases import Phase
@@ -44,6 +45,7 @@ def evaluate(run: Run, phase: Phase) -> None:
         phase, {"kind": "validation", **position(run.progress, phase), "cells": int(cells), **means}
     )
     run.saver.note_metric(phase.name, means.get("loss"))
+    note_evaluation(run, phase, means)
 
 
 def evaluate_at_last(run: Run, phase: Phase) -> None:

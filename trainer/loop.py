@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data.loader import MicroBatch
 from models.fp8_switch import switch
+from trainer.benchmarking import benchmark_if_due
 from trainer.console import notice
 from trainer.evaluation import evaluate, evaluate_at_last
 from trainer.losses import move_to_device
@@ -31,6 +32,7 @@ def train(run: Run) -> None:
         )
     for phase in run.phases[run.progress.phase_index :]:
         begin_phase(run, phase)
+        benchmark_if_due(run, phase)
         if run.progress.evaluation_due:
             evaluate_at_last(run, phase)
         while not is_over(run.progress, phase):
@@ -61,7 +63,7 @@ def run_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     stop = progress.epoch_step + steps_left(progress, phase)
     meters.restart_clock()
     with contextlib.closing(phase.loader.steps(progress.epoch, progress.epoch_step, stop)) as steps:
-        while progress.epoch_step < stop:
+        while progress.epoch_step < stop and not progress.is_stopped:
             run.activity.begin("waiting for data", progress.global_step + 1)
             micro_batches = meters.next_of(steps)
             if micro_batches is None:
@@ -146,13 +148,16 @@ def end_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     """Evaluate where the epoch is due for it, count the epoch, and save unless the phase's end does."""
     progress, config = run.progress, phase.config
     write_records(run, meters)
+    was_stopped = bool(progress.is_stopped)  # by an evaluation at this very step
     by_steps = is_due(progress.phase_step, config.eval_every_steps)
     every = config.eval_every_epochs or (None if config.eval_every_steps else 1)
     progress.next_epoch()
     is_last = is_over(progress, phase)
-    if phase.validation is not None and (by_steps or is_last or is_due(progress.epoch, every)):
+    is_due_now = by_steps or is_last or is_due(progress.epoch, every)
+    if phase.validation is not None and is_due_now and not was_stopped:
         evaluate(run, phase)
-    if not is_last:
+    benchmark_if_due(run, phase)
+    if not is_over(progress, phase):
         save(run)
 
 

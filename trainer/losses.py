@@ -52,15 +52,21 @@ class LossModule(nn.Module):
         phase_step: int,
         total_steps: int | None,
         announced: float | None = None,
-    ) -> LossOutput:
-        """Compute the loss of one micro-batch as a sum over what `weight` counts.
+        encode: bool = False,
+    ) -> Any:
+        """Compute the loss of one micro-batch as a sum over what `weight` counts, a `LossOutput`.
 
         Args:
             batch: on the device.
             phase_step: optimizer steps taken in the phase.
             total_steps: that the phase takes; None where nothing tells.
             announced: what `weight` said of the batch before it went to the device; None: it is asked again.
+            encode: return the model's embeddings of the cells [B, D] instead. Within this forward pass the hooks of
+                DDP and ZeRO run.
         """
+        if encode:
+            embed: Any = self.model.encode
+            return embed(batch)
         result = self._compute(batch, phase_step, total_steps)
         return self._normalise(result, batch, announced)
 

@@ -1,7 +1,8 @@
 """`metrics.jsonl`: one line of JSON for each optimizer step and each evaluation, in full float precision.
 
 A record is a flat dict. Every record has the fields `kind` ("train" for an optimizer step, "validation" for
-an evaluation), `global_step`, `phase`, `phase_step` and `epoch`. The file is strict JSON, which knows no NaN
+an evaluation, "benchmark" for a benchmark, which may be written after later steps), `global_step`, `phase`,
+`phase_step` and `epoch`. The file is strict JSON, which knows no NaN
 and no infinity: they are written as the strings "nan", "inf" and "-inf", and `read_metrics` turns them back
 into floats everywhere but in the text fields.
 """
@@ -62,9 +63,13 @@ class MetricsFile:
             redone: Fields of the record at that step itself that the run writes again; None: none of them.
         """
         self.path = Path(path)
+        late: list[dict[str, MetricValue]] = []
         if self.path.exists():
-            os.truncate(self.path, _end_of_kept_records(self.path, resume_step, redone))
+            end, late = _kept_records(self.path, resume_step, redone)
+            os.truncate(self.path, end)
         self._file = open(self.path, "ab")  # noqa: SIM115
+        for record in late:
+            self.append(record)
 
     def __enter__(self) -> "MetricsFile":
         """Return the open file."""
@@ -189,18 +194,23 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, dict[str, MetricValue]]]:
             line, number = following, number + 1
 
 
-def _end_of_kept_records(
+def _kept_records(
     path: Path, resume_step: int | None, redone: Mapping[str, MetricValue] | None
-) -> int:
-    """Return the size to which the file is cut before records are appended."""
-    kept = 0
+) -> tuple[int, list[dict[str, MetricValue]]]:
+    """Return the size to which the file is cut, and the records behind it that are to be written again.
+
+    These are benchmarks of steps up to the one that the run goes on from, which were written later.
+    """
+    kept, late, is_cut = 0, [], False
     for end, record in _whole_lines(path):
         step = record.get("global_step")
         if not isinstance(step, int):
             raise CheckpointError(f"{path}: a metrics record without an integer global_step: {record}")
-        if resume_step is not None and step > resume_step:
-            break
-        if redone and step == resume_step and redone.items() <= record.items():
-            break
-        kept = end
-    return kept
+        is_redone = bool(redone) and step == resume_step and redone.items() <= record.items()
+        if is_redone or (resume_step is not None and step > resume_step):
+            is_cut = True
+        elif is_cut and record.get("kind") == "benchmark":
+            late.append(record)
+        if not is_cut:
+            kept = end
+    return kept, late

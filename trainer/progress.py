@@ -1,4 +1,4 @@
-"""Where a run stands: the handful of integers that resuming needs."""
+"""Where a run stands: the handful of numbers that resuming needs."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -34,6 +34,12 @@ class Progress:
     """How often FP8 failed and the run went back to a checkpoint."""
     bf16_until: int = 0
     """The global step up to which an FP8 run computes in bf16 after the last of them."""
+    best_metric: float | None = None
+    """The best figure of this phase's evaluations that early stopping goes by; None: there is none yet."""
+    evaluations_since_best: int = 0
+    """Evaluations of this phase since then."""
+    is_stopped: int = 0
+    """1 where early stopping has ended this phase."""
 
     def next_epoch(self) -> None:
         """Move to the start of the phase's next epoch."""
@@ -44,8 +50,9 @@ class Progress:
         """Move to the start of the next phase."""
         self.phase_index += 1
         self.phase_step = self.epoch = self.epoch_step = 0
+        self.best_metric, self.evaluations_since_best, self.is_stopped = None, 0, 0
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, int | float | None]:
         """Return the counters as a plain dict."""
         return asdict(self)
 
@@ -57,4 +64,6 @@ class Progress:
             raise CheckpointError(
                 f"the checkpoint's progress has the counters {sorted(state)}; this version expects {sorted(names)}"
             )
-        return cls(**{name: int(state[name]) for name in names})
+        best = state["best_metric"]
+        counters = {name: int(state[name]) for name in names - {"best_metric"}}
+        return cls(**counters, best_metric=None if best is None else float(best))

@@ -88,6 +88,17 @@ class Recorder:
         values = {name: value for name, value in record.items() if name not in NOT_METRICS}
         evaluation_line(phase.name, record["global_step"], values, time.perf_counter() - self._clock)
 
+    def benchmarked(self, record: dict[str, Any], headline: str) -> None:
+        """Write a benchmark's record, which may belong to an earlier step, and say what it found."""
+        if self._metrics is None:
+            return
+        assert self._trackers is not None
+        self._metrics.append(record)
+        self._trackers.log(record, record["global_step"])
+        if headline:
+            where = f"{record['phase']} after epoch {record['epoch']}"
+            notice(f"step {record['global_step']}  benchmark of {where}  {headline}")
+
     def saved(self, step: int, folder: str, seconds: float) -> None:
         """Say that a checkpoint has been handed to the writer."""
         if self._metrics is not None:

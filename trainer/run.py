@@ -38,6 +38,8 @@ class Run:
     """`trainer.run_state.Saver`: writes what `progress` stands for."""
     scheduler: Any = None
     """The user's scheduler, or None: then the learning rate is a pure function of phase and step."""
+    benchmarks: Any = None
+    """`trainer.benchmarking.BenchmarkQueue` on rank 0 of a run that benchmarks, else None."""
     activity: Activity = field(default_factory=Activity)
     """What the main thread is doing, which trainer/watch.py watches."""
 
@@ -96,6 +98,8 @@ def write_records(run: Run, meters: Meters) -> None:
     """
     progress, records = run.progress, meters.take()
     run.recorder.write(records)
+    if run.benchmarks is not None:
+        run.benchmarks.poll()
     for record in records:
         progress.skipped_steps += record["is_skipped"]
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record["is_skipped"] else 0
@@ -135,7 +139,8 @@ def is_over(progress: Progress, phase: Phase) -> bool:
     """Tell whether a phase has nothing left to do, its last epoch's end included."""
     config = phase.config
     at_limit = config.max_steps is not None and progress.phase_step >= config.max_steps
-    return progress.epoch >= config.epochs or (at_limit and progress.epoch_step == 0)
+    is_at_end = at_limit or bool(progress.is_stopped)
+    return progress.epoch >= config.epochs or (is_at_end and progress.epoch_step == 0)
 
 
 def is_due(count: int, every: int | None) -> bool:

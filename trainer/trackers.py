@@ -74,10 +74,14 @@ class Trackers:
         self._step = step
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Take one record of `metrics.jsonl` at a global step."""
-        self._step = step
+        """Take one record of `metrics.jsonl` at a global step.
+
+        One that belongs to an earlier step (a benchmark, scored meanwhile) is logged at the latest one: W&B takes no
+        earlier.
+        """
+        self._step = max(self._step, step)
         for tracker in self._trackers.values():
-            tracker.log(record, step)
+            tracker.log(record, self._step)
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps for `build_trackers`: the last step, and each tracker's own state.

@@ -143,7 +143,7 @@ def _batches(config: RunConfig) -> Iterator[Problem]:
 def _benchmarks(phase: PhaseConfig, where: str) -> Iterator[Problem]:
     if phase.benchmarks is None:
         return
-    from trainer.scoring.specs import wrong_specs  # reads this package's fields
+    from trainer.scoring.specs import wrong_specs
 
     for place, text in wrong_specs(phase.benchmarks.tables(), f"{where}.benchmarks.specs"):
         yield Problem(place, text)

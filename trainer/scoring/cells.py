@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from trainer.errors import UserError
+from trainer.scoring.specs import EmbeddingQualitySpec, LinearProbeSpec, PerturbationSpec, Spec
+
+MIN_PERTURBATIONS = 4
 
 
 class Score(NamedTuple):
@@ -75,6 +78,48 @@ def labelled(labels: NDArray[np.str_], column: str, *, at_least: int) -> tuple[N
             f"{len(labels)} cells; two are needed to score anything"
         )
     return kept, notes
+
+
+def check_labels(spec: Spec, obs: Mapping[str, NDArray[np.str_]]) -> None:
+    """Find what in the labels would let a benchmark fail.
+
+    Raises:
+        UserError: there are too few cells of too few labels.
+    """
+    if isinstance(spec, LinearProbeSpec):
+        labelled(obs[spec.cell_type_key], spec.cell_type_key, at_least=spec.num_folds)
+    elif isinstance(spec, EmbeddingQualitySpec):
+        labelled(obs[spec.cell_type_key], spec.cell_type_key, at_least=2)
+        if spec.batch_key is not None:
+            check_batches(spec.batch_key, obs[spec.batch_key])
+    elif isinstance(spec, PerturbationSpec):
+        check_perturbations(spec, obs[spec.perturbation_key])
+
+
+def check_batches(column: str, batches: NDArray[np.str_]) -> None:
+    """Refuse cells that are not all in one of at least two technical batches."""
+    without, kinds = int((batches == "").sum()), len(np.unique(batches[batches != ""]))
+    if without or kinds < 2:
+        raise UserError(
+            f"embedding_quality.batch_key: obs column {column!r} has {kinds} technical batches and {without} cells "
+            "without one; mixing needs two at least, and every cell in one (batch_key: null leaves it out)"
+        )
+
+
+def check_perturbations(spec: PerturbationSpec, labels: NDArray[np.str_]) -> None:
+    """Refuse cells among which there are no control cells, or too few perturbations."""
+    names = [name for name in np.unique(labels).tolist() if name]
+    if spec.control_label not in names:
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        raise UserError(
+            f"perturbation.control_label: no cell has {spec.control_label!r} in obs column "
+            f"{spec.perturbation_key!r}; it has: {shown or 'no label'}"
+        )
+    if len(names) - 1 < MIN_PERTURBATIONS:
+        raise UserError(
+            f"perturbation.perturbation_key: obs column {spec.perturbation_key!r} has {len(names) - 1} perturbations "
+            f"beside {spec.control_label!r}; {MIN_PERTURBATIONS} are needed at least"
+        )
 
 
 def sample(kept: NDArray[np.int64], max_cells: int, seed: int) -> tuple[NDArray[np.int64], list[str]]:

@@ -20,7 +20,7 @@ from sklearn.metrics import (
 from sklearn.neighbors import NearestNeighbors
 
 from trainer.errors import UserError
-from trainer.scoring.cells import Cells, Score, Scored, labelled, sample
+from trainer.scoring.cells import Cells, Score, Scored, check_batches, labelled, sample
 from trainer.scoring.specs import EmbeddingQualitySpec
 
 _BIO_WEIGHT, _BATCH_WEIGHT = 0.6, 0.4
@@ -71,12 +71,7 @@ def has_scib_metrics() -> bool:
 def _batches(spec: EmbeddingQualitySpec, cells: Cells, kept: NDArray[np.int64]) -> NDArray[np.int64]:
     assert spec.batch_key is not None
     batches = cells.obs[spec.batch_key][kept]
-    if (batches == "").any() or len(np.unique(batches)) < 2:
-        without, kinds = int((batches == "").sum()), len(np.unique(batches))
-        raise UserError(
-            f"embedding_quality.batch_key: obs column {spec.batch_key!r} has {kinds} technical batches and {without} "
-            "cells without one; mixing needs two at least, and every cell in one (batch_key: null leaves it out)"
-        )
+    check_batches(spec.batch_key, batches)
     return _codes(batches)
 
 

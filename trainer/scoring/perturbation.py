@@ -7,12 +7,10 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.linear_model import Ridge
 
-from trainer.errors import UserError
-from trainer.scoring.cells import Cells, Score, Scored
+from trainer.scoring.cells import Cells, Score, Scored, check_perturbations
 from trainer.scoring.specs import PerturbationSpec
 
 MEAN_SHIFT = "mean_shift"
-_MIN_PERTURBATIONS = 4
 
 
 def score(spec: PerturbationSpec, features: NDArray[np.floating], cells: Cells) -> Scored:
@@ -54,19 +52,9 @@ def _shifts(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...]]:
     """Return the shifts [P, D] of the features and [P, G] of expression, of each perturbation."""
     labels = cells.obs[spec.perturbation_key]
+    check_perturbations(spec, labels)
     names, codes = np.unique(labels, return_inverse=True)
-    if spec.control_label not in names:
-        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-        raise UserError(
-            f"perturbation.control_label: no cell has {spec.control_label!r} in obs column "
-            f"{spec.perturbation_key!r}; it has: {shown}"
-        )
     is_perturbation = (names != spec.control_label) & (names != "")
-    if is_perturbation.sum() < _MIN_PERTURBATIONS:
-        raise UserError(
-            f"perturbation.perturbation_key: obs column {spec.perturbation_key!r} has {int(is_perturbation.sum())} "
-            f"perturbations beside {spec.control_label!r}; {_MIN_PERTURBATIONS} are needed at least"
-        )
     counts = np.bincount(codes, minlength=len(names))
     groups = sparse.csr_array((1.0 / counts[codes], (codes, np.arange(len(codes)))))  # [P, n]
     control = int(np.flatnonzero(names == spec.control_label)[0])

@@ -3,10 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from trainer.config.fields import Count, PositiveCount
 from trainer.errors import ConfigError
+
+
+def _whole(value: Any) -> Any:
+    """Read `1e4`, a float to YAML, as the whole number it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+# Not from trainer.config, which reads this file.
+Count = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+PositiveCount = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 
 
 class Spec(BaseModel):
