@@ -12,6 +12,7 @@ from data.permutation import permuted
 ControlMatch = Literal["both", "cell_type", "technical_batch", "any"]
 LEVELS: tuple[ControlMatch, ...] = get_args(ControlMatch)
 _MEANING = ("technical batch and cell type", "cell type only", "technical batch only", "neither")
+"""What controls of each level share with the cell."""
 
 
 class ControlCells:
@@ -87,10 +88,8 @@ class ControlCells:
     def account(self, pairs: NDArray[np.int64]) -> str:
         """Say how many perturbed cells of these pairs have controls of each match."""
         counts = np.bincount(self.level[pairs], minlength=len(LEVELS))
-        parts = [
-            f"{count} cells by {meaning}" for count, meaning in zip(counts, _MEANING, strict=True) if count
-        ]
-        return f"controls matched: {', '.join(parts)}"
+        parts = [f"{meaning} {count}" for count, meaning in zip(counts, _MEANING, strict=True) if count]
+        return f"cells by what their controls share with them: {', '.join(parts)}"
 
     def draw(self, pairs: NDArray[np.int64], sets: NDArray[np.int64], draw: DrawKey) -> NDArray[np.int64]:
         """Draw a control for each cell [B, S] of these sets [B]; a set repeats one only where it has too few.

@@ -3,9 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -17,66 +16,17 @@ from data.errors import DataError
 from data.gene_columns import HIDDEN, GeneColumns, Unmeasured
 from data.hashing import DrawKey, Stream
 from data.memory import keep_freed_memory
-from data.permutation import permuted
-from data.perturbation_split import CellGroups, Part, SplitPart, split_groups
-from data.perturbation_targets import Pairs, PerturbationTargets, UnknownTargets, read_targets
-from data.readers import CorpusReader, RaggedBatch, open_columns, open_reader
+from data.perturbation_split import Part, SplitPart, split_groups
+from data.perturbation_targets import Pairs, PerturbationTargets, UnknownTargets, counted, read_targets
+from data.perturbed_sets import PerturbedSets, group_cells, number_sets, read_cell_labels
+from data.readers import CorpusReader, RaggedBatch, open_reader
 from data.tokenizers import ExpressionTransform
 from data.value_tokenizers import ValueTokenizer, build_value_tokenizer
 
 Pooling = Literal["none", "control", "both"]
-_ROWS_AT_ONCE = 1 << 20
 _SETS_TO_FIT, _SETS_AT_ONCE = 64, 4
 _FIT_EPOCH = -2
 """Epoch of the draws that a tokenizer's inverse is fitted on, which is neither training's nor validation's."""
-
-
-class _Labels(NamedTuple):
-    """Hold the labels of every cell of a corpus, [num_cells] each; 0 where the corpus has no such column."""
-
-    perturbation: NDArray[np.int32]
-    cell_type: NDArray[np.int32]
-    technical_batch: NDArray[np.int32]
-    source: NDArray[np.int32]
-
-
-@dataclass(frozen=True, eq=False)
-class PerturbedSets:
-    """Number the sets of an epoch, and say which cells each has.
-
-    Cells of one perturbation and context are a group. A group of n cells has ceil(n / S) sets. In every epoch its cells
-    are put into a seeded order; its sets take S of them one after the other, and the last set, where cells run out,
-    goes on with the first of the same order. So the cells of a group are used equally often in an epoch, up to one
-    time, and a set repeats a cell only where its group has fewer than S.
-    """
-
-    rows: NDArray[np.int64]  # [cells], corpus rows, group after group
-    pairs: NDArray[np.int64]  # [cells], pair of cell type and technical batch (see ControlCells)
-    starts: NDArray[np.int64]  # [groups], first cell of each group
-    sizes: NDArray[np.int64]  # [groups], cells
-    perturbation: NDArray[np.int64]  # [groups]
-    set_starts: NDArray[np.int64]  # [groups + 1], first set of each group
-    set_size: int
-
-    def __len__(self) -> int:
-        """Count the sets of an epoch."""
-        return int(self.set_starts[-1])
-
-    def draw(self, sets: NDArray[np.int64], draw: DrawKey) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the group [B] of each set, and the places [B, S] of its cells in `rows` and `pairs`."""
-        group = np.searchsorted(self.set_starts, sets, "right") - 1
-        first = (sets - self.set_starts[group]) * self.set_size
-        sizes = np.broadcast_to(self.sizes[group][:, None], (len(sets), self.set_size))
-        states = np.broadcast_to(draw.cell_hashes(Stream.SET_CELLS, group)[:, None], sizes.shape)
-        place = permuted(states, sizes, (first[:, None] + np.arange(self.set_size)) % sizes)
-        return group, self.starts[group][:, None] + place
-
-    def digest(self) -> str:
-        """Identify the sets and the cells that they draw from."""
-        content = hashlib.sha256()
-        for array in (self.rows, self.pairs, self.starts, self.perturbation):
-            content.update(array.tobytes())
-        return content.hexdigest()
 
 
 class PerturbationSource:
@@ -345,20 +295,7 @@ def perturbation_loader(
         split_part: part of the split file that validates: `val` or `test`; the other one is left out.
         num_workers: processes that prepare batches; 0 leaves it to one background thread.
     """
-    if type(set_size) is not int or set_size < 1:
-        raise DataError(f"set_size: got {set_size!r}; it must be a whole number of cells, at least 1")
-    for name, number in (("min_controls", min_controls), ("min_cells", min_cells)):
-        if type(number) is not int or number < 1:
-            raise DataError(f"{name}: got {number!r}; it must be a whole number, at least 1")
-    for name, word, allowed in (
-        ("pooling", pooling, get_args(Pooling)),
-        ("control_match", control_match, get_args(ControlMatch)),
-    ):
-        if word not in allowed:
-            raise DataError(f"{name} is {word!r}; it must be {' | '.join(allowed)}")
-    if pooling == "both" and mix_technical_batches:
-        raise DataError("pooling: both makes one row of a set, which must then be of one technical batch; leave "
-                        "mix_technical_batches away")  # fmt: skip
+    _check_arguments(set_size, min_controls, min_cells, pooling, control_match, mix_technical_batches)
     info = open_corpus(path)
     columns = GeneColumns(info, genes, unmeasured)
     built, built_control, transform, fits = _tokenizers(info, tokenizer, control_tokenizer, pooling)
@@ -371,8 +308,8 @@ def perturbation_loader(
         pair_separator=pair_separator,
         unknown_targets=unknown_targets,
     )
-    labels = _read_labels(info)
-    groups, group_of, rows = _groups(info, labels, known)
+    labels = read_cell_labels(info)
+    groups, group_of, rows = group_cells(info, labels, known)
     parts, notices = split_groups(
         groups,
         known,
@@ -411,19 +348,19 @@ def perturbation_loader(
         if not chosen.any():
             continue
         name = "training" if part == Part.TRAINING else "validation"
-        sets, dropped = _number_sets(
+        sets, dropped = number_sets(
             labels, rows[chosen], controls, set_size, min_cells, is_mixed=mix_technical_batches
         )
         if dropped:
             notices.append(
-                f"{name}: {dropped} groups of fewer than {min_cells} cells are left out (min_cells)"
+                f"{name}: {counted(dropped, 'group')} of fewer than {min_cells} cells left out (min_cells)"
             )
         if sets is None:
             continue
         controls.check(sets.pairs, control_match, (groups.cell_types, groups.technical_batches))
         notices.append(
-            f"{name}: {len(sets)} sets of {set_size} in an epoch, from {len(sets.rows)} cells of "
-            f"{len(np.unique(sets.perturbation))} perturbations; {controls.account(sets.pairs)}"
+            f"{name}: {counted(len(sets), 'set')} of {set_size} in an epoch, from {counted(len(sets.rows), 'cell')} of "
+            f"{counted(len(np.unique(sets.perturbation)), 'perturbation')}; {controls.account(sets.pairs)}"
         )
         sources[part] = PerturbationSource(
             open_reader(info, columns.reader_columns), sets, controls, known, columns, built, built_control, transform,
@@ -441,6 +378,26 @@ def perturbation_loader(
             each.tokenizer = fitted[0] if fits[0] else each.tokenizer
             each.control_tokenizer = fitted[1] if fits[1] else each.control_tokenizer
     return source
+
+
+def _check_arguments(
+    set_size: int, min_controls: int, min_cells: int, pooling: str, control_match: str, is_mixed: bool
+) -> None:
+    """Refuse numbers and words that mean nothing."""
+    if type(set_size) is not int or set_size < 1:
+        raise DataError(f"set_size: got {set_size!r}; it must be a whole number of cells, at least 1")
+    for name, number in (("min_controls", min_controls), ("min_cells", min_cells)):
+        if type(number) is not int or number < 1:
+            raise DataError(f"{name}: got {number!r}; it must be a whole number, at least 1")
+    for name, word, allowed in (
+        ("pooling", pooling, get_args(Pooling)),
+        ("control_match", control_match, get_args(ControlMatch)),
+    ):
+        if word not in allowed:
+            raise DataError(f"{name} is {word!r}; it must be {' | '.join(allowed)}")
+    if pooling == "both" and is_mixed:
+        raise DataError("pooling: both makes one row of a set, which must then be of one technical batch; leave "
+                        "mix_technical_batches away")  # fmt: skip
 
 
 def _mean_cell(
@@ -481,83 +438,3 @@ def _tokenizers(
         if pooled and each.strategy == "counts":
             raise DataError(f"{name}: the mean of counts is no count; use log_bins with pooling: {pooling}")
     return built, built_control, transform, (is_fitted, control_is_fitted)
-
-
-def _read_labels(info: CorpusInfo) -> _Labels:
-    """Read the labels of all cells; 4 bytes a cell and column."""
-    if "target_gene" not in info.columns:
-        raise DataError(
-            f"{info.path}: the corpus has no column target_gene; convert the files with --obs target_gene=COLUMN"
-        )
-    names = ["target_gene", "cell_type", "technical_batch"]
-    present = [name for name in names if name in info.columns]
-    for name in present:
-        info.class_names(name)
-    table = open_columns(info, [*present, "source"])
-    arrays = {name: np.zeros(info.num_cells, np.int32) for name in [*names, "source"]}
-    for start in range(0, info.num_cells, _ROWS_AT_ONCE):
-        rows = np.arange(start, min(start + _ROWS_AT_ONCE, info.num_cells))
-        for name, values in table.gather(rows).items():
-            arrays[name][rows] = cast(NDArray[Any], values)
-    return _Labels(*arrays.values())
-
-
-def _groups(
-    info: CorpusInfo, labels: _Labels, targets: PerturbationTargets
-) -> tuple[CellGroups, NDArray[np.int64], NDArray[np.int64]]:
-    """Return the groups of perturbed cells that take part, and the group of each of these cells with its row."""
-    rows = np.flatnonzero(targets.is_used[labels.perturbation])
-    if not len(rows):
-        raise DataError(
-            f"{info.path}: no perturbed cell is left; {'; '.join(targets.notices) or 'all are controls'}"
-        )
-    names = {
-        name: list(info.class_names(name)) if name in info.columns else [f"no {name}"]
-        for name in ("cell_type", "technical_batch")
-    }
-    sizes = (len(targets.names), len(names["cell_type"]), len(names["technical_batch"]))
-    # One number for the labels of a cell, which sorts faster than four.
-    shape = (*sizes, int(labels.source.max()) + 1)
-    codes, group_of = np.unique(
-        np.ravel_multi_index([each[rows] for each in labels], shape), return_inverse=True
-    )
-    perturbation, cell_type, batch, source = np.unravel_index(codes, shape)
-    groups = CellGroups(perturbation, cell_type, batch, source, names["cell_type"], names["technical_batch"])
-    return groups, group_of, rows
-
-
-def _number_sets(
-    labels: _Labels,
-    rows: NDArray[np.int64],
-    controls: ControlCells,
-    set_size: int,
-    min_cells: int,
-    *,
-    is_mixed: bool,
-) -> tuple[PerturbedSets | None, int]:
-    """Return the sets of these cells, and how many groups have too few cells."""
-    perturbation, cell_type = labels.perturbation[rows], labels.cell_type[rows]
-    batch = labels.technical_batch[rows]
-    pairs = controls.pair(cell_type, batch)
-    keys = [perturbation, cell_type, *([] if is_mixed else [batch])]
-    order = np.lexsort([rows, *reversed(keys)])
-    ordered = np.stack([each[order] for each in keys])
-    is_first = np.append(True, (np.diff(ordered, axis=1) != 0).any(axis=0))
-    group_of = np.cumsum(is_first) - 1
-    is_kept = np.bincount(group_of) >= min_cells
-    dropped = int((~is_kept).sum())
-    order = order[is_kept[group_of]]
-    if not len(order):
-        return None, dropped
-    _, starts, sizes = np.unique(group_of[is_kept[group_of]], return_index=True, return_counts=True)
-    set_starts = np.concatenate([[0], np.cumsum(-(-sizes // set_size))])
-    sets = PerturbedSets(
-        rows=rows[order],
-        pairs=pairs[order],
-        starts=starts.astype(np.int64),
-        sizes=sizes.astype(np.int64),
-        perturbation=perturbation[order][starts].astype(np.int64),
-        set_starts=set_starts.astype(np.int64),
-        set_size=set_size,
-    )
-    return sets, dropped

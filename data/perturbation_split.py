@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data.corpus import CorpusInfo
 from data.errors import DataError
-from data.perturbation_targets import PerturbationTargets, check_known, listed, read_names
+from data.perturbation_targets import PerturbationTargets, check_known, counted, listed, read_names
 
 SplitPart = Literal["val", "test"]
 _PARTS = ("train", "val", "test")
@@ -162,7 +162,7 @@ def _split_by_file(
                 has_part |= name == split_part and bool(codes)
     if missing:
         notices.append(
-            f"{split_file}: {len(missing)} perturbations are not in the corpus: {listed(sorted(missing))}"
+            f"{split_file}: {counted(len(missing), 'perturbation')} not in the corpus: {listed(sorted(missing))}"
         )
     if not has_part and any(content[section] for section in ("zeroshot", "fewshot")):
         raise DataError(
@@ -170,7 +170,9 @@ def _split_by_file(
         )
     left_out = int((part == Part.NEITHER).sum())
     if left_out:
-        notices.append(f"{split_file}: {left_out} groups of cells are in neither part and take no part")
+        notices.append(
+            f"{split_file}: {counted(left_out, 'group')} of cells in neither part, which take no part"
+        )
     return part, notices
 
 

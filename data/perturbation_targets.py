@@ -86,7 +86,7 @@ def read_targets(
     if pairs != "index":
         _refuse_or_note(
             pairs, np.asarray(names)[is_pair].tolist(), info.path, notices,
-            "perturbations target a pair of genes",
+            "of pairs of genes",
             "set pairs: index for target_gene_idx [B, 2], or pairs: skip to leave them out",
         )  # fmt: skip
     indices = np.full((len(names), 2 if pairs == "index" and is_pair.any() else 1), UNKNOWN_TARGET, np.int64)
@@ -100,7 +100,7 @@ def read_targets(
     what = "genes of the batches" if targets == "genes" else "targets"
     _refuse_or_note(
         unknown_targets, np.asarray(names)[is_unknown & is_used].tolist(), info.path, notices,
-        f"perturbations have a target that is not among the {len(space)} {what}",
+        f"with a target that is not among the {len(space)} {what}",
         "set unknown_targets: skip to leave them out or index to give such a target index -1, or let "
         "targets: corpus, or a file, say which targets there are",
     )  # fmt: skip
@@ -143,6 +143,11 @@ def check_known(name: str, known: Iterable[str], where: str, what: str) -> None:
     near = difflib.get_close_matches(str(name), known, n=3)
     hint = f"close to it: {', '.join(near)}" if near else f"there are: {listed(known)}"
     raise DataError(f"{where}: no {what} {name!r}; {hint}")
+
+
+def counted(number: int, what: str) -> str:
+    """Say how many there are of something."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def listed(names: Sequence[str]) -> str:
@@ -191,6 +196,6 @@ def _refuse_or_note(
     if not names:
         return
     if choice == "error":
-        raise DataError(f"{path}: {len(names)} {what}: {listed(names)}; {remedy}")
+        raise DataError(f"{path}: {counted(len(names), 'perturbation')} {what}: {listed(names)}; {remedy}")
     done = "left out" if choice == "skip" else "index -1"
-    notices.append(f"{len(names)} {what} ({done}): {listed(names)}")
+    notices.append(f"{counted(len(names), 'perturbation')} {what} ({done}): {listed(names)}")

@@ -296,7 +296,7 @@ def test_small_groups_repeat_their_cells_or_are_left_out(tmp_path: Path):
     assert np.bincount(batch["cell_index"][0]).tolist() in ([3, 3, 2], [3, 2, 3], [2, 3, 3])
     source = load(corpus, min_cells=4)
     assert every_set(source)["perturbation_idx"].tolist() == [1, 1, 1]
-    assert "training: 1 groups of fewer than 4 cells are left out (min_cells)" in source.notices
+    assert "training: 1 group of fewer than 4 cells left out (min_cells)" in source.notices
     refused(corpus, "no set is left to train on; .*min_cells", min_cells=21)
 
 
@@ -415,7 +415,7 @@ def test_fallbacks_are_counted_and_can_be_forbidden(tmp_path: Path, labels: dict
     fits = ~is_control & ((moved == 0) | ((moved == 2) & (labels["cell_type"] == 0)))
     by_type = int((~is_control & ~fits).sum())
     assert source.notices[-1].endswith(
-        f"controls matched: {int(fits.sum())} cells by technical batch and cell type, {by_type} cells by cell type only"
+        f"share with them: technical batch and cell type {int(fits.sum())}, cell type only {by_type}"
     )
     assert len(load(corpus, control_match="cell_type")) == len(source)
     refused(
@@ -451,10 +451,10 @@ def with_pairs(tmp_path: Path, *names: str) -> Path:
 
 def test_pairs_are_refused_skipped_and_counted_or_indexed(tmp_path: Path):
     corpus = with_pairs(tmp_path, "GENE5", "GENE5+GENE9", "GENE7+ctrl")
-    refused(corpus, r"1 perturbations target a pair of genes: GENE5\+GENE9; set pairs: index")
+    refused(corpus, r"1 perturbation of pairs of genes: GENE5\+GENE9; set pairs: index")
     skipped = load(corpus, pairs="skip")
     assert sorted(set(every_set(skipped)["target_gene_idx"].tolist())) == [5, 7]
-    assert "1 perturbations target a pair of genes (left out): GENE5+GENE9" in skipped.notices
+    assert "1 perturbation of pairs of genes (left out): GENE5+GENE9" in skipped.notices
     batch = every_set(load(corpus, pairs="index"))
     found = dict(zip(batch["perturbation_idx"].tolist(), batch["target_gene_idx"].tolist(), strict=True))
     assert found == {0: [5, -1], 1: [5, 9], 2: [7, -1]}
@@ -466,11 +466,11 @@ def test_a_perturbation_of_three_genes_is_refused(tmp_path: Path):
 
 def test_targets_that_are_no_gene_are_refused_skipped_and_counted_or_minus_one(tmp_path: Path):
     corpus = with_pairs(tmp_path, "GENE5", "ELSEWHERE", "GENE5+ELSEWHERE")
-    refused(corpus, "2 perturbations have a target that is not among the 60 genes", pairs="index")
+    refused(corpus, "2 perturbations with a target that is not among the 60 genes", pairs="index")
     skipped = load(corpus, pairs="index", unknown_targets="skip")
     assert every_set(skipped)["target_gene_idx"].unique(dim=0).tolist() == [[5, -1]]
     assert any(
-        notice.startswith("2 perturbations have a target") and "(left out)" in notice
+        notice.startswith("2 perturbations with a target") and "(left out)" in notice
         for notice in skipped.notices
     )
     batch = every_set(load(corpus, pairs="index", unknown_targets="index"))
@@ -615,7 +615,7 @@ def test_a_split_file_of_cell_load_is_read_as_cell_load_reads_it(
     is_alpha, target = labels["cell_type"] == 0, labels["target_gene"]
     assert np.array_equal(cells_of(source), np.flatnonzero(is_alpha & np.isin(target, [2, 3])))
     assert np.array_equal(cells_of(source.validation), np.flatnonzero(is_alpha & (target == 0)))
-    assert any("1 perturbations are not in the corpus: ABSENT" in notice for notice in source.notices)
+    assert any("1 perturbation not in the corpus: ABSENT" in notice for notice in source.notices)
     tested = load(corpus, split_file=str(tmp_path / "split.toml"), split_part="test")
     assert np.array_equal(cells_of(tested), cells_of(source))
     is_tested = (~is_alpha & (target < 4)) | (is_alpha & np.isin(target, [0, 1]))
@@ -649,7 +649,7 @@ def test_cells_that_a_split_file_does_not_name_take_no_part(
     assert np.array_equal(
         cells_of(source), np.flatnonzero(is_beta & np.isin(labels["target_gene"], [1, 2, 3]))
     )
-    assert any("are in neither part" in notice for notice in source.notices)
+    assert any("of cells in neither part" in notice for notice in source.notices)
 
 
 @pytest.mark.parametrize(
@@ -765,7 +765,7 @@ def test_a_real_perturbation_file_loads_with_its_pairs_and_contexts(tmp_path: Pa
     batch = every_set(source)
     trained = {names[index] for index in batch["target_gene_idx"].unique().tolist() if index >= 0}
     assert "KLF1" not in trained and {"KLF1"} < set(names)
-    refused(tmp_path / "corpus", "32 perturbations have a target that is not among the 500", pairs="index")
+    refused(tmp_path / "corpus", "32 perturbations with a target that is not among the 500", pairs="index")
 
 
 def test_the_documented_arguments_are_those_of_the_loader():

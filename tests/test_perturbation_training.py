@@ -70,7 +70,9 @@ def test_a_run_trains_on_cells_and_then_on_their_perturbations(corpus: Path, tmp
     assert [record["phase"] for record in records(folder, "validation")] == ["response"] * 2
     printed = capsys.readouterr().out
     assert "training: 24 sets of 4 in an epoch" in " ".join(printed.split())
-    assert "controls matched: 96 cells by technical batch and cell type" in " ".join(printed.split())
+    assert "what their controls share with them: technical batch and cell type 96" in " ".join(
+        printed.split()
+    )
 
 
 def test_a_checkpoint_keeps_what_turns_tokens_into_values(corpus: Path, tmp_path: Path):
