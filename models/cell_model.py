@@ -113,13 +113,17 @@ class CellModel(nn.Module):
 
     @torch.no_grad()
     def initialise_from_data(
-        self, batches: Iterable[dict[str, Any]], gene_ids: Sequence[str] | None = None
+        self,
+        batches: Iterable[dict[str, Any]],
+        gene_ids: Sequence[str] | None = None,
+        gene_symbols: Sequence[str | None] | None = None,
     ) -> dict[str, int]:
         """Set the value prior and the gene embeddings; called once, before a fresh start.
 
         Args:
             batches: training batches without masking.
             gene_ids: the names of the genes, in the order of their token ids; needed for `gene_embedding_path`.
+            gene_symbols: their symbols, by which a file of vectors may name them too.
 
         Returns:
             What was done, for the start-up account: gene vectors found, genes and values counted for the prior.
@@ -128,12 +132,12 @@ class CellModel(nn.Module):
         if self.config.gene_embedding_path is not None:
             if gene_ids is None:
                 raise ModelError("gene_embedding_path is set, but the data names no genes")
-            table = load_gene_embeddings(self.config.gene_embedding_path, gene_ids)
+            table = load_gene_embeddings(self.config.gene_embedding_path, gene_ids, gene_symbols)
             wanted = self.config.gene_embedding_dim
             if wanted is not None and table.shape[1] != wanted:
                 raise ModelError(
-                    f"gene_embedding_path: {self.config.gene_embedding_path} holds vectors of {table.shape[1]} numbers, "
-                    f"but gene_embedding_dim is {wanted}"
+                    f"gene_embedding_path: {self.config.gene_embedding_path} holds vectors of {table.shape[1]} "
+                    f"numbers, but gene_embedding_dim is {wanted}"
                 )
             table = fit_to_width(table, self.config.hidden_dim, self.config.init_std)
             known = ~table.isnan().any(dim=1)

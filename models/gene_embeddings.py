@@ -1,5 +1,8 @@
 """Gene vectors from a file, to start a model's token embedding from."""
 
+import pickle
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,37 +13,41 @@ from torch import Tensor
 
 from models.errors import ModelError
 
+_ENSEMBL_VERSION = re.compile(r"^(ENS[A-Z]{0,6}G\d{11})\.\d+$")
 
-def load_gene_embeddings(path: str | Path, gene_ids: Sequence[str]) -> Tensor:
+
+def load_gene_embeddings(
+    path: str | Path, gene_ids: Sequence[str], gene_symbols: Sequence[str | None] | None = None
+) -> Tensor:
     """Read gene vectors and put them in the order of `gene_ids`.
 
+    A gene is looked up by its id, and where the file has none by its symbol, if no other gene has the same. Versions
+    of Ensembl ids in the file are left out.
+
     Args:
-        path: `NAME.npy` ([genes, dim], with `NAME.txt` beside it: one gene name a line, in row order), or
-            `NAME.safetensors` with one matrix and its gene names in `NAME.txt`.
+        path: a matrix [genes, dim] in `NAME.npy`, `NAME.safetensors` or `NAME.pt`, with `NAME.txt` beside it (one gene
+            name a line, in row order), or a `.pt` file of `{"gene_names": [...], "embeddings": tensor}`. Nothing in a
+            file is executed.
         gene_ids: names to look up, in the order of the rows wanted.
+        gene_symbols: their symbols, where these are known.
 
     Returns:
         [len(gene_ids), dim] float32; rows of genes that the file lacks are NaN.
     """
     path = Path(path)
-    names_path = path.with_suffix(".txt")
-    for needed in (path, names_path):
-        if not needed.is_file():
-            raise ModelError(
-                f"gene_embedding_path: {needed} does not exist; give a .npy or .safetensors matrix [genes, dim]"
-                " with a .txt of the same name beside it that holds one gene name a line"
-            )
-    matrix = _read_matrix(path)
-    names = [line.strip() for line in names_path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(names) != len(matrix):
-        raise ModelError(
-            f"gene_embedding_path: {names_path} names {len(names)} genes, {path} has {len(matrix)} rows"
-        )
+    matrix, names = _read_file(path)
+    names = [_ENSEMBL_VERSION.sub(r"\1", name) for name in names]
     rows = {name: row for row, name in enumerate(names)}
     if len(rows) != len(names):
         twice = next(name for row, name in enumerate(names) if rows[name] != row)
-        raise ModelError(f"gene_embedding_path: {names_path} names {twice!r} more than once")
-    found = [(index, rows[gene]) for index, gene in enumerate(gene_ids) if gene in rows]
+        raise ModelError(f"gene_embedding_path: {path} names {twice!r} more than once")
+    symbols = [None] * len(gene_ids) if gene_symbols is None else gene_symbols
+    times = Counter(symbols)
+    found: list[tuple[int, int]] = []
+    for index, (gene, symbol) in enumerate(zip(gene_ids, symbols, strict=True)):
+        name = gene if gene in rows else symbol if times[symbol] == 1 else None
+        if name is not None and name in rows:
+            found.append((index, rows[name]))
     if not found:
         raise ModelError(
             f"gene_embedding_path: {path} has none of the data's {len(gene_ids)} genes;"
@@ -81,14 +88,39 @@ def fit_to_width(table: Tensor, dim: int, std: float, seed: int = 0) -> Tensor:
     return fitted
 
 
-def _read_matrix(path: Path) -> np.ndarray:
-    """Read the one matrix of a file as finite float32 [genes, dim]."""
+def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
+    """Return the matrix of a file as finite float32 [genes, dim], and the name of each row."""
+    names_path = path.with_suffix(".txt")
+    content = _load(path) if path.is_file() else None
+    if isinstance(content, tuple):
+        return _checked(path, content[0]), content[1]
+    for needed in (path, names_path):
+        if not needed.is_file():
+            raise ModelError(
+                f"gene_embedding_path: {needed} does not exist; give a .npy, .safetensors or .pt matrix [genes, dim]"
+                " with a .txt of the same name beside it that holds one gene name a line"
+            )
+    assert content is not None
+    matrix = _checked(path, content)
+    names = [line.strip() for line in names_path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if len(names) != len(matrix):
+        raise ModelError(
+            f"gene_embedding_path: {names_path} names {len(names)} genes, {path} has {len(matrix)} rows"
+        )
+    return matrix, names
+
+
+def _load(path: Path) -> np.ndarray | tuple[np.ndarray, list[str]]:
+    """Read what a file holds: a matrix, or a matrix and its names."""
     if path.suffix == ".npy":
         try:
-            matrix = np.load(path, allow_pickle=False)
+            return np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ModelError(f"gene_embedding_path: {path} is no plain NumPy array: {error}") from error
-    elif path.suffix == ".safetensors":
+            raise ModelError(
+                f"gene_embedding_path: {path} is no plain NumPy array: {error}; save the matrix alone, with the names "
+                "in a .txt beside it"
+            ) from error
+    if path.suffix == ".safetensors":
         try:
             with safe_open(str(path), framework="np") as file:
                 names = list(file.keys())
@@ -96,11 +128,36 @@ def _read_matrix(path: Path) -> np.ndarray:
                     raise ModelError(
                         f"gene_embedding_path: {path} holds the tensors {names}; it must hold one matrix"
                     )
-                matrix = file.get_tensor(names[0])
+                return file.get_tensor(names[0])
         except SafetensorError as error:
             raise ModelError(f"gene_embedding_path: {path} is no safetensors file: {error}") from error
-    else:
-        raise ModelError(f"gene_embedding_path: {path} ends in {path.suffix!r}; allowed: .npy, .safetensors")
+    if path.suffix == ".pt":
+        return _load_pt(path)
+    raise ModelError(f"gene_embedding_path: {path} ends in {path.suffix!r}; allowed: .npy, .safetensors, .pt")
+
+
+def _load_pt(path: Path) -> np.ndarray | tuple[np.ndarray, list[str]]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ModelError(
+            f"gene_embedding_path: {path} holds something else than tensors and names, or is damaged, and is never "
+            f"unpickled: {str(error).splitlines()[0]}"
+        ) from error
+    if isinstance(content, Tensor):
+        return content.detach().float().numpy()
+    keys = list(content) if isinstance(content, dict) else type(content).__name__
+    if not isinstance(content, dict) or not {"gene_names", "embeddings"} <= content.keys():
+        raise ModelError(
+            f"gene_embedding_path: {path} holds {keys}; it must hold a matrix, or gene_names and embeddings"
+        )
+    matrix, names = content["embeddings"], content["gene_names"]
+    if not isinstance(matrix, Tensor) or len(names) != len(matrix):
+        raise ModelError(f"gene_embedding_path: {path} has {len(names)} gene_names for other embeddings")
+    return matrix.detach().float().numpy(), [str(name) for name in names]
+
+
+def _checked(path: Path, matrix: np.ndarray) -> np.ndarray:
     if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating):
         raise ModelError(
             f"gene_embedding_path: {path} holds {matrix.dtype} of shape {matrix.shape};"

@@ -37,8 +37,8 @@ class ModelConfig:
         use_depth: tell the model each cell's log1p(total), so that it need not spend its capacity on guessing it.
         pooling: what `encode` returns: the hidden state of `cls`, or the `mean` over genes.
         use_value_prior: start the value head at each gene's own distribution over training cells.
-        gene_embedding_path: file of gene vectors to start the token embedding from (.npy with a .txt of gene names
-            beside it, or .safetensors).
+        gene_embedding_path: file of gene vectors to start the token embedding from (.npy, .safetensors or .pt with a
+            .txt of gene names, ids or symbols, beside it).
         gene_embedding_dim: length that the vectors in `gene_embedding_path` must have; None takes any.
         init_std: standard deviation of the initial weights.
         activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.

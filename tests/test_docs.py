@@ -229,7 +229,12 @@ def test_every_key_has_a_meaning():
                 m.build_tokenizer(options, value_kind="counts", measured=[])
                 for options in (
                     {"strategy": "binned_expression"},
-                    {"strategy": "binned_expression", "binning_method": "quantile", "n_bins": 3, "edges": [1]},
+                    {
+                        "strategy": "binned_expression",
+                        "binning_method": "quantile",
+                        "n_bins": 3,
+                        "edges": [1],
+                    },
                     {"strategy": "rank_value"},
                 )
             ],
@@ -277,6 +282,8 @@ def workspace(tmp_path_factory):
         arguments = [*map(str, SAMPLES), "--per-file", "--output", corpora]
         assert main([*arguments, "--obs", "cell_type=bulk_labels"]) == 0
         assert main([str(folder / "simulated.h5ad"), "--output", f"{corpora}/simulated"]) == 0
+    (folder / "data").mkdir()
+    (folder / "data" / "samples").symlink_to(ROOT / "data" / "samples")
     for name, source in modules():
         (folder / name).write_text(source)
     write_geneformer_cells(folder / "my_geneformer.dataset")

@@ -427,6 +427,51 @@ def test_gene_vectors_are_looked_up_by_name(tmp_path, name):
     assert table[1].isnan().all()
 
 
+def test_gene_vectors_are_looked_up_by_id_before_symbol(tmp_path):
+    matrix = np.arange(10, dtype=np.float32).reshape(5, 2)
+    ids = [f"ENSG0000000000{i}" for i in range(5)]
+    path = write_vectors(tmp_path, ["B", f"{ids[0]}.7", "C", "twin", "A"], matrix)
+    table = load_gene_embeddings(path, ids, ["A", "B", None, "twin", "twin"])
+    assert table[:2].tolist() == [[2, 3], [0, 1]]
+    assert table[2:].isnan().all()
+
+
+@pytest.mark.parametrize("form", ["names inside", "names beside"])
+def test_gene_vectors_are_read_from_a_torch_file(tmp_path, form):
+    matrix, path = torch.arange(6.0).reshape(3, 2), tmp_path / "vectors.pt"
+    if form == "names inside":
+        torch.save({"gene_names": ["A", "B", "C"], "embeddings": matrix}, path)
+    else:
+        torch.save(matrix, path)
+        path.with_suffix(".txt").write_text("A\nB\nC\n")
+    assert torch.equal(load_gene_embeddings(path, ["C", "A"]), matrix[[2, 0]])
+
+
+class Explosive:
+    """Write a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("name", ["vectors.pt", "vectors.npy"])
+def test_nothing_in_a_file_of_gene_vectors_is_executed(tmp_path, name):
+    path, mark = tmp_path / name, tmp_path / "executed"
+    content = {"gene_names": ["A"], "embeddings": Explosive(mark)}
+    if name.endswith(".pt"):
+        torch.save(content, path)
+    else:
+        np.save(path, np.array(content, dtype=object), allow_pickle=True)
+        path.with_suffix(".txt").write_text("A\n")
+    mark.unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="never unpickled|no plain NumPy array"):
+        load_gene_embeddings(path, ["A"])
+    assert not mark.exists()
+
+
 def test_gene_vectors_keep_their_angles_when_the_width_changes():
     torch.manual_seed(0)
     table = torch.randn(6, 4) @ torch.randn(4, 12)  # rank 4, so that 8 directions hold all of it
@@ -469,7 +514,7 @@ def test_bad_gene_vector_files_are_refused(tmp_path, genes, matrix, message):
 
 
 def test_missing_gene_vector_file_says_what_is_wanted(tmp_path):
-    with pytest.raises(ValueError, match="does not exist; give a .npy or .safetensors matrix"):
+    with pytest.raises(ValueError, match="does not exist; give a .npy, .safetensors or .pt matrix"):
         load_gene_embeddings(tmp_path / "none.npy", ["A"])
 
 

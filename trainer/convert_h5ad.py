@@ -52,9 +52,9 @@ def _add_content_options(parser: argparse.ArgumentParser) -> None:
         "--genes",
         default="union",
         metavar="FILE|union|intersection",
-        help="gene space: a list (.txt, one name a line; .csv or .tsv with columns id,symbol; genes.json), a vocabulary "
-        "(human_protein_coding, human_all, mouse_protein_coding, mouse_all), or the union (default) or intersection of "
-        "the inputs",
+        help="gene space: a list (.txt, one name a line; .csv or .tsv with columns id,symbol; genes.json), a "
+        "vocabulary (human_protein_coding, human_all, mouse_protein_coding, mouse_all), or the union (default) or "
+        "intersection of the inputs",
     )
     add(
         "--gene-column",

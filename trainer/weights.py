@@ -53,9 +53,12 @@ def initialise_weights(
     hook = getattr(model, "initialise_from_data", None)
     if not callable(hook):
         return counted
-    arguments: dict[str, Any] = {}
-    if "gene_ids" in inspect.signature(hook).parameters:
-        arguments["gene_ids"] = None if facts.gene_space is None else facts.gene_space.ids
+    space = facts.gene_space
+    offered = {"gene_ids": None, "gene_symbols": None}
+    if space is not None:
+        offered = {"gene_ids": space.ids, "gene_symbols": space.symbols}
+    named = inspect.signature(hook).parameters
+    arguments: dict[str, Any] = {name: value for name, value in offered.items() if name in named}
     # Under ZeRO-3 the hook must find what it writes whole: what the model says, or else everything.
     written = getattr(model, "data_initialised_parameters", model.parameters)
     with gathered_where_divided(list(written())):
