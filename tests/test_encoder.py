@@ -311,6 +311,22 @@ def test_depth_changes_predictions_unless_switched_off():
     assert torch.equal(blind(batch).value_logits, blind(deeper).value_logits)
 
 
+@pytest.mark.parametrize("n_bins", [N_BINS, None])
+def test_a_model_without_expression_values_reads_genes_alone(n_bins):
+    batch = make_batch(target="gene", binned=n_bins is not None)
+    other = {**batch, "values": batch["values"] + 1}
+    if n_bins:
+        other["bins"] = torch.where(batch["bins"] < n_bins, (batch["bins"] + 1) % n_bins, batch["bins"])
+    without, reading = (make_model(n_bins=n_bins, use_expression_values=use).eval() for use in (False, True))
+    for model, is_equal in ((without, True), (reading, False)):
+        for before, after in zip(model(batch)[:3], model(other)[:3], strict=True):
+            assert torch.equal(before, after) == is_equal
+        assert torch.equal(model.encode(batch), model.encode(other)) == is_equal
+    names = without.state_dict().keys()
+    assert not any("value_embedding" in name or "scale" in name for name in names)
+    assert without.compute_loss(batch).metrics["expression_loss"] > 0  # expression is still a target
+
+
 def test_cls_pooling_without_cls_tokens_is_refused():
     batch = make_batch()
     batch["tokens"] = batch["tokens"][:, 1:]
