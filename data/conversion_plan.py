@@ -300,6 +300,14 @@ def match_source(space: GeneSpace, genes: SourceGenes, settings: ConversionSetti
         )
     say(f"{genes.where}: {account} ({share:.1%} of the possible; refused under {settings.min_match:.0%})")
     if key != space.key:
+        renamed = [
+            name
+            for name, index in zip(names, remap, strict=True)
+            if index >= 0 and space.symbols[index] != name
+        ]
+        if renamed:
+            listed = ", ".join(renamed[:5])
+            say(f"{genes.where}: {len(renamed)} of them by the symbol that they had before: {listed}")
         shared = [name for name in names if name in space.ambiguous_symbols]
         if shared:
             listed = ", ".join(shared[:5])

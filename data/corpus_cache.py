@@ -22,7 +22,7 @@ from data.file_lock import file_lock
 from data.genes import GeneSpace
 from data.hvg import HvgOptions
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the cache: part of every key, so that corpora of another format are left alone."""
 _HASHES_FILE = "file_hashes.json"
 _SECONDS_BETWEEN_LINES = 10.0

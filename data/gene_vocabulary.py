@@ -1,32 +1,21 @@
 """Gene vocabularies by name: tables of human and mouse genes that come with the program, and lists in files.
 
 The tables are GENCODE's genes (release 48 for human, M37 for mouse) with Ensembl id, symbol and biotype; see
-`data/gene_tables/README.md` for source and licence. They hold current symbols alone, no previous ones and no aliases.
+`data/gene_tables/README.md` for source and licence.
 """
 
 import functools
-import lzma
 from pathlib import Path
-from typing import NamedTuple
 
 from data.errors import DataError
+from data.gene_tables import read_table
 from data.genes import GeneSpace, read_gene_list
 
-TABLES_FOLDER = Path(__file__).parent / "gene_tables"
 VOCABULARIES = ("human_protein_coding", "human_all", "mouse_protein_coding", "mouse_all")
 FROM_DATA = "from_data"
 """Where a loader asks for a vocabulary: the union of the files' own genes."""
 _GENES_FILE = "genes.json"
 _RUN_CHECKPOINTS = "checkpoint_*"
-
-
-class Gene(NamedTuple):
-    """Hold a line of a table."""
-
-    id: str
-    """Ensembl id without version."""
-    symbol: str | None
-    biotype: str
 
 
 def gene_vocabulary(name: str) -> GeneSpace:
@@ -58,14 +47,6 @@ def shipped_vocabulary(name: str) -> GeneSpace:
     species, _, selection = name.partition("_")
     genes = [gene for gene in read_table(species) if selection == "all" or gene.biotype == "protein_coding"]
     return GeneSpace(tuple(gene.id for gene in genes), tuple(gene.symbol for gene in genes), key="ensembl_id")
-
-
-def read_table(species: str) -> list[Gene]:
-    """Read a shipped table, `human` or `mouse`."""
-    with lzma.open(TABLES_FOLDER / f"{species}.tsv.xz", "rt", encoding="utf-8") as file:
-        next(file)
-        rows = (line.rstrip("\n").split("\t") for line in file)
-        return [Gene(id, symbol or None, biotype) for id, symbol, biotype in rows]
 
 
 def _of_folder(folder: Path) -> GeneSpace:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from data.errors import DataError
+from data.gene_tables import previous_symbols
 
 GeneKey = Literal["ensembl_id", "symbol"]
 
@@ -211,15 +212,34 @@ def combine_genes(sources: Sequence[SourceGenes], how: Literal["union", "interse
 
 
 def match_genes(space: GeneSpace, source: SourceGenes) -> tuple[np.ndarray, str]:
-    """Return the space's index of each gene of the source (int32, -1 absent) and the key matched by."""
+    """Return the space's index of each gene of the source (int32, -1 absent) and the key matched by.
+
+    A human gene that the source names by a previous symbol is found too, where the space has Ensembl ids and the source
+    has no other name for the gene.
+    """
     if space.key == "ensembl_id" and source.ids is None:
         if all(symbol is None for symbol in space.symbols):
             raise DataError(
                 f"{source.where} has gene symbols only, the gene list Ensembl ids only; "
                 "give --genes a table with the columns id,symbol"
             )
-        return space.indices(source.names("symbol"), by="symbol"), "symbol"
+        names = source.names("symbol")
+        return _with_previous_symbols(space, names, space.indices(names, by="symbol")), "symbol"
     return space.indices(source.names(space.key)), space.key
+
+
+def _with_previous_symbols(space: GeneSpace, names: Sequence[str], index: np.ndarray) -> np.ndarray:
+    """Fill in the genes that are named by a previous symbol, each by one name at most."""
+    ids = [
+        previous_symbols().get(name, "") if found < 0 else ""
+        for name, found in zip(names, index, strict=True)
+    ]
+    renamed = space.indices(ids)
+    times = Counter(renamed.tolist())
+    is_new = (
+        (renamed >= 0) & ~np.isin(renamed, index) & np.array([times[each] == 1 for each in renamed.tolist()])
+    )
+    return np.where(is_new, renamed, index)
 
 
 def read_gene_list(path: str | Path) -> GeneSpace:

