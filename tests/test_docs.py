@@ -29,7 +29,11 @@ from census_files import write_census  # noqa: E402
 from data.cell_source import cell_loader  # noqa: E402
 from data.hf import hf_loader  # noqa: E402
 from data.prepared import h5ad_loader  # noqa: E402
+from models.autoregressive import AutoregressiveConfig  # noqa: E402
 from models.encoder import EncoderConfig  # noqa: E402
+from models.fine_tuned import FineTunedConfig  # noqa: E402
+from models.lora import LoraSettings  # noqa: E402
+from models.masked_autoencoder import MaskedAutoencoderConfig  # noqa: E402
 from trainer.config import json_schema, load_run_config  # noqa: E402
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -40,6 +44,10 @@ TYPED_PAGES = ("cells.md",)
 """Pages whose YAML blocks are typed configurations."""
 HAS_SOMA = importlib.util.find_spec("tiledbsoma") is not None
 H5AD_TITLE = "`dataloader_args` of `data.prepared.h5ad_loader`, beside those of `data.loader.cell_loader`"
+AUTOREGRESSIVE_TITLE = (
+    "`config_args` of `models.autoregressive.AutoregressiveConfig`, where they are not those of an encoder"
+)
+AUTOENCODER_TITLE = "`config_args` of `models.masked_autoencoder.MaskedAutoencoderConfig`, where they are not those of an encoder"
 BEGIN = "<!-- generated from the code by `python tests/test_docs.py`; do not edit -->"
 END = "<!-- end of what is generated -->"
 
@@ -84,9 +92,24 @@ def render_tables():
         (H5AD_TITLE, h5ad_loader, "Args:", shared - {"tokenizer"}),
         ("`dataloader_args` of `data.hf.hf_loader`", hf_loader, "Args:", ()),
         ("`config_args` of `models.encoder.EncoderConfig`", EncoderConfig, "Attributes:", ()),
+        (AUTOREGRESSIVE_TITLE, AutoregressiveConfig, "Attributes:", _as_encoder(AutoregressiveConfig)),
+        (AUTOENCODER_TITLE, MaskedAutoencoderConfig, "Attributes:", _as_encoder(MaskedAutoencoderConfig)),
+        ("`config_args` of `models.fine_tuned.FineTunedConfig`", FineTunedConfig, "Attributes:", ()),
+        ("`lora` of `models.fine_tuned.FineTunedConfig`", LoraSettings, "Attributes:", ()),
     ):
         parts.append(_signature_table(title, target, _described(target, heading), told))
     return "\n\n".join(parts)
+
+
+def _as_encoder(config_class):
+    """Return the fields that mean what they mean of an encoder, with the same default."""
+    meanings, own = (_described(each, "Attributes:") for each in (EncoderConfig, config_class))
+    defaults, others = (inspect.signature(each).parameters for each in (EncoderConfig, config_class))
+    return {
+        name
+        for name in others
+        if name in defaults and meanings[name] == own[name] and defaults[name].default == others[name].default
+    }
 
 
 def _schema_table(title, section, where):
@@ -179,6 +202,8 @@ def _annotation(hint):
         elif "tuple" in part or "Sequence" in part:
             item = words[part.partition("[")[2].strip("], .")]
             choices.append(f"list of {item}s".replace("texts", "text"))
+        elif "Literal" in part:
+            choices.append(", ".join(f"`{word}`" for word in re.findall(r"'(\w+)'", part)))
         elif not part.endswith("Path"):
             choices.append(words[part])
     return " or ".join(choices)
@@ -282,8 +307,6 @@ def workspace(tmp_path_factory):
         arguments = [*map(str, SAMPLES), "--per-file", "--output", corpora]
         assert main([*arguments, "--obs", "cell_type=bulk_labels"]) == 0
         assert main([str(folder / "simulated.h5ad"), "--output", f"{corpora}/simulated"]) == 0
-    (folder / "data").mkdir()
-    (folder / "data" / "samples").symlink_to(ROOT / "data" / "samples")
     for name, source in modules():
         (folder / name).write_text(source)
     write_geneformer_cells(folder / "my_geneformer.dataset")
