@@ -1,4 +1,4 @@
-"""Early stopping: a phase ends at the evaluation that its patience says, also after a resume, and the next one begins."""
+"""Early stopping: a phase ends at the evaluation that its patience says, after a resume too; the next one begins."""
 
 import shutil
 

@@ -1,0 +1,171 @@
+"""Score a trained model's embeddings of an h5ad file beside baselines: `python -m trainer benchmark --config FILE ...`.
+
+Writes `results.json`, `results.csv` and `embedding.png` into the output folder, and prints the tables.
+"""
+
+import argparse
+import importlib.metadata
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.h5ad_cells import H5adCells
+from trainer.config.cells import cells_config
+from trainer.config.compose import compose
+from trainer.config.load import check_front_door, load_run_config
+from trainer.console import notice, table
+from trainer.embed import add_model_arguments, open_both
+from trainer.embedding import embed_all, join_ranks, leave_ranks
+from trainer.errors import UserError
+from trainer.exits import is_main_process, run_command
+from trainer.saved_model import SavedModel
+from trainer.scoring.benchmarks import Results, pivot, run_benchmarks
+from trainer.scoring.cells import Cells, check_labels
+from trainer.scoring.embedding_baselines import representations
+from trainer.scoring.results import PICTURE_FILE, draw_embedding, write_results
+from trainer.scoring.specs import SPECS, EmbeddingQualitySpec, PerturbationSpec, Spec, parse_specs
+
+MODEL, UNTRAINED = "model", "untrained"
+"""Representations: the model's embedding, and that of the same network at random initialisation."""
+_BATCH_COLUMNS = ("technical_batch", "batch", "gem_group")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return 0 when done, 2 for the user's mistake, 130 when interrupted, 1 for anything else."""
+    parser = argparse.ArgumentParser(
+        prog="python -m trainer benchmark",
+        allow_abbrev=False,
+        description="Score a trained model's embeddings of all cells of an h5ad file, beside baselines.",
+        epilog="Exit codes: 0 done, 2 a mistake in the command or its files, 130 interrupted, 1 anything else.",
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE",
+        help="the YAML file whose benchmarks are run: eval.benchmarks, or datasets[].benchmarks",
+    )
+    add_model_arguments(parser)
+    parser.set_defaults(batch_size=None)
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the folder for results; files there are replaced",
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set one value of the YAML file")
+    try:
+        arguments = parser.parse_intermixed_args(argv)
+    except SystemExit as done:
+        return int(done.code or 0)
+    return run_command(lambda: _benchmark(arguments))
+
+
+def read_benchmarks(path: str | Path, overrides: Sequence[str] = ()) -> tuple[list[Spec], int]:
+    """Return the benchmarks of a YAML file of either kind, and the cells of a forward pass.
+
+    Raises:
+        ConfigError, UserError: it is not valid, or names no benchmark.
+    """
+    raw, problems = compose(Path(path).expanduser(), list(overrides))
+    if check_front_door(raw, str(path)) == "cells":
+        settings = cells_config(raw, str(path), problems).eval
+        specs, batch_size, where = (
+            parse_specs(settings.benchmarks, "eval.benchmarks"),
+            settings.batch_size,
+            "eval",
+        )
+    else:
+        phases = [
+            each.benchmarks for each in load_run_config(path, list(overrides)).datasets if each.benchmarks
+        ]
+        tables = [spec for phase in phases for spec in phase.tables()]
+        found = {str(spec.options()): spec for spec in parse_specs(tables, "datasets.benchmarks.specs")}
+        specs, where = list(found.values()), "datasets[].benchmarks"
+        batch_size = max((phase.batch_size for phase in phases), default=1)
+    if not specs:
+        raise UserError(f"{path}: {where} names no benchmark; there are: {', '.join(SPECS)}")
+    return specs, batch_size
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    specs, batch_size = read_benchmarks(arguments.config, arguments.overrides)
+    arguments.batch_size = batch_size if arguments.batch_size is None else arguments.batch_size
+    output = Path(os.path.abspath(arguments.output))
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output {output} is a file; name a folder")
+    ranks, device = join_ranks(arguments.device)
+    try:
+        opened, file = open_both(arguments, device)
+        with file:
+            # Before anything is computed, and on every rank alike.
+            obs = {name: file.labels(name) for name in sorted({c for spec in specs for c in spec.columns()})}
+            for spec in specs:
+                check_labels(spec, obs)
+            embedding = embed_all(opened.model, file, ranks, arguments.batch_size)
+            untrained = embed_all(opened.untrained(), file, ranks, arguments.batch_size)
+            if embedding is None or untrained is None:
+                return 0
+            depth, measure = file.depth()
+            cells = Cells(obs, file.expression(), depth, measure)
+            found = {MODEL: embedding, UNTRAINED: untrained, **representations(cells)}
+            results = run_benchmarks(specs, found, cells)
+            output.mkdir(parents=True, exist_ok=True)
+            write_results(output, results, _facts(arguments, opened, file, embedding, specs))
+            coloured = _coloured_by(specs, file, obs)
+            title = f"{len(cells):,} cells of {arguments.data.name}"
+            method = draw_embedding(output / PICTURE_FILE, embedding, coloured, depth, title=title)
+        _say(results, output, method)
+        return 0
+    finally:
+        leave_ranks()
+
+
+def _facts(
+    arguments: argparse.Namespace,
+    opened: SavedModel,
+    file: H5adCells,
+    embedding: NDArray[np.floating],
+    specs: Sequence[Spec],
+) -> dict[str, Any]:
+    versions = {"torch": torch.__version__, "scikit-learn": importlib.metadata.version("scikit-learn")}
+    return {
+        "model": str(opened.path),
+        "data": str(arguments.data),
+        "matrix": file.matrix_name,
+        "genes": file.account,
+        "num_cells": len(embedding),
+        "embedding_dim": int(embedding.shape[1]),
+        "benchmarks": [spec.options() for spec in specs],
+        "versions": versions,
+    }
+
+
+def _coloured_by(
+    specs: Sequence[Spec], file: H5adCells, obs: dict[str, NDArray[np.str_]]
+) -> dict[str, NDArray[np.str_]]:
+    """Return what the picture is coloured by: the first label that a benchmark reads, and the technical batch."""
+    first = specs[0]
+    label = first.perturbation_key if isinstance(first, PerturbationSpec) else first.columns()[0]
+    coloured = {label: obs[label]}
+    named = [spec.batch_key for spec in specs if isinstance(spec, EmbeddingQualitySpec) and spec.batch_key]
+    there = [*named, *(name for name in _BATCH_COLUMNS if name in file.file.obs.columns())]
+    if there:
+        coloured[f"technical batch: {there[0]}"] = file.labels(there[0])
+    return coloured
+
+
+def _say(results: Results, output: Path, method: str) -> None:
+    if not is_main_process():
+        return
+    for title, headers, lines in pivot(results):
+        notice(f"\n{title}")
+        notice(table(headers, lines))
+        for note in results.notes.get(title, []):
+            notice(f"  {note}")
+    notice(f"\nwrote {output}: results.json, results.csv, {PICTURE_FILE} ({method})")
