@@ -243,6 +243,11 @@ class MaskedDiffusion:
         labels = torch.where(masked.is_masked, tokens, _IGNORED)
         loss, metrics = self._denoising_loss(output.logits, labels, masked)
         extra = self._auxiliary(output, tokens, control_set, masked, seeds, step)
+        if output.auxiliary is not None and not extra:
+            # Heads that are not asked have gradients of exactly 0, in place of none.
+            loss = loss + 0.0 * output.auxiliary.float().sum(dim=(-2, -1))
+        if extra:  # the loss without them, which is what runs with and without them can be compared by
+            metrics["denoising_loss"] = loss.detach()
         for name, (weighted, plain) in extra.items():
             loss = loss + weighted
             metrics[name] = plain.detach()

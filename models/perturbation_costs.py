@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
+from models.auxiliary_losses import NUM_OUTPUTS
 from models.costs import Activations
 
 if TYPE_CHECKING:
@@ -42,30 +43,27 @@ def training_flops(config: "PerturbationTransformerConfig", sizes: BatchSizes) -
     """Return the operations of a forward and a backward pass, counted as `models.costs.encoder_flops` does."""
     dim, gene_dim, genes = config.hidden_dim, config.gene_width, config.num_genes
     cells, sets = sizes.num_cells, sizes.num_sets
-    latents, context = config.num_latents, config.num_context_latents
-    encoded = cells + (sizes.num_controls if config.use_control else 0)
     states = _states(config)
     flops = 4.0 * genes * config.gene_vector_dim * gene_dim
     flops += cells * (4.0 * _NUM_SINES * dim + 6.0 * dim * dim)
     if config.use_target:
         flops += 6.0 * sets * (gene_dim * dim + dim * dim)
-    # The cell encoder: summary, queries and output of the latents, keys and values of the genes, attention.
-    flops += 6.0 * encoded * (gene_dim * dim + 2 * latents * dim * dim + genes * gene_dim * 2 * dim)
-    flops += 12.0 * encoded * latents * genes * dim
+    flops += _encoder_flops(config, cells, genes)
     if config.use_control:
         flops += 4.0 * 2 * sets * genes * config.num_control_tokens * gene_dim
-        keys = sizes.controls_per_set * latents + 1
-        flops += (
-            6.0 * sets * (2 * context * dim * dim + keys * dim * 2 * dim) + 12.0 * sets * context * keys * dim
-        )
-        flops += config.num_context_layers * _block_flops(config, sets, context)
+        if sizes.controls_per_set:
+            flops += _encoder_flops(config, sizes.num_controls, genes)
+            flops += _set_flops(config, sets, sizes.controls_per_set * config.num_latents)
+        else:  # one cell of one gene stands in, in all sets
+            flops += _encoder_flops(config, 1, 1) + _set_flops(config, 1, config.num_latents)
+        flops += config.num_context_layers * _block_flops(config, sets, config.num_context_latents)
     flops += config.num_layers * _block_flops(config, cells, states)
     # The decoder: queries of the genes once a set, then attention and MLP at each gene of each cell, and the heads.
     flops += 6.0 * sets * genes * gene_dim * gene_dim
     flops += 6.0 * cells * (states * dim * 2 * gene_dim + dim * 2 * gene_dim + genes * gene_dim * gene_dim)
     flops += 12.0 * cells * genes * states * gene_dim
     at_gene = _linear1_width(config, config.gene_inner_dim) + config.gene_inner_dim
-    outputs = config.vocab_size + (3 if config.has_auxiliary_heads else 0)
+    outputs = config.vocab_size + (NUM_OUTPUTS if config.has_auxiliary_heads else 0)
     return flops + 6.0 * cells * genes * gene_dim * (at_gene + outputs)
 
 
@@ -128,6 +126,20 @@ def _kept_by_activation(config: "PerturbationTransformerConfig") -> int:
     return {"gelu": 1, "silu": 1, "relu": 0, "swiglu": 3}[config.activation]
 
 
+def _encoder_flops(config: "PerturbationTransformerConfig", cells: int, genes: int) -> float:
+    """Return the operations of compressing cells: summary, queries and output, keys and values, attention."""
+    dim, gene_dim, latents = config.hidden_dim, config.gene_width, config.num_latents
+    weights = gene_dim * dim + 2 * latents * dim * dim + genes * gene_dim * 2 * dim
+    return 6.0 * cells * weights + 12.0 * cells * latents * genes * dim
+
+
+def _set_flops(config: "PerturbationTransformerConfig", sets: int, keys: int) -> float:
+    """Return the operations of compressing the latents of sets, `keys` of each."""
+    dim, latents = config.hidden_dim, config.num_context_latents
+    weights = 2 * latents * dim * dim + keys * dim * 2 * dim
+    return 6.0 * sets * weights + 12.0 * sets * latents * keys * dim
+
+
 def _block_flops(config: "PerturbationTransformerConfig", rows: int, tokens: int) -> float:
     dim, inner = config.hidden_dim, config.inner_dim
     weights = 4 * dim * dim + dim * _linear1_width(config, inner) + inner * dim
@@ -163,8 +175,11 @@ def _set_bytes(config: "PerturbationTransformerConfig", controls: int, low: int)
     if not config.use_control:
         return kept
     kept += genes * (low * config.num_control_tokens + _FP32 * gene_dim)
-    if config.control_tokens == "shared":
+    if config.control_tokens == "shared" and controls:
         kept += genes * 3 * _FP32 * config.vocab_size
-    keys, latents = controls * config.num_latents + 1, config.num_context_latents
-    kept += keys * (_norm(config, dim) + low * dim + low * 2 * dim) + _queries(config, latents, dim, dim, low)
+    keys, latents = controls * config.num_latents, config.num_context_latents
+    if keys:
+        kept += keys * (_norm(config, dim) + low * dim + low * 2 * dim) + _queries(
+            config, latents, dim, dim, low
+        )
     return kept + config.num_context_layers * _block_bytes(config, latents, low)

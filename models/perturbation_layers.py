@@ -174,8 +174,7 @@ class SetEncoder(nn.Module):
         super().__init__()
         dim, std = config.hidden_dim, config.init_std
         self.latents = Embedding(config.num_context_latents, dim, init_std=std)
-        # What there is to attend to without controls; with them it is one key among many.
-        self.none = Embedding(1, dim, init_std=std)
+        self.none = Embedding(config.num_context_latents, dim, init_std=std)
         self.attention = CrossAttention(
             dim,
             dim,
@@ -205,13 +204,18 @@ class SetEncoder(nn.Module):
             for index in range(config.num_context_layers)
         )
 
-    def forward(self, cells: Tensor | None, rows: int) -> Tensor:
-        """Return [B, L, D] for the latents [B, C * M, D] of the sets' cells; None: sets without controls."""
+    def forward(self, cells: Tensor, rows: int | None = None) -> Tensor:
+        """Return [B, L, D] for the latents [B, C * M, D] of the sets' cells.
+
+        With `rows`, return [rows, L, D] for sets without controls. `cells` then stand in for theirs, and count 0 times.
+        """
         numbers = torch.arange(self.latents.num_embeddings, device=self.latents.weight.device)
-        none = self.none(numbers[:1]).expand(rows, -1, -1)
-        keys = none if cells is None else torch.cat([cells.to(none.dtype), none], dim=1)
-        latents = self.latents(numbers).expand(rows, -1, -1)
-        latents = latents + self.attention(latents, keys)
+        latents = self.latents(numbers).expand(len(cells), -1, -1)
+        latents = latents + self.attention(latents, cells)
+        # Weights that play no part have gradients of exactly 0: where there are none, DDP and ZeRO-3 step differently,
+        # and of gradients that are rounding errors Adam would make steps of full size.
+        none = self.none(numbers)
+        latents = latents + 0.0 * none if rows is None else (none + 0.0 * latents).expand(rows, -1, -1)
         for layer in self.layers:
             latents = layer(latents, None)
         return latents

@@ -156,7 +156,10 @@ class PerturbationTransformer(nn.Module):
             if self.controls is not None:
                 histogram = self._histogram(control_set, rows)  # [B, N, bins]
                 queries = self.controls(genes, histogram)
-                prior = None if self.prior is None else self.prior(histogram)
+                if self.prior is not None:
+                    prior = (
+                        0.0 * self.prior(histogram[:1, :1]) if control_set is None else self.prior(histogram)
+                    )
             target = None
             if self.target_embedding is not None:
                 target, queries = self._targets(target_gene_idx, queries)
@@ -280,18 +283,16 @@ class PerturbationTransformer(nn.Module):
     def _context(self, control_set: Tensor | None, genes: Tensor, target: Tensor | None, rows: int) -> Tensor:
         """Return [B, L, D], the controls compressed; without controls, what is learned for that case."""
         assert self.control_encoder is not None
+        config, values = self.config, self.control_value_embedding or self.value_embedding
         if control_set is None:
-            return self.control_encoder(None, rows)
+            stand_in = torch.full((1, 1), config.num_control_tokens, device=genes.device)
+            return self.control_encoder(self.cell_encoder(stand_in, genes[:1], None, values), rows)
         controls = control_set if control_set.ndim == 3 else control_set.unsqueeze(1)
-        config = self.config
         cells = torch.where(controls < 0, config.num_control_tokens, controls).flatten(end_dim=1)
-        values = (
-            self.value_embedding if self.control_value_embedding is None else self.control_value_embedding
-        )
         condition = None if target is None else _for_cells(target, controls.shape)
         latents = self._run(self.cell_encoder, cells, genes, condition, values)  # [B * C, M, D]
         in_sets = latents.unflatten(0, controls.shape[:2]).flatten(1, 2)  # [B, C * M, D]
-        return self._run(self.control_encoder, in_sets, rows)
+        return self._run(self.control_encoder, in_sets)
 
     def _targets(self, target_gene_idx: Tensor | None, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return the targets' vector [B, D], and the queries [B, N, G] marked at the targets."""

@@ -517,6 +517,7 @@ def test_the_auxiliary_switch_adds_its_losses_and_nothing_else():
 
     off, on = outputs(absorbing(), 10), outputs(absorbing(auxiliary=config), 10)
     assert not any(name.endswith("_loss") for name in off.metrics)
+    torch.testing.assert_close(on.metrics["denoising_loss"], off.sum)
     extra = sum(
         config[f"{name}_weight"] * on.metrics[f"{name}_loss"]
         for name in ("significance", "direction", "ranking")

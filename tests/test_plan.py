@@ -200,8 +200,9 @@ def test_seconds_and_utilization_are_each_other_s_inverse():
         ({"tokens": torch.zeros(1, 16), "cu_seqlens": torch.tensor([0, 4, 11])}, [4, 7]),
         ({"tokens": torch.zeros(2, 5)}, [5, 5]),
         ({"tokens": torch.zeros(3)}, [1, 1, 1]),
+        ({"tokens": torch.zeros(2, 4, 5)}, [20, 20]),
     ],
-    ids=["padded", "packed", "without a mask", "one token a cell"],
+    ids=["padded", "packed", "without a mask", "one token a cell", "sets of cells"],
 )
 def test_lengths_of_cells_leave_padding_out(batch, lengths):
     assert costs.cell_lengths(batch) == lengths

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -100,12 +100,15 @@ def cell_lengths(batch: Mapping[str, Any]) -> list[int]:
     mask = batch.get("attention_mask")
     if mask is not None:
         return mask.sum(dim=1).tolist()
-    num_cells, width = batch["tokens"].shape[:2] if batch["tokens"].ndim > 1 else (len(batch["tokens"]), 1)
-    return [int(width)] * int(num_cells)
+    tokens = batch["tokens"]
+    return [tokens[:1].numel()] * len(tokens)  # of a set of cells [B, S, N] all its tokens
 
 
 def batch_flops(model: nn.Module, batch: Mapping[str, Any]) -> float | None:
     """Return the operations of a forward and a backward pass over a batch; None: the model does not tell."""
+    tell_by_batch: Any = getattr(model, "batch_flops", None)
+    if callable(tell_by_batch):
+        return float(cast(Any, tell_by_batch(batch)))
     tell = getattr(model, "training_flops", None)
     if not callable(tell):
         return None

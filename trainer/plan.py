@@ -302,6 +302,7 @@ def sample_phase(
     flops = 0.0
     activations: list[tuple[float, float]] = []
     tell = getattr(module.model, "activation_bytes", None)
+    tell_by_batch = getattr(module.model, "batch_activation_bytes", None)
     for micro in _micro_batches(phase):
         batch = micro.batch
         of_batch = costs.cell_lengths(batch)
@@ -309,10 +310,14 @@ def sample_phase(
         num_masked = batch["masked_index"].numel() if "masked_index" in batch else 0
         counted = costs.batch_flops(module.model, batch)
         flops += costs.estimated_flops(sizes.num_parameters, of_batch) if counted is None else counted
-        if callable(tell):
-            kept: Any = tell(
+        kept: Any = None
+        if callable(tell_by_batch):
+            kept = tell_by_batch(batch, is_mixed=is_mixed)
+        elif callable(tell):
+            kept = tell(
                 num_tokens=num_tokens, num_cells=len(of_batch), num_masked=num_masked, is_mixed=is_mixed
             )
+        if kept is not None:
             activations.append(((kept.body + kept.heads) / len(of_batch), kept.logits / len(of_batch)))
         lengths += of_batch
         laid_out, masked = laid_out + num_tokens, masked + num_masked
@@ -425,7 +430,7 @@ def _notes(
             notes.append("fp8.backend: emulate computes in fp32; hours are for FP8 on the GPU itself")
     if peak is None:
         notes.append(f"the table has no peak of {gpu.name} in {precision}, so hours are left out")
-    if not callable(getattr(model, "training_flops", None)):
+    if not any(callable(getattr(model, name, None)) for name in ("training_flops", "batch_flops")):
         notes.append(
             "operations are an estimate, 6 x parameters x tokens: the model has no method training_flops"
         )
