@@ -21,6 +21,7 @@ from data.errors import DataError
 from data.file_lock import file_lock
 from data.genes import GeneSpace
 from data.hvg import HvgOptions
+from data.manifest import RESERVED_COLUMNS
 
 _FORMAT = 2
 """Of the cache: part of every key, so that corpora of another format are left alone."""
@@ -40,7 +41,11 @@ _OPTION_OF = {
 def obs_requests(
     obs: Sequence[str], needed: Sequence[str | None], technical_batch: str | None
 ) -> tuple[str, ...]:
-    """Return the obs columns to keep as `NAME=COLUMN`; what nobody asks for is left out, defaults too."""
+    """Return the obs columns to keep as `NAME=COLUMN`; what nobody asks for is left out, defaults too.
+
+    Raises:
+        DataError: a column would have a name that the corpus uses itself.
+    """
     requests = {"technical_batch": technical_batch or "", "target_gene": "", "cell_type": ""}
     for request in obs:
         name, _, column = request.partition("=")
@@ -48,6 +53,12 @@ def obs_requests(
     for column in needed:
         if column is not None:
             requests[column] = requests.get(column) or column
+    taken = [column for name, column in requests.items() if name in RESERVED_COLUMNS]
+    if taken:
+        raise DataError(
+            f"obs column {taken[0]!r}: every corpus has a column of that name, of its own; keep this one under another, "
+            f"as obs: [cell_{taken[0]}={taken[0]}], and use that name"
+        )
     return tuple(f"{name}={column}" for name, column in requests.items())
 
 

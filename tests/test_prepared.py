@@ -351,6 +351,10 @@ def test_cells_without_a_label_are_ignored_and_are_no_class(cache, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
+        (
+            {"label": "n_genes"},
+            r"obs column 'n_genes': every corpus has .* as obs: \[cell_n_genes=n_genes\], and use",
+        ),
         ({"label": "absent"}, "obs absent=absent: .*no column 'absent'"),
         ({"label": "dose"}, "'dose' of .* holds fractional numbers such as 0.0.*use regression"),
         (
