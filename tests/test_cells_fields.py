@@ -86,9 +86,10 @@ PREPARED, TOKENS, LOADER, CENSUS = (
 )
 TRAINING, TRACKERS, MASKING = (f"tests/test_{name}.py::test_" for name in ("training", "trackers", "masking"))
 SCHEDULE, LAUNCH = (f"tests/test_{name}.py::test_" for name in ("schedule", "launch_ranks"))
+HVG = "tests/test_hvg.py::test_"
 STEPS = f"{PREPARED}the_steps_of_preprocessing_are_those_of_the_tokenizer"
 MODELS = f"{SELF}test_a_field_of_the_model_changes_what_the_model_computes"
-FINETUNE = "tests/test_cells_examples.py::test_"
+EXAMPLES = "tests/test_cells_examples.py::test_"
 
 ROWS = {
     "data.source": row(
@@ -114,17 +115,26 @@ ROWS = {
         "local",
         "100",
         f"{ARGS}.preprocessing.hvg_selection",
-        "tests/test_hvg.py::",
+        f"{HVG}the_genes_are_those_that_scanpy_chooses_over_the_files",
     ),
     "data.preprocessing.log1p": row("local", "false", f"{ARGS}.preprocessing.log1p", STEPS),
     "data.preprocessing.hvg_flavor": row(
-        "hvg", "seurat", f"{ARGS}.preprocessing.hvg_flavor", "tests/test_hvg.py::"
+        "hvg",
+        "seurat",
+        f"{ARGS}.preprocessing.hvg_flavor",
+        f"{HVG}log_normalised_values_are_ranked_by_the_flavor_for_them",
     ),
     "data.preprocessing.hvg_batch_key": row(
-        "hvg", "donor", f"{ARGS}.preprocessing.hvg_batch_key", "tests/test_hvg.py::"
+        "hvg",
+        "donor",
+        f"{ARGS}.preprocessing.hvg_batch_key",
+        f"{HVG}one_file_is_ranked_as_a_whole_and_a_column_by_its_groups",
     ),
     "data.preprocessing.hvg_whitelist": row(
-        "hvg", "genes.txt", f"{ARGS}.preprocessing.hvg_whitelist", "tests/test_hvg.py::"
+        "hvg",
+        "genes.txt",
+        f"{ARGS}.preprocessing.hvg_whitelist",
+        f"{HVG}the_whitelist_comes_first_and_counts_among_the_genes",
     ),
     "data.max_genes": row(
         "local",
@@ -452,40 +462,40 @@ ROWS = {
         "local",
         "{patience: 2}",
         "early_stopping",
-        "tests/test_early_stopping.py::",
+        "tests/test_early_stopping.py::test_a_phase_ends_after_patience_evaluations_without_improvement",
     ),
     "eval.every_n_epochs": row(
-        "benchmarks", "1", f"{PHASE}.benchmarks.every_epochs", "tests/test_benchmarks.py::"
+        "benchmarks", "1", f"{PHASE}.benchmarks.every_epochs", f"{EXAMPLES}benchmarks_run_every_so_many_epochs"
     ),
     "eval.batch_size": row(
-        "benchmarks", "8", f"{PHASE}.benchmarks.batch_size", "tests/test_benchmarks.py::"
+        "benchmarks", "8", f"{PHASE}.benchmarks.batch_size", f"{EXAMPLES}benchmarks_embed_so_many_cells_at_a_time"
     ),
     "eval.benchmarks": row(
-        "local", "[linear_probe]", f"{PHASE}.benchmarks {ARGS}.obs", "tests/test_benchmarks.py::"
+        "local", "[linear_probe]", f"{PHASE}.benchmarks {ARGS}.obs", f"{EXAMPLES}every_example_pretrains"
     ),
     "finetune": row(
         "local",
         "{checkpoint_path: one}",
         "notes",
-        f"{FINETUNE}a_fine_tuned_model_learns_labels_and_goes_on_after_a_resume",
+        f"{EXAMPLES}a_fine_tuned_model_learns_labels_and_goes_on_after_a_resume",
     ),
     "finetune.checkpoint_path": row(
         "finetune",
         "two",
         f"init_from {ARGS}.gene_vocab",
-        f"{FINETUNE}a_fine_tuned_model_starts_from_the_weights_of_its_backbone",
+        f"{EXAMPLES}a_fine_tuned_model_starts_from_the_weights_of_its_backbone",
     ),
     "finetune.freeze_backbone": row(
         "finetune",
         "true",
         f"{PHASE}.freeze optimizer.groups",
-        f"{FINETUNE}a_frozen_backbone_stays_as_it_was",
+        f"{EXAMPLES}a_frozen_backbone_stays_as_it_was",
     ),
     "finetune.freeze_backbone_epochs": row(
         "finetune",
         "2",
         f"{PHASE}.epochs {PHASE}.name {PHASE}.freeze {PHASE}.schedule_scope datasets.1",
-        f"{FINETUNE}a_backbone_that_is_frozen_at_first_trains_from_the_epoch_that_is_set",
+        f"{EXAMPLES}a_backbone_that_is_frozen_at_first_trains_from_the_epoch_that_is_set",
     ),
     "finetune.label_key": row(
         "finetune",
@@ -536,7 +546,7 @@ ROWS = {
         "finetune",
         "true",
         f"{MODEL}.lora {PHASE}.freeze optimizer.groups",
-        f"{FINETUNE}lora_trains_its_adapters_alone",
+        f"{EXAMPLES}lora_trains_its_adapters_alone",
     ),
     "finetune.lora.rank": row(
         "lora", "2", f"{MODEL}.lora.rank", f"{SELF}test_a_field_of_lora_changes_the_adapters"

@@ -29,6 +29,8 @@ class Backbone:
     """All fields of the model's configuration, sizes that came from the data among them."""
     tokenizer: Mapping[str, Any]
     """The complete options of its tokenizer, with what was fitted to the training cells."""
+    value_kind: str = "counts"
+    """What its cells' files held: `counts`, or `lognorm`."""
 
 
 def read_backbone(path: str | Path, where: str) -> Backbone:
@@ -69,12 +71,8 @@ def _of_checkpoint(folder: Path, where: str) -> Backbone:
     trained = Trained(saved, plain, facts, state, nn.Identity())  # its weights are not asked for
     description = describe_run_model(trained)
     record = tokenizer_settings(trained)
-    return Backbone(
-        Path(os.path.abspath(saved.folder)),
-        description.model_class,
-        description.config_args,
-        _options(record, str(saved.folder), where),
-    )
+    folder = Path(os.path.abspath(saved.folder))
+    return Backbone(folder, description.model_class, description.config_args, *_tokens(record, folder, where))
 
 
 def _of_export(folder: Path, where: str) -> Backbone:
@@ -82,20 +80,18 @@ def _of_export(folder: Path, where: str) -> Backbone:
     if description.get("format") != FORMAT:
         raise CheckpointError(f"{where}: {folder / CONFIG_FILE} is not of an export (no format {FORMAT})")
     record = _read_json(folder / TOKENIZER_FILE, where)
+    folder = Path(os.path.abspath(folder))
     return Backbone(
-        Path(os.path.abspath(folder)),
-        description["model_class"],
-        description["config_args"],
-        _options(record, str(folder), where),
+        folder, description["model_class"], description["config_args"], *_tokens(record, folder, where)
     )
 
 
-def _options(record: Mapping[str, Any] | None, folder: str, where: str) -> dict[str, Any]:
-    """Return the options of the last phase's tokenizer: the one that the weights were trained with at the end."""
+def _tokens(record: Mapping[str, Any] | None, folder: Path, where: str) -> tuple[dict[str, Any], str]:
+    """Return options and value kind of the last phase's tokenizer: the one that the weights were trained with last."""
     settings = [] if record is None else record["settings"]
     if not settings or settings[-1]["value_kind"] is None:
         raise CheckpointError(f"{where}: {folder} does not say how its cells became tokens")
-    return dict(settings[-1]["options"])
+    return dict(settings[-1]["options"]), settings[-1]["value_kind"]
 
 
 def _read_json(path: Path, where: str) -> Any:

@@ -83,6 +83,8 @@ def fine_tuning_run(config: ScModelForgeConfig) -> RunConfig:
     problems = list(_contradictions(config, backbone))
     if problems:
         raise config_error(f"the backbone {backbone.folder}", problems, ValidationError)
+    # A run that goes on has its weights in its own checkpoint.
+    is_fresh = config.training.resume_from in (None, "auto")
     return run_config(
         config,
         run_name_of(f"finetune_{finetune.label_key}"),
@@ -90,7 +92,7 @@ def fine_tuning_run(config: ScModelForgeConfig) -> RunConfig:
         _optimizer_section(config, finetune),
         _phases(config, finetune, backbone),
         "finetune",
-        init_from=str(backbone.folder),
+        init_from=str(backbone.folder) if is_fresh else None,
     )
 
 
@@ -122,8 +124,10 @@ def _contradictions(config: ScModelForgeConfig, backbone: Backbone) -> Iterator[
         if is_written(config, f"model.{name}") and wanted is not None and wanted != has:
             yield _differs(f"model.{name}", wanted, has)
     for path, option in _OF_TOKENIZER.items():
+        if backbone.value_kind == "lognorm" and path.startswith("data.preprocessing."):
+            continue  # the values were taken as they are, whatever was written
         wanted = value_at(config, path)
-        # A tokenizer without bins, or values that were log-normalised already, know nothing of it.
+        # A tokenizer without bins knows nothing of them.
         if is_written(config, path) and option in backbone.tokenizer and wanted != backbone.tokenizer[option]:
             yield _differs(path, wanted, backbone.tokenizer[option])
     longest = int(backbone.tokenizer["max_genes"])
