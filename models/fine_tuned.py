@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from models.errors import ModelError
 from models.fp8_scaling import Recipe
 from models.heads import TaskHead
 from models.layers import Backend, check_choice
-from models.lora import LoraSettings, add_lora, merge_lora, plain_name
+from models.lora import LoraSettings, add_lora, frozen_patterns, merge_lora, plain_name
 from models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
 from models.masked_heads import IGNORED_LABEL
 from models.model_config import ModelConfig
@@ -53,8 +54,8 @@ class FineTunedConfig:
         class_weights: of each class in the loss: a list of positive numbers in the order of the classes, `balanced`
             for weights in inverse proportion to the classes' cells in the training data, whose mean over these cells
             is 1, or None for 1 each.
-        lora: train low-rank corrections of the backbone (`models.lora.LoraSettings`); None trains its own weights. What
-            is held still is said by the run: `models.lora.frozen_patterns`.
+        lora: train low-rank corrections of the backbone (`models.lora.LoraSettings`); None trains its own weights. The
+            phases' `freeze` must hold still what `models.lora.frozen_patterns` says.
         layer_backend: of the backbone, as in its own configuration.
         fp8_recipe: of the backbone.
         exclude_layers: of the backbone.
@@ -67,7 +68,7 @@ class FineTunedConfig:
     output_dim: int = 1
     head_hidden_dim: int | None = None
     head_dropout: float = 0.1
-    class_weights: Sequence[float] | Literal["balanced"] | None = None
+    class_weights: Sequence[float] | str | None = None
     lora: Mapping[str, Any] | None = None
     layer_backend: Backend = "torch"
     fp8_recipe: Recipe = "current_scaling"
@@ -257,9 +258,25 @@ class FineTunedModel(nn.Module):
         return float(is_labelled.sum())
 
     def hold_still(self, is_held: Callable[[str], bool]) -> None:
-        """Be told, by parameter name, what is held still from here on; the trainer calls it at a phase's begin."""
+        """Be told, by parameter name, what is held still from here on; the trainer calls it at a phase's begin.
+
+        Raises:
+            ModelError: corrections are trained, and beside them other parameters than `lora.bias` says.
+        """
         names = [f"{self.pretrained_prefix}{name}" for name, _ in self.backbone.named_parameters()]
-        self._is_held = all(map(is_held, names))
+        free = [name for name in names if not is_held(name)]
+        self._is_held = not free
+        settings = self.config.lora_settings
+        if settings is not None and any(plain_name(name) is None for name in free):
+            patterns = frozen_patterns(settings.bias, self.pretrained_prefix)
+            meant = [name for name in names if not any(re.search(pattern, name) for pattern in patterns)]
+            wrong = [name for name in names if (name in free) != (name in meant)]
+            if wrong:
+                what = "trained" if wrong[0] in free else "held still"
+                raise ModelError(
+                    f"lora.bias is {settings.bias}, but a phase that trains corrections has {wrong[0]} {what} (and "
+                    f"{len(wrong) - 1} more parameters unlike it says); set the phase's freeze to {patterns}"
+                )
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:

@@ -36,7 +36,7 @@ class LoraSettings:
         target_modules: the layers: the last part of a name, a whole name, or a pattern of one such as `layers.0.*`;
             None is `out_proj`, `linear1`, `linear2`.
         bias: biases of the model that train beside the corrections: `none`, `all`, or `lora_only`: those of the layers
-            that have one. The run's `freeze` says so too (`frozen_patterns`).
+            that have one. The phases' `freeze` must say the same (`frozen_patterns`), which is checked.
     """
 
     rank: int = 8
@@ -181,7 +181,7 @@ def _adapter_classes() -> dict[str, Any]:
             total: Tensor | float = 0.0
             for name in self.active_adapters:
                 first, second = self.lora_A[name], self.lora_B[name]
-                normalised = self._cast_input_dtype(normalised, first.weight.dtype)
+                normalised = self._cast_input_dtype(normalised, cast(Any, first).weight.dtype)
                 total = total + second(first(self.lora_dropout[name](normalised))) * self.scaling[name]
             return total
 

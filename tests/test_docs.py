@@ -45,9 +45,11 @@ TYPED_PAGES = ("cells.md",)
 HAS_SOMA = importlib.util.find_spec("tiledbsoma") is not None
 H5AD_TITLE = "`dataloader_args` of `data.prepared.h5ad_loader`, beside those of `data.loader.cell_loader`"
 AUTOREGRESSIVE_TITLE = (
-    "`config_args` of `models.autoregressive.AutoregressiveConfig`, where they are not those of an encoder"
+    "`config_args` of `models.autoregressive.AutoregressiveConfig`, where they are not an encoder's"
 )
-AUTOENCODER_TITLE = "`config_args` of `models.masked_autoencoder.MaskedAutoencoderConfig`, where they are not those of an encoder"
+AUTOENCODER_TITLE = (
+    "`config_args` of `models.masked_autoencoder.MaskedAutoencoderConfig`, where they are not an encoder's"
+)
 BEGIN = "<!-- generated from the code by `python tests/test_docs.py`; do not edit -->"
 END = "<!-- end of what is generated -->"
 
@@ -202,8 +204,6 @@ def _annotation(hint):
         elif "tuple" in part or "Sequence" in part:
             item = words[part.partition("[")[2].strip("], .")]
             choices.append(f"list of {item}s".replace("texts", "text"))
-        elif "Literal" in part:
-            choices.append(", ".join(f"`{word}`" for word in re.findall(r"'(\w+)'", part)))
         elif not part.endswith("Path"):
             choices.append(words[part])
     return " or ".join(choices)

@@ -187,6 +187,22 @@ def test_what_is_frozen_is_all_but_corrections_head_and_the_biases_asked_for(bia
     assert (len(expected) > 0) == (bias != "none")
 
 
+def test_a_phase_that_trains_other_parameters_beside_is_refused_with_what_to_freeze():
+    model = make_model(lora={**LORA, "bias": "lora_only"})
+
+    def told(patterns):
+        model.hold_still(lambda name: matches(name, patterns))
+
+    told(frozen_patterns("lora_only"))
+    told(["^backbone"])  # the head alone
+    with pytest.raises(
+        ModelError, match=r"has backbone.token_embedding.weight trained .*set the phase's freeze to"
+    ):
+        told([])
+    with pytest.raises(ModelError, match=r"lora.bias is lora_only.*out_proj.base_layer.bias held still"):
+        told(frozen_patterns("none"))
+
+
 # Runs
 
 
