@@ -1,5 +1,6 @@
 """The typed configuration: what its classes accept, what they say of mistakes, and which fields belong together."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from trainer.config import (
     TokenizerConfig,
     TrainingConfig,
     ValidationError,
+    json_schema,
     load_config,
 )
 from trainer.config.cells import SchedulerConfig
@@ -168,6 +170,15 @@ def test_every_field_has_a_description():
 def test_importing_the_configuration_imports_no_torch():
     code = "import sys, trainer.config, trainer.config.cells_finetune; print({'torch', 'numpy'} & sys.modules.keys())"
     assert run_command(["python", "-c", code]).stdout.strip() == "set()"
+
+
+def test_the_json_schema_on_disk_is_up_to_date():
+    path = ROOT / "configs" / "schema" / "cells_config.schema.json"
+    command = (
+        "python -c 'import json, trainer.config as c; print(json.dumps(c.json_schema(\"cells\"), indent=2))' "
+        "> configs/schema/cells_config.schema.json"
+    )
+    assert json.loads(path.read_text()) == json_schema("cells"), f"out of date; write it again: {command}"
 
 
 # Built and changed in Python

@@ -288,8 +288,8 @@ def test_the_schedule_fits_a_short_run_and_written_lengths_are_kept(place):
 def test_benchmarks_run_every_so_many_epochs(place):
     probe = ["eval.benchmarks=[linear_probe]", "training.max_epochs=3", "eval.every_n_epochs=2"]
     folder = quietly(TrainingPipeline(written(place, *probe)))
-    # The first one is made before anything is learnt, the last one when all is.
-    assert [record["epoch"] for record in records(folder, "benchmark")] in ([0, 2], [0, 2, 3])
+    # The first one is made before anything is learnt.
+    assert [record["epoch"] for record in records(folder, "benchmark")] == [0, 2]
 
 
 @pytest.mark.slow

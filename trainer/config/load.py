@@ -141,9 +141,14 @@ def dump_yaml(config: RunConfig) -> str:
     return write_yaml(_without_interpolations(content))
 
 
-def json_schema() -> dict[str, Any]:
+def json_schema(kind: Literal["phases", "cells"] = "phases") -> dict[str, Any]:
     """Return a JSON schema with which editors complete and check a config file as it is typed."""
-    schema = RunConfig.model_json_schema(mode="validation")
+    if kind == "cells":
+        from trainer.config.cells import ScModelForgeConfig
+
+        schema = ScModelForgeConfig.model_json_schema(mode="validation")
+    else:
+        schema = RunConfig.model_json_schema(mode="validation")
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_with_interpolations(schema)}
     schema["properties"]["defaults"] = {"description": "Files and presets to merge first", "type": "array"}
     schema["properties"]["hydra"] = {"description": "Accepted; does nothing"}
