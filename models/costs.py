@@ -53,7 +53,10 @@ def encoder_flops(config: "EncoderConfig", lengths: Sequence[int], num_masked: i
     if config.gene_loss_weight > 0:
         flops += 6.0 * (cells * dim * dim + num_masked * (dim * dim + dim * config.vocab_size))
     if config.expression_loss_weight > 0:
-        flops += 6.0 * (cells * dim * dim + num_masked * (2 * dim * dim + 2 * dim * outputs))
+        of_masked = dim * dim + dim * outputs
+        flops += 6.0 * (
+            cells * dim * dim + num_masked * of_masked * (1 if config.expression_from_cell else 2)
+        )
     return flops
 
 
@@ -119,7 +122,9 @@ def encoder_activations(
     """
     heads = num_cells * 2 * _FP32 * config.hidden_dim
     of_genes, gene_logits = _gene_head_bytes(config, num_masked, is_mixed)
-    of_values, value_logits = _value_head_bytes(config, num_masked, is_mixed)
+    of_values, value_logits = _value_head_bytes(
+        config, num_masked, is_mixed, reads_hidden=not config.expression_from_cell
+    )
     body = backbone_bytes(config, num_tokens, is_mixed=is_mixed)
     if config.use_cell_summary and config.n_bins is not None and config.use_expression_values:
         body += num_tokens * 2 * _FP32 * config.hidden_dim
@@ -227,16 +232,19 @@ def _gene_head_bytes(
 
 
 def _value_head_bytes(
-    config: "EncoderConfig | AutoregressiveConfig", num_predicted: int, is_mixed: bool
+    config: "EncoderConfig | AutoregressiveConfig",
+    num_predicted: int,
+    is_mixed: bool,
+    reads_hidden: bool = True,
 ) -> tuple[float, float]:
     """Return the bytes of the value head, and its logits."""
     if config.expression_loss_weight == 0:
         return 0.0, 0.0
     dim, low = config.hidden_dim, 2 if is_mixed else _FP32
-    # Two inputs of norms, of transform, gene and output; what gelu and the product of cell and gene read.
-    kept = num_predicted * (
-        2 * _norm_bytes(dim, config) + 2 * low * dim + low * dim + low * dim + 3 * low * dim
-    )
+    # Inputs of a norm, of gene and product_output; what the product of cell and gene reads.
+    kept = num_predicted * (_norm_bytes(dim, config) + 4 * low * dim)
+    if reads_hidden:  # inputs of a norm, of transform and output; what gelu reads
+        kept += num_predicted * (_norm_bytes(dim, config) + 3 * low * dim)
     return float(kept), float(num_predicted * (config.n_bins or 1))
 
 

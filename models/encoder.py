@@ -27,17 +27,22 @@ class EncoderConfig(ModelConfig):
         gene_loss_weight: weight of the masked gene loss; 0 builds no gene head.
         expression_loss_weight: weight of the masked expression loss; 0 builds no value head.
         tie_gene_head: let the gene head share the token embedding's weight.
+        expression_from_cell: predict expression from the cell's embedding alone, not from the hidden state of the
+            masked gene too: the embedding then has to hold all that is told of the cell's genes.
     """
 
     use_cell_summary: bool = True
     gene_loss_weight: float = 1.0
     expression_loss_weight: float = 1.0
     tie_gene_head: bool = True
+    expression_from_cell: bool = False
 
     def wrong_fields(self) -> Iterable[str]:
         """Say what is wrong, a field or a pair of fields at a time."""
         yield from super().wrong_fields()
         yield from self.wrong_loss_weights()
+        if self.expression_from_cell and self.expression_loss_weight == 0:
+            yield "expression_from_cell is true, but expression_loss_weight is 0: no expression is predicted"
 
 
 class EncoderOutput(NamedTuple):
@@ -80,7 +85,13 @@ class MaskedCellEncoder(CellModel):
             self.gene_head = GeneHead(dim, config.vocab_size, tied=config.tie_gene_head, init_std=std)
         self.value_head = None
         if has_heads and config.expression_loss_weight > 0:
-            self.value_head = ValueHead(dim, config.vocab_size, config.n_bins or 1, init_std=std)
+            self.value_head = ValueHead(
+                dim,
+                config.vocab_size,
+                config.n_bins or 1,
+                init_std=std,
+                reads_hidden=not config.expression_from_cell,
+            )
 
     def forward(self, batch: dict[str, Any], gene_labels: Tensor | None = None) -> EncoderOutput:
         """Return hidden states of all tokens and the logits of the masked positions.

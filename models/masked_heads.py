@@ -72,12 +72,16 @@ class ValueHead(nn.Module):
 
     prior: Tensor
 
-    def __init__(self, dim: int, vocab_size: int, num_outputs: int, *, init_std: float) -> None:
-        """Draw the weights."""
+    def __init__(
+        self, dim: int, vocab_size: int, num_outputs: int, *, init_std: float, reads_hidden: bool = True
+    ) -> None:
+        """Draw the weights; without `reads_hidden` the part that the hidden state tells is left out."""
         super().__init__()
-        self.transform = Linear(dim, dim, init_std=init_std)
-        self.norm = Norm(dim)
-        self.output = Linear(dim, num_outputs, bias=False, init_std=init_std)
+        self.transform = self.norm = self.output = None
+        if reads_hidden:
+            self.transform = Linear(dim, dim, init_std=init_std)
+            self.norm = Norm(dim)
+            self.output = Linear(dim, num_outputs, bias=False, init_std=init_std)
         self.cell = Linear(dim, dim, init_std=init_std)
         self.cell_norm = Norm(dim)
         self.gene_norm = Norm(dim)
@@ -103,10 +107,10 @@ class ValueHead(nn.Module):
             genes: [M] their token ids.
         """
         gene = self.gene(self.gene_norm(gene_vectors))
-        local = self.output(self.norm(F.gelu(self.transform(hidden) + gene)))
         cell = self.cell_norm(self.cell(cells))
-        product = self.product_output((cell if rows is None else cell[rows]) * gene)
-        logits = local + product
+        logits = self.product_output((cell if rows is None else cell[rows]) * gene)
+        if self.transform is not None and self.norm is not None and self.output is not None:
+            logits = self.output(self.norm(F.gelu(self.transform(hidden) + gene))) + logits
         return logits + F.embedding(genes, self.bias) + F.embedding(genes, self.prior)
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from models.encoder import EncoderConfig, MaskedCellEncoder
+from models.errors import ModelError
 from models.gene_embeddings import fit_to_width, load_gene_embeddings
 
 NUM_GENES = 30
@@ -375,6 +376,30 @@ def test_wrong_config_names_everything_that_is_wrong():
 def test_fp8_config_names_the_field_that_is_no_multiple_of_16():
     with pytest.raises(ValueError, match="ffn_dim is 40; FP8 layers need a multiple of 16"):
         EncoderConfig(vocab_size=VOCAB, hidden_dim=32, ffn_dim=40, layer_backend="emulate")
+
+
+@pytest.mark.parametrize("from_cell", [True, False])
+def test_expression_from_cell_leaves_the_hidden_states_of_masked_genes_out(from_cell):
+    model = make_model(expression_from_cell=from_cell, pooling="mean").eval()
+    batch = make_batch(masked=3)
+
+    def disturb(module, arguments, hidden):
+        hidden = hidden.clone()
+        hidden.flatten(end_dim=1)[batch["masked_index"]] += torch.linspace(-1, 1, hidden.shape[-1])
+        return hidden
+
+    before = model(batch).value_logits
+    with torch.no_grad():
+        handle = model.transformer.register_forward_hook(disturb)
+        after = model(batch).value_logits
+        handle.remove()
+    assert torch.equal(before, after) == from_cell
+    assert (model.value_head.transform is None) == from_cell
+
+
+def test_expression_from_cell_needs_a_loss_on_expression():
+    with pytest.raises(ModelError, match="expression_from_cell is true, but expression_loss_weight is 0"):
+        make_model(expression_from_cell=True, expression_loss_weight=0)
 
 
 def test_value_prior_is_each_genes_smoothed_distribution():
