@@ -56,8 +56,8 @@ def obs_requests(
     taken = [column for name, column in requests.items() if name in RESERVED_COLUMNS]
     if taken:
         raise DataError(
-            f"obs column {taken[0]!r}: every corpus has a column of that name, of its own; keep this one under another, "
-            f"as obs: [cell_{taken[0]}={taken[0]}], and use that name"
+            f"obs column {taken[0]!r}: every corpus has a column of that name, of its own; keep this one under "
+            f"another, as obs: [cell_{taken[0]}={taken[0]}], and use that name"
         )
     return tuple(f"{name}={column}" for name, column in requests.items())
 
