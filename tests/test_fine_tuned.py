@@ -316,6 +316,25 @@ def test_gradual_unfreezing_holds_the_backbone_still_and_resumes_exactly(tmp_pat
         assert comparable_records(cut) == comparable_records(whole) and same_weights(cut, whole)
 
 
+def test_a_run_turns_the_dropout_of_a_backbone_off_while_it_is_held_still(
+    tmp_path, corpus, pretrained, monkeypatch
+):
+    seen = []
+    real = FineTunedModel.forward
+
+    def noting(self, batch):
+        if self.training:
+            seen.append(self.backbone.training)
+        return real(self, batch)
+
+    monkeypatch.setattr(FineTunedModel, "forward", noting)
+    phases = [{**phase, "eval_every_steps": 1} for phase in GRADUAL]
+    loader = {"val_fraction": 0.2}
+    train(tmp_path, fine_tuning(corpus, pretrained["encoder"], phases=phases, loader=loader))
+    half = len(seen) // 2
+    assert half >= 4 and not any(seen[:half]) and all(seen[half:])
+
+
 def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, corpus, pretrained):
     weights = load_file(next(pretrained["encoder"].glob("checkpoint_2")) / "model.safetensors")
     weights["extra.weight"] = weights.pop("transformer.final_norm.weight")
@@ -406,5 +425,13 @@ def test_two_ranks_pretrain_as_one_does_under_zero_3(tmp_path, corpus, family):
     config["model"]["config_args"]["dropout"] = 0.0
     alone = train(tmp_path / "one", config)
     train_ranks(2, tmp_path / "two", config, strategy="zero3")
-    one, two = ([r["loss"] for r in records(run)] for run in (alone, newest_run(tmp_path / "two")))
+    sharded = newest_run(tmp_path / "two")
+    one, two = ([r["loss"] for r in records(run)] for run in (alone, sharded))
     assert two == pytest.approx(one, abs=1e-5)
+    tuned = train(
+        tmp_path / "tuned",
+        fine_tuning(corpus, sharded, family=family, phases=[{"lr": 0.0, "max_steps": 1}]),
+    )
+    theirs, found = final_weights(sharded), final_weights(tuned)
+    names = [name for name in found if name.startswith("backbone.")]
+    assert names and all(torch.equal(found[n], theirs[n.removeprefix("backbone.")]) for n in names)

@@ -3,6 +3,8 @@
 import copy
 from typing import Any
 
+import fake_te
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -192,6 +194,30 @@ def test_recomputing_blocks_leaves_gradients_as_they_are():
     assert all(gradient is not None for gradient in gradients[0].values())
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_layers_of_transformer_engine_compute_as_torchs(monkeypatch):
+    fake_te.install(monkeypatch)
+    sizes = {"hidden_dim": 64, "num_heads": 2}
+    plain, other = make_model(**sizes), make_model(**sizes, layer_backend="te")
+    other.load_state_dict(plain.state_dict())
+    batch = make_batch(padded=True)
+    torch.testing.assert_close(other(batch).value_logits, plain(batch).value_logits, rtol=1e-4, atol=1e-4)
+    assert len([entry for entry in fake_te.LOG if entry[0] == "region"]) == 1
+    fake_te.uninstall()
+
+
+def test_the_value_prior_and_gene_vectors_start_from_the_data(tmp_path):
+    path = tmp_path / "vectors.npy"
+    np.save(path, np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32))
+    path.with_suffix(".txt").write_text("g1\ng4\n")
+    model = make_model(gene_embedding_path=str(path))
+    batches = [make_batch(masked=0, seed=seed) for seed in range(3)]
+    before = model.token_embedding.weight.detach().clone()
+    account = model.initialise_from_data(batches, [f"g{index}" for index in range(VOCAB - 4)])
+    assert account["gene_vectors_found"] == 2 and account["prior_values"] == 3 * 3 * 8
+    changed = (model.token_embedding.weight != before).any(dim=1).nonzero().flatten().tolist()
+    assert changed == [5, 8] and model.value_head.prior[4:].any()
 
 
 def test_it_learns_what_it_is_shown():
