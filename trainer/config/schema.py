@@ -385,7 +385,8 @@ class RunConfig(Section):
         "or the path of a run folder, checkpoint or .pt file; null: start",
     )
     init_from: Text | None = Field(
-        default=None, description="Path of a checkpoint or weights file whose weights a fresh start takes"
+        default=None,
+        description="Path of a checkpoint, exported model or weights file whose weights a fresh start takes",
     )
     model: ModelConfig = Field(description="The model")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer")
