@@ -87,10 +87,10 @@ def draw_embedding(
 def _two_dimensions(embedding: NDArray[np.floating], seed: int) -> tuple[NDArray[np.floating], str]:
     """Return a layout [n, 2]: UMAP where umap-learn is installed, else the first two principal components."""
     if importlib.util.find_spec("umap") is not None and len(embedding) > 3:
-        import umap  # pyright: ignore[reportMissingImports]
-
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a seed means one thread
+            warnings.simplefilter("ignore")  # that Tensorflow is not there, and that a seed means one thread
+            import umap  # pyright: ignore[reportMissingImports]
+
             layout: Any = umap.UMAP(n_neighbors=min(15, len(embedding) - 1), random_state=seed).fit_transform(
                 embedding
             )

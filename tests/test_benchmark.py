@@ -1,0 +1,296 @@
+"""Benchmarks: the command, and those of held-out cells between the epochs of a run, also where it is interrupted."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+from h5ad_files import write_h5ad
+from running import newest_run, records, toy, train, train_ranks
+
+from data.loader import cell_loader
+from data.synthetic import make_synthetic_counts
+from trainer import benchmarking
+from trainer.benchmark import main, read_benchmarks
+from trainer.benchmarking import BenchmarkQueue
+from trainer.checkpoint import open_checkpoint
+from trainer.errors import ConfigError, UserError
+from trainer.scoring.cells import load_cells
+from trainer.scoring.specs import EmbeddingQualitySpec, LinearProbeSpec
+
+NUM_CELLS, NUM_GENES = 120, 40
+TOKENIZER = {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": 5, "max_genes": 24}
+ENCODER = {
+    "model_class": "models.encoder.MaskedCellEncoder",
+    "config_class": "models.encoder.EncoderConfig",
+    "config_args": {"hidden_dim": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.1, "pooling": "mean"},
+}
+PROBE = {"name": "linear_probe", "cell_type_key": "cell_type", "num_folds": 2, "num_repeats": 1}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    from trainer.convert_h5ad import main as convert
+
+    folder = tmp_path_factory.mktemp("benchmark")
+    made = make_synthetic_counts(NUM_CELLS, NUM_GENES, 12, seed=1, num_batches=2, num_cell_types=3)
+    counts = np.zeros((NUM_CELLS, NUM_GENES))
+    counts[np.repeat(np.arange(NUM_CELLS), np.diff(made.indptr)), made.indices] = made.counts
+    obs = {
+        "cell_type": [f"type{label}" for label in made.cell_type],
+        "batch": [f"batch{label}" for label in made.technical_batch],
+        "perturbation": ["control" if index % 6 == 0 else f"p{index % 6}" for index in range(NUM_CELLS)],
+    }
+    write_h5ad(folder / "cells.h5ad", counts, obs=obs)
+    kept = ["--obs", "perturbation=perturbation"]
+    assert convert([str(folder / "cells.h5ad"), "--output", str(folder / "corpus"), *kept]) == 0
+    return folder
+
+
+def config(place, specs=(PROBE,), *, epochs=2, every=1, val_fraction=0.4, **changes):
+    arguments = {
+        "path": str(place / "corpus"),
+        "tokenizer": TOKENIZER,
+        "masking": {"mask_ratio": 0.3},
+        "val_fraction": val_fraction,
+    }
+    phase = {
+        "dataloader_factory": "data.loader.cell_loader",
+        "dataloader_args": arguments,
+        "epochs": epochs,
+        "benchmarks": {"every_epochs": every, "batch_size": 16, "specs": list(specs)},
+    }
+    return toy(phase, **{"model": ENCODER, "micro_batch_size": 8, "global_batch_size": 24, **changes})
+
+
+def results_of(folder):
+    return sorted(records(folder, "benchmark"), key=lambda record: record["epoch"])
+
+
+# In training
+
+
+@pytest.mark.slow
+def test_held_out_cells_are_scored_at_the_start_and_every_so_many_epochs(tmp_path, place):
+    folder = train(tmp_path, config(place, epochs=5, every=2))
+    found = results_of(folder)
+    assert [record["epoch"] for record in found] == [0, 2, 4]
+    steps = {record["epoch"]: record["global_step"] for record in records(folder, "validation")}
+    assert [record["global_step"] for record in found] == [0, steps[2], steps[4]]
+    for record in found:
+        assert 0 <= record["linear_probe/accuracy"] <= 1 and "linear_probe/accuracy/majority" in record
+        assert {"depth/r2", "depth/r2/pca_32", "linear_probe/accuracy/all_genes"} <= record.keys()
+    assert found[1]["linear_probe/accuracy/at_start"] == found[0]["linear_probe/accuracy"]
+    assert "benchmark/" not in (folder / "metrics.csv").read_text()
+    left = {path.name for path in (folder / "benchmarks").iterdir()}
+    assert left == {"worker.log", *(f"phase0_epoch{epoch}.result.json" for epoch in (0, 2, 4))}
+
+
+def test_the_cells_that_are_scored_are_those_that_are_held_out(tmp_path, place, monkeypatch):
+    seen = {}
+
+    def keep(self, phase, where, rows, embedding):
+        seen[where["epoch"]] = rows, embedding, benchmarking.cells_of(phase, rows)
+
+    monkeypatch.setattr(BenchmarkQueue, "submit", keep)
+    monkeypatch.setattr(BenchmarkQueue, "has", lambda self, phase, epoch: epoch in seen)
+    specs = [PROBE, {"name": "embedding_quality", "batch_key": "technical_batch"}]
+    train(tmp_path, config(place, specs, epochs=1))
+    source = cell_loader(place / "corpus", tokenizer=TOKENIZER, val_fraction=0.4)
+    held_out = np.flatnonzero(source.validation.row_mask)
+    for rows, embedding, cells in seen.values():
+        assert rows.tolist() == held_out.tolist() and len(embedding) == len(cells) == len(rows)
+        assert (
+            cells.obs["technical_batch"].tolist()
+            == source.obs(["technical_batch"], rows)["technical_batch"].tolist()
+        )
+        assert np.allclose(np.expm1(cells.expression.toarray()).sum(axis=1), 1e4, rtol=1e-4)
+    assert np.abs(seen[0][1] - seen[1][1]).max() > 0
+
+
+def test_benchmarks_change_nothing_in_the_training(tmp_path, place, monkeypatch):
+    monkeypatch.setattr(BenchmarkQueue, "submit", lambda *arguments: None)
+    without = config(place)
+    del without["datasets"][0]["benchmarks"]
+    one, two = train(tmp_path / "with", config(place)), train(tmp_path / "without", without)
+    for kind in ("train", "validation"):
+        ours, theirs = records(one, kind), records(two, kind)
+        assert [record["loss"] for record in ours] == [record["loss"] for record in theirs]
+
+
+@pytest.mark.slow
+def test_what_was_not_scored_before_a_stop_is_scored_once_after_it(tmp_path, place, monkeypatch):
+    whole = results_of(train(tmp_path / "whole", config(place, epochs=1)))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(BenchmarkQueue, "poll", lambda self: None)
+        stopped.setattr(BenchmarkQueue, "close", lambda self, wait: None)
+        folder = train(tmp_path / "cut", config(place, epochs=1))
+    assert results_of(folder) == []
+    assert len(list((folder / "benchmarks").glob("*.request.json"))) == 2
+    assert train(tmp_path / "cut", config(place, epochs=1), resume_from=str(folder)) == folder
+    assert results_of(folder) == whole and [record["epoch"] for record in whole] == [0, 1]
+
+
+def test_a_result_that_came_after_the_checkpoint_is_neither_lost_nor_scored_again(
+    tmp_path, place, monkeypatch
+):
+    folder = train(tmp_path, config(place, epochs=1))
+    before = results_of(folder)
+    # As if the run had trained on, and the records of epochs 0 and 1 had come after a later step's.
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    late = [line for line in lines if '"benchmark"' in line]
+    step = {**records(folder)[-1], "global_step": 99}
+    metrics.write_text(
+        "\n".join([*(line for line in lines if line not in late), json.dumps(step), *late, ""])
+    )
+    monkeypatch.setattr(benchmarking.subprocess, "Popen", lambda *a, **k: pytest.fail("scored again"))
+    train(tmp_path, config(place, epochs=1), resume_from=str(folder))
+    assert results_of(folder) == before and records(folder)[-1]["global_step"] < 99
+
+
+@pytest.mark.slow
+def test_results_of_steps_that_are_trained_anew_are_dropped(tmp_path, place):
+    folder = train(tmp_path, config(place, epochs=2))
+    before = results_of(folder)
+    last = int((folder / "latest").read_text().strip().removeprefix("checkpoint_"))
+    shutil.rmtree(folder / f"checkpoint_{last}")
+    first = next(folder.glob("checkpoint_*"))
+    assert open_checkpoint(first).step < last
+    train(tmp_path, config(place, epochs=2), resume_from=str(folder))
+    assert results_of(folder) == before
+
+
+def test_a_failed_benchmark_is_said_and_the_run_goes_on(tmp_path, place, monkeypatch, capsys):
+    monkeypatch.setattr(benchmarking, "save_cells", lambda path, cells: path.write_bytes(b"damaged"))
+    folder = train(tmp_path, config(place, epochs=1))
+    assert [record.get("has_failed") for record in results_of(folder)] == [True, True]
+    out = capsys.readouterr().out
+    assert "the benchmark of phase 'p0' after epoch 0 failed, and training goes on" in out
+
+
+@pytest.mark.parametrize(
+    ("spec", "changes", "message"),
+    [
+        (
+            {**PROBE, "cell_type_key": "donor"},
+            {},
+            "linear_probe reads obs column donor, which the data of phase 'p0'",
+        ),
+        ({**PROBE, "num_folds": 100}, {}, "has 0 labels with at least 100"),
+        ({"name": "perturbation", "control_label": "DMSO"}, {}, "no cell has 'DMSO'"),
+        (PROBE, {"val_fraction": 0.0}, "phase 'p0' has no held-out cells with obs columns"),
+    ],
+)
+def test_what_would_let_a_benchmark_fail_is_found_at_the_start(tmp_path, place, spec, changes, message):
+    with pytest.raises(ConfigError, match=f"datasets.0.benchmarks.*{message}"):
+        train(tmp_path, config(place, [spec], **changes))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_option_is_found_with_the_configuration(tmp_path, place):
+    with pytest.raises(
+        ConfigError, match=r"datasets.0.benchmarks.specs.0.folds: linear_probe has no such option"
+    ):
+        train(tmp_path, config(place, [{"name": "linear_probe", "folds": 3}]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_ranks_score_as_one_process_does(tmp_path, place, strategy):
+    # 48 cells in batches of 16 on two ranks: the last round has cells for one rank only.
+    one = results_of(train(tmp_path / "one", config(place, epochs=1)))
+    train_ranks(2, tmp_path / "two", config(place, epochs=1), strategy=strategy)
+    two = results_of(newest_run(tmp_path / "two"))
+    assert [record["epoch"] for record in two] == [0, 1]
+    for ours, theirs in zip(one, two, strict=True):
+        assert theirs["depth/r2"] == pytest.approx(ours["depth/r2"], abs=1e-3)
+        assert theirs["linear_probe/accuracy"] == pytest.approx(ours["linear_probe/accuracy"], abs=0.05)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def run(place, tmp_path_factory):
+    plain = config(place, epochs=1)
+    del plain["datasets"][0]["benchmarks"]
+    return train(tmp_path_factory.mktemp("run"), plain)
+
+
+def benchmark(folder, place, run, settings, *options):
+    (folder / "eval.yaml").write_text(yaml.safe_dump(settings))
+    paths = ["--model", run, "--data", place / "cells.h5ad", "--output", folder / "results"]
+    return main(
+        [str(part) for part in ["--config", folder / "eval.yaml", *paths, "--device", "cpu", *options]]
+    )
+
+
+def test_the_command_writes_every_figure_beside_its_baselines(tmp_path, place, run, capsys):
+    perturbation = {"name": "perturbation", "n_top_genes": 10}
+    settings = {
+        "data": {"paths": ["unused.h5ad"]},
+        "eval": {
+            "benchmarks": [
+                PROBE,
+                {"name": "embedding_quality", "params": {"batch_key": "batch"}},
+                perturbation,
+            ]
+        },
+    }
+    assert benchmark(tmp_path, place, run, settings) == 0
+    written = json.loads((tmp_path / "results" / "results.json").read_text())
+    with open(tmp_path / "results" / "results.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["metric"] for line in lines] == [row["metric"] for row in written["results"]]
+    names = {name: {r["representation"] for r in written["results"] if r["benchmark"] == name}
+             for name in ("linear_probe", "embedding_quality", "perturbation", "depth")}  # fmt: skip
+    common = {"model", "untrained", "all_genes", "pca_32", "random_projection_64"}
+    assert names == {
+        "linear_probe": common | {"majority"},
+        "embedding_quality": common,
+        "perturbation": common | {"mean_shift"},
+        "depth": common,
+    }
+    figures = {(r["benchmark"], r["representation"], r["metric"]): r["value"] for r in written["results"]}
+    assert figures["depth", "model", "r2"] != figures["depth", "untrained", "r2"]
+    assert (tmp_path / "results" / "embedding.png").read_bytes().startswith(b"\x89PNG")
+    out = capsys.readouterr().out
+    assert "random_projection_64" in out and f"{figures['linear_probe', 'model', 'accuracy']:.4f}" in out
+
+
+def test_a_phases_configuration_names_benchmarks_too(tmp_path, place):
+    path = tmp_path / "phases.yml"
+    path.write_text(yaml.safe_dump(config(place, [PROBE, "embedding_quality", PROBE])))
+    specs, batch_size = read_benchmarks(path)
+    assert batch_size == 16
+    assert specs == [LinearProbeSpec(num_folds=2, num_repeats=1), EmbeddingQualitySpec()]
+
+
+def test_a_configuration_without_benchmarks_is_an_error(tmp_path):
+    path = tmp_path / "eval.yaml"
+    path.write_text(yaml.safe_dump({"data": {"paths": ["x.h5ad"]}, "eval": {"batch_size": 7}}))
+    with pytest.raises(
+        UserError, match="eval names no benchmark; there are: linear_probe, embedding_quality"
+    ):
+        read_benchmarks(path)
+
+
+def test_a_column_that_the_file_lacks_is_found_before_anything_is_computed(tmp_path, place, run, capsys):
+    settings = {
+        "eval": {"benchmarks": [{"name": "linear_probe", "cell_type_key": "donor"}]},
+        "data": {"paths": ["x"]},
+    }
+    assert benchmark(tmp_path, place, run, settings) == 2
+    assert "obs has no column 'donor'; it has: " in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+def test_the_held_out_cells_file_is_readable(tmp_path, place, monkeypatch):
+    monkeypatch.setattr(BenchmarkQueue, "poll", lambda self: None)
+    monkeypatch.setattr(BenchmarkQueue, "close", lambda self, wait: None)
+    folder = train(tmp_path, config(place, epochs=1))
+    cells = load_cells(next((folder / "benchmarks").glob("*.npz")))
+    assert set(cells.obs) == {"cell_type"} and cells.expression.shape == (48, NUM_GENES)
