@@ -37,8 +37,8 @@ class CellSource:
     A batch is a function of its rows and the draw key alone. Its dict holds CPU tensors: `tokens`, `values`,
     `attention_mask`, `depth`, `cell_index`, the Python number `num_tokens`, and where they apply `bins`,
     `labels`, `value_labels`, `masked_index`, `batch_idx`, `target_gene_idx` and `label` (int64 class index, -100
-    without a label; or float32, NaN without). With layout `packed` it holds `cu_seqlens` and `max_length` in place of
-    `attention_mask` (see `data.collate.collate_packed`).
+    without a label; or float32, NaN without, [B, columns] of several columns). With layout `packed` it holds
+    `cu_seqlens` and `max_length` in place of `attention_mask` (see `data.collate.collate_packed`).
     """
 
     is_inline = False
@@ -183,7 +183,7 @@ class CellSource:
         if "target_gene" in cells.columns:
             batch["target_gene_idx"] = torch.from_numpy(cells.columns["target_gene"].astype(np.int64))
         if self.labels is not None:
-            batch["label"] = torch.from_numpy(self.labels.of(cells.columns[self.labels.column]))
+            batch["label"] = torch.from_numpy(self.labels.read(cells.columns))
         return batch
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -204,7 +204,7 @@ def cell_loader(
     shuffle_block: int = 64,
     shuffle_window: int = 8192,
     num_workers: int = 0,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     label_task: LabelTask = "classification",
     stratify: bool = False,
     sampling: Mapping[str, Any] | None = None,
@@ -225,7 +225,7 @@ def cell_loader(
             are decoded for the cells of a block: 1024, with a window of 16384, is then four times faster.
         shuffle_window: cells that are shuffled among each other, a multiple of `shuffle_block`.
         num_workers: processes that prepare batches; 0 leaves it to one background thread.
-        label: obs column of the corpus that batches hold as `label`.
+        label: obs column of the corpus that batches hold as `label`; several are the numbers of a regression.
         label_task: `classification` (a class index for each distinct label) or `regression` (the number itself).
         stratify: split by `label`, so that validation has its share of every class.
         sampling: draw training cells with replacement, balanced over the classes of an obs column: `{column,
@@ -268,7 +268,7 @@ def cell_loader(
     }
     # Only what is used is named, so that runs without it keep the fingerprint they were saved with.
     if labels is not None:
-        description["label"] = [labels.column, labels.task, list(labels.names), stratify]
+        description["label"] = [labels.column, labels.task, list(labels.names), stratify, *labels.further]
     if sampling is not None:
         description["sampling"] = dict(sampling)
     if built.gene_medians is not None:
@@ -285,8 +285,8 @@ def cell_loader(
     # Each source has a reader of its own, so that evaluating does not drop what training reads ahead; mapped
     # files share their pages anyway.
     names = [*columns, *built.columns]
-    if labels is not None and labels.column not in names:
-        names.append(labels.column)
+    if labels is not None:
+        names += [name for name in labels.columns if name not in names]
     source = CellSource(
         open_reader(info, names), built, masks, training, **common, sampling=balanced, notices=notices
     )
@@ -303,10 +303,10 @@ class Sampling(NamedTuple):
     warmup_epochs: int
 
 
-def _labels(info: CorpusInfo, label: str | None, task: LabelTask) -> LabelColumn | None:
+def _labels(info: CorpusInfo, label: str | Sequence[str] | None, task: LabelTask) -> LabelColumn | None:
     if task not in get_args(LabelTask):
         raise DataError(f"label_task is {task!r}; it must be {' | '.join(get_args(LabelTask))}")
-    if label is None:
+    if not label:
         return None
     return open_labels(info, label, task)
 

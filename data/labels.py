@@ -1,7 +1,7 @@
 """Labels of cells from a kept obs column: classes by name or numbers, and the split that keeps every class in it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -32,6 +32,18 @@ class LabelColumn:
     """What is stored of each class, ascending; None in regression."""
     index: NDArray[np.int64] | None
     """Class index of each stored value, -100 for the class of the cells without a label."""
+    further: tuple[str, ...] = ()
+    """In regression, the columns of the further numbers of each cell."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Name all columns that are read."""
+        return (self.column, *self.further)
+
+    def read(self, columns: Mapping[str, Any]) -> NDArray[Any]:
+        """Return the labels of cells from their stored columns: [B], or [B, columns] where there are several."""
+        found = [self.of(columns[name]) for name in self.columns]
+        return np.stack(found, axis=1) if self.further else found[0]
 
     def of(self, values: NDArray[Any]) -> NDArray[Any]:
         """Return the labels of stored values: int64 class index, -100 where there is none, or float32 (NaN)."""
@@ -42,9 +54,12 @@ class LabelColumn:
 
 
 def open_labels(
-    info: CorpusInfo, column: str, task: LabelTask = "classification", where: str = "label"
+    info: CorpusInfo,
+    column: str | Sequence[str],
+    task: LabelTask = "classification",
+    where: str = "label",
 ) -> LabelColumn:
-    """Find out the classes of a column, or that it holds numbers.
+    """Find out the classes of a column, or that it holds numbers; several columns are the numbers of a regression.
 
     Classes are the names of a class column without `unlabelled`, in alphabetical order, or the whole numbers of a
     column of numbers, in ascending order.
@@ -52,6 +67,14 @@ def open_labels(
     Raises:
         DataError: there is no such column, or it does not hold what the task needs.
     """
+    if not isinstance(column, str):
+        if len(column) > 1 and task != "regression":
+            raise DataError(
+                f"{where}: {len(column)} columns ({', '.join(column)}) were given, but cells have one class; several "
+                "columns are numbers for label_task: regression"
+            )
+        first, *further = [open_labels(info, name, task, where) for name in column]
+        return replace(first, further=tuple(each.column for each in further))
     found = info.columns.get(column)
     if found is None:
         raise DataError(

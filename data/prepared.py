@@ -36,7 +36,7 @@ def h5ad_loader(
     shuffle_block: int = 64,
     shuffle_window: int = 8192,
     num_workers: int = 0,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     label_task: LabelTask = "classification",
     stratify: bool = False,
     sampling: Mapping[str, Any] | None = None,
@@ -125,7 +125,7 @@ def census_loader(
     shuffle_block: int = 64,
     shuffle_window: int = 8192,
     num_workers: int = 0,
-    label: str | None = None,
+    label: str | Sequence[str] | None = None,
     label_task: LabelTask = "classification",
     stratify: bool = False,
     sampling: Mapping[str, Any] | None = None,
@@ -233,7 +233,10 @@ def open_prepared(
     return source
 
 
-def _needed(label: str | None, sampling: Mapping[str, Any] | None, steps: Preprocessing) -> list[str | None]:
+def _needed(
+    label: str | Sequence[str] | None, sampling: Mapping[str, Any] | None, steps: Preprocessing
+) -> list[str | None]:
     """Return the obs columns that must be kept without being named."""
     column = sampling.get("column") if isinstance(sampling, Mapping) else None
-    return [label, column, None if steps.hvg is None else steps.hvg.batch_key]
+    labels = [label] if isinstance(label, str) or label is None else list(label)
+    return [*labels, column, None if steps.hvg is None else steps.hvg.batch_key]

@@ -208,11 +208,13 @@ def test_a_configuration_is_built_in_python_and_changed():
         (lambda: ModelConfig(pooling="clss"), r"model\.pooling: got 'clss'; allowed: cls, mean; did you mean 'cls'"),
         (lambda: TrainingConfig(batch_size="64"), r"training\.batch_size: expected a whole number, got '64' as text"),
         (lambda: TrainingConfig(max_epochs=0), r"training\.max_epochs: must be at least 1, got 0"),
+        (lambda: DataConfig(paths=["a.h5ad", 3]), r"data\.paths\.1: expected text, got 3"),
         (lambda: DataConfig(paths="a.h5ad"), r"data\.paths: expected a list, got 'a\.h5ad'; write \[a\.h5ad\]"),
         (lambda: DataConfig(preprocessing={"target_sum": -1}), r"data\.preprocessing\.target_sum: must be more than 0"),
         (lambda: TrainingConfig(optimizer={"lr": 0}), r"training\.optimizer\.lr: must be more than 0"),
         (lambda: ScModelForgeConfig(modle={}), r"modle: unknown key; did you mean 'model'"),
         (lambda: LoRAConfig(target_modules=[]), r"finetune\.lora\.target_modules"),
+        (lambda: FinetuneConfig(label_key=3), r"FinetuneConfig: finetune\.label_key: expected text, got 3"),
         (lambda: CensusConfig(organism="Danio rerio"), r"data\.census\.organism: .*Homo sapiens, Mus musculus"),
     ],
 )  # fmt: skip

@@ -408,6 +408,17 @@ def test_numbers_are_predicted_by_a_regression(place, pretrained):
     assert all(np.isfinite(losses)) and losses[-1] < losses[0]
 
 
+def test_several_numbers_are_predicted_by_a_regression(place, pretrained):
+    task = ["finetune.label_key=[age, percent_mito]", "finetune.head.task=regression"]
+    folder = quietly(fine_tuning(place, pretrained, *task, "finetune.head.output_dim=2"))
+    assert weights(folder)["head.output.weight"].shape[0] == 2
+    assert np.isfinite(records(folder)[-1]["loss"])
+    with pytest.raises(UserError, match=r"output_dim: 3 numbers for each cell need.*label_key names 2"):
+        fine_tuning(place, pretrained, *task, "finetune.head.output_dim=3").run_config()
+    with pytest.raises(UserError, match=r"finetune\.label_key: names 2 columns, but a cell has one class"):
+        fine_tuning(place, pretrained, task[0]).run_config()
+
+
 def test_what_is_written_of_the_backbone_must_agree_with_it(place, pretrained):
     for override, message in (
         ("model.hidden_dim=32", r"model\.hidden_dim: 32 is not what the backbone has, 16; leave it out"),

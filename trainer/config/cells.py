@@ -395,7 +395,9 @@ class TaskHeadConfig(CellsSection):
         default=None,
         description="Classes (null: those of the training cells' labels); with task: classification",
     )
-    output_dim: PositiveCount = Field(default=1, description="Numbers predicted; with task: regression")
+    output_dim: PositiveCount = Field(
+        default=1, description="Numbers predicted, as many as label_key names columns; with task: regression"
+    )
     hidden_dim: PositiveCount | None = Field(
         default=None, description="Width of a hidden layer (numbers; null: no such layer)"
     )
@@ -439,7 +441,10 @@ class FinetuneConfig(CellsSection):
     freeze_backbone_epochs: Count = Field(
         default=0, description="The backbone trains after this many (epochs; 0: from the start)"
     )
-    label_key: Text = Field(default="cell_type", description="Column of obs with the labels")
+    label_key: Text | Annotated[list[Text], Field(min_length=1)] = Field(
+        default="cell_type",
+        description="Column of obs with the labels; several columns are the numbers of a regression",
+    )
     head: TaskHeadConfig = Field(default_factory=TaskHeadConfig, description="The head")
     backbone_lr: Annotated[float, Field(gt=0)] | None = Field(
         default=None, description="Base learning rate of the backbone (null: training.optimizer.lr)"

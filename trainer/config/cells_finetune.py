@@ -87,7 +87,7 @@ def fine_tuning_run(config: ScModelForgeConfig) -> RunConfig:
     is_fresh = config.training.resume_from in (None, "auto")
     return run_config(
         config,
-        run_name_of(f"finetune_{finetune.label_key}"),
+        run_name_of("_".join(["finetune", *label_columns(finetune)])),
         _model_section(config, finetune, backbone),
         _optimizer_section(config, finetune),
         _phases(config, finetune, backbone),
@@ -104,12 +104,24 @@ def _problems(config: ScModelForgeConfig, finetune: FinetuneConfig) -> Iterator[
             f"{finetune.freeze_backbone_epochs} is not below training.max_epochs {epochs}, so the backbone would never "
             "train; set freeze_backbone: true to want that, or fewer",
         )
-    if finetune.head.task == "regression" and finetune.head.output_dim != 1:
+    columns, head = label_columns(finetune), finetune.head
+    if head.task == "classification" and len(columns) > 1:
+        yield Problem(
+            "finetune.label_key",
+            f"names {len(columns)} columns, but a cell has one class; set finetune.head.task: regression for numbers",
+        )
+    wanted = head.output_dim if is_written(config, "finetune.head.output_dim") else len(columns)
+    if head.task == "regression" and wanted != len(columns):
         yield Problem(
             "finetune.head.output_dim",
-            f"{finetune.head.output_dim} numbers for each cell need as many columns of labels, and finetune.label_key "
-            "names one",
+            f"{wanted} numbers for each cell need as many columns of labels, and finetune.label_key names "
+            f"{len(columns)}",
         )
+
+
+def label_columns(finetune: FinetuneConfig) -> list[str]:
+    """Return the obs columns of the labels."""
+    return [finetune.label_key] if isinstance(finetune.label_key, str) else list(finetune.label_key)
 
 
 def _contradictions(config: ScModelForgeConfig, backbone: Backbone) -> Iterator[Problem]:
@@ -170,7 +182,7 @@ def _model_section(
     if head.task == "classification":
         arguments |= {"n_classes": head.n_classes, "class_weights": head.class_weights}
     else:
-        arguments["output_dim"] = head.output_dim
+        arguments["output_dim"] = len(label_columns(finetune))
     if finetune.lora.enabled:
         arguments["lora"] = finetune.lora.model_dump(exclude={"enabled"})
     return {
@@ -254,10 +266,11 @@ def _loader(config: ScModelForgeConfig, finetune: FinetuneConfig, backbone: Back
     options: Mapping[str, Any] = backbone.tokenizer
     if _max_genes(config) is not None:
         options = {**options, "max_genes": config.tokenizer.max_genes}
+    columns = label_columns(finetune)
     arguments |= {
         "gene_vocab": str(backbone.folder),
         "tokenizer": dict(options),
-        "label": finetune.label_key,
+        "label": columns[0] if len(columns) == 1 else columns,
         "label_task": finetune.head.task,
         "stratify": finetune.head.task == "classification" and config.training.val_split > 0,
     }

@@ -10,6 +10,7 @@ from trainer.config.messages import (
     Problem,
     ValidationError,
     config_error,
+    field_at,
     inner_section,
     is_touched,
     translate,
@@ -126,12 +127,22 @@ def _drop(values: Any, location: tuple[int | str, ...]) -> None:
 
 
 def _translated(section: type[BaseModel], error: pydantic.ValidationError) -> list[Problem]:
-    items = [dict(item) for item in error.errors(include_url=False)]
+    items: list[dict[str, Any]] = [dict(item) for item in error.errors(include_url=False)]
     for item in items:
         if item["type"] == "no_such_attribute":  # what an assignment says of an unknown key
             item["type"] = "extra_forbidden"
-    problems = [translate(item, section) for item in items]
-    return [_placed(section, problem) for problem in problems]
+        item["loc"] = _without_alternatives(section, item["loc"])
+    problems = [_placed(section, translate(item, section)) for item in items]
+    return list({problem.path: problem for problem in reversed(problems)}.values())[::-1]
+
+
+def _without_alternatives(section: type[BaseModel], location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """Leave out what pydantic puts behind a field with alternatives: their types. List indices stay."""
+    for end in range(1, len(location) + 1):
+        field = field_at(section, location[:end])
+        if field is not None and inner_section(field.annotation) is None:
+            return (*location[:end], *(part for part in location[end:] if isinstance(part, int)))
+    return location
 
 
 def _placed(section: type[Any], problem: Problem) -> Problem:
