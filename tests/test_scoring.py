@@ -1,5 +1,6 @@
 """Scores of embeddings: what each benchmark measures, that every option acts, and the figures of real cells."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from trainer.scoring.benchmarks import pivot, run_benchmarks
 from trainer.scoring.cells import Cells, load_cells, save_cells
 from trainer.scoring.embedding_baselines import depth_r2, representations
 from trainer.scoring.specs import (
+    SPECS,
     EmbeddingQualitySpec,
     LinearProbeSpec,
     PerturbationSpec,
@@ -333,3 +335,11 @@ def test_cells_come_back_from_their_file(tmp_path):
 def test_the_scoring_process_imports_no_torch():
     code = "import trainer.scoring.worker, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_documentation_lists_every_option_with_its_default():
+    text = (ROOT / "docs" / "evaluation.md").read_text()
+    for spec in SPECS.values():
+        section = text.partition(f"### `{spec.name}`")[2].partition("\n###")[0]
+        for key, field in spec.model_fields.items():
+            assert f"| `{key}` | `{json.dumps(field.default)}` | {field.description} |" in section
