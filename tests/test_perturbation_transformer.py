@@ -1,6 +1,7 @@
 import copy
 from typing import Any
 
+import fake_te
 import numpy as np
 import pytest
 import torch
@@ -551,3 +552,22 @@ def test_a_plan_counts_the_control_cells(tmp_path):
     assert cells.activation_bytes_per_cell and sets.activation_bytes_per_cell
     assert sets.activation_bytes_per_cell > 2 * cells.activation_bytes_per_cell
     assert not any("activations" in note or "operations" in note for note in plan.notes)
+
+
+def test_transformer_engines_layers_agree_with_torchs(monkeypatch):
+    fake_te.install(monkeypatch)
+    try:
+        sizes = {"hidden_dim": 32, "gene_dim": 32, "num_heads": 2}
+        plain = make_model(**sizes)
+        other = make_model(**sizes, layer_backend="te", activation_checkpointing=True).train()
+        assert plain.state_dict().keys() == other.state_dict().keys()
+        other.load_state_dict(plain.state_dict())
+        batch = make_batch()
+        found = [loss_of(model, batch) for model in (plain, other)]
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
+        for loss in found:
+            loss.backward()
+        for (name, one), (_, two) in zip(plain.named_parameters(), other.named_parameters(), strict=True):
+            torch.testing.assert_close(one.grad, two.grad, rtol=1e-3, atol=1e-4, msg=name)
+    finally:
+        fake_te.uninstall()
