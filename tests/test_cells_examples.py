@@ -5,6 +5,7 @@ import io
 import json
 import re
 import warnings
+from dataclasses import replace
 
 import anndata
 import numpy as np
@@ -15,7 +16,9 @@ from census_files import write_census
 from launching import ROOT
 from running import comparable_records, final_weights, records, same_weights
 
+import trainer.backbone
 from models.encoder import MaskedCellEncoder
+from trainer.backbone import read_backbone
 from trainer.checkpoint_folder import list_checkpoints, open_checkpoint
 from trainer.config import FinetuneConfig, load_config, load_run_config
 from trainer.config.cells_run import pretraining_run, run_of
@@ -453,6 +456,24 @@ def test_a_backbone_may_be_a_checkpoint_or_an_export(place, pretrained, tmp_path
     assert tokenizers[0] == tokenizers[1] == tokenizers[2]
     assert runs[0].init_from == runs[1].init_from == str(checkpoint)
     json.dumps(configs[0])
+
+
+def test_values_become_what_the_backbone_read_whatever_the_file_holds(place, pretrained, monkeypatch):
+    arguments = fine_tuning(place, pretrained).run_config().datasets[0].dataloader_args
+    assert arguments["preprocessing"] == {"normalize": "library_size", "log1p": True, "target_sum": 1e4}
+    assert not {"normalize", "log1p", "target_sum"} & arguments["tokenizer"].keys()
+    of_counts = replace(
+        read_backbone(pretrained, "x"),
+        value_kind="counts",
+        tokenizer={**arguments["tokenizer"], "normalize": "library_size", "target_sum": 500.0, "log1p": True},
+    )
+    monkeypatch.setattr(trainer.backbone, "read_backbone", lambda path, where: of_counts)
+    arguments = fine_tuning(place, pretrained).run_config().datasets[0].dataloader_args
+    assert arguments["preprocessing"] == {"normalize": "library_size", "log1p": True, "target_sum": 500.0}
+    with pytest.raises(
+        UserError, match=r"data\.preprocessing\.target_sum: .* is not what the backbone has, 500"
+    ):
+        fine_tuning(place, pretrained, "data.preprocessing.target_sum=1000").run_config()
 
 
 def test_a_backbone_that_would_never_train_is_refused(place, pretrained):

@@ -6,7 +6,7 @@ them must agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainer.config.cells import FinetuneConfig, ScModelForgeConfig
@@ -51,6 +51,9 @@ _OF_MODEL = (
     "vocab_size",
 )
 """Fields of `model` that the backbone's configuration settles; null is whatever it has."""
+
+_STEPS = ("normalize", "target_sum", "log1p")
+"""Options that a loader's `preprocessing` takes: it leaves values alone that are log-normalised already."""
 
 _OVER_BACKBONE = ("dropout", "pooling")
 """Fields of `model` that go before the backbone's: no weight depends on them."""
@@ -262,14 +265,19 @@ def _loader(config: ScModelForgeConfig, finetune: FinetuneConfig, backbone: Back
     """Return the loader: the configuration's cells, in the genes and tokens of the backbone, with labels."""
     section = loader(config, None)
     arguments = section["dataloader_args"]
-    del arguments["preprocessing"]  # the tokenizer's options hold it
-    options: Mapping[str, Any] = backbone.tokenizer
+    options = dict(backbone.tokenizer)
+    steps = {name: options.pop(name) for name in _STEPS if name in options}
+    if (
+        backbone.value_kind == "lognorm"
+    ):  # counts become what such values are by the configuration's own steps
+        steps = {name: value for name, value in arguments["preprocessing"].items() if name in _STEPS}
     if _max_genes(config) is not None:
-        options = {**options, "max_genes": config.tokenizer.max_genes}
+        options["max_genes"] = config.tokenizer.max_genes
     columns = label_columns(finetune)
     arguments |= {
         "gene_vocab": str(backbone.folder),
-        "tokenizer": dict(options),
+        "preprocessing": steps,
+        "tokenizer": options,
         "label": columns[0] if len(columns) == 1 else columns,
         "label_task": finetune.head.task,
         "stratify": finetune.head.task == "classification" and config.training.val_split > 0,
