@@ -127,7 +127,8 @@ def encoder_activations(
     )
     body = backbone_bytes(config, num_tokens, is_mixed=is_mixed)
     if config.use_cell_summary and config.n_bins is not None and config.use_expression_values:
-        body += num_tokens * 2 * _FP32 * config.hidden_dim
+        summaries = 3 if config.contrast_weight > 0 else 1
+        body += summaries * num_tokens * 2 * _FP32 * config.hidden_dim
     return Activations(body, heads + of_genes + of_values, 3 * _FP32 * (gene_logits + value_logits))
 
 

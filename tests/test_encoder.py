@@ -397,6 +397,41 @@ def test_expression_from_cell_leaves_the_hidden_states_of_masked_genes_out(from_
     assert (model.value_head.transform is None) == from_cell
 
 
+@pytest.mark.parametrize("target", ["gene", "expression"])
+@pytest.mark.parametrize("binned", [True, False])
+def test_the_contrast_compares_each_cells_masked_genes_with_the_visible_ones_of_all(target, binned):
+    n_bins = N_BINS if binned else None
+    model = make_model(contrast_weight=0.5, n_bins=n_bins).double()
+    options = {"num_cells": 4, "masked": 4, "binned": binned}
+    batch = make_batch(target=target, **options)
+    batch = {name: each.double() if name in ("values", "depth") else each for name, each in batch.items()}
+    whole = make_batch(masked=0, num_cells=4, binned=binned)
+    expression = whole["bins"] if binned else whole["values"].double()
+    is_masked = torch.zeros_like(whole["tokens"], dtype=torch.bool)
+    is_masked.view(-1)[batch["masked_index"]] = True
+    is_gene = whole["tokens"] >= 4
+    visible = model.cell_summary(whole["tokens"], expression, is_gene & ~is_masked)
+    masked = model.cell_summary(whole["tokens"], expression, is_masked)
+    likeness = torch.cosine_similarity(visible[:, None], masked[None], dim=-1) / 0.2
+    own = likeness.diagonal()
+    expected = (likeness.logsumexp(1) - own + likeness.logsumexp(0) - own).mean() / 2
+
+    loss = model.compute_loss(batch)
+    found = loss.metrics["contrast_loss"] / loss.weight
+    torch.testing.assert_close(found, expected.detach(), check_dtype=False, rtol=1e-5, atol=1e-6)
+    without = make_model(n_bins=n_bins).double().compute_loss(batch)
+    torch.testing.assert_close(
+        (loss.sum - without.sum) / loss.weight, 0.5 * expected, check_dtype=False, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_contrast_needs_summaries_to_compare():
+    with pytest.raises(ModelError, match="contrast_weight is set, but use_cell_summary is false"):
+        make_model(contrast_weight=0.1, use_cell_summary=False)
+    with pytest.raises(ModelError, match="contrast_weight is -1; it must not be negative"):
+        make_model(contrast_weight=-1)
+
+
 def test_expression_from_cell_needs_a_loss_on_expression():
     with pytest.raises(ModelError, match="expression_from_cell is true, but expression_loss_weight is 0"):
         make_model(expression_from_cell=True, expression_loss_weight=0)

@@ -257,6 +257,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {"activation_checkpointing": True},
     "genes only": {"expression_loss_weight": 0.0},
     "untied": {"tie_gene_head": False},
+    "contrast": {"contrast_weight": 0.5, "expression_from_cell": True},
 }
 
 

@@ -36,7 +36,7 @@ VARIANTS = [
     {"activation": "silu", "gene_loss_weight": 0.0, "use_depth": False},
     {"n_bins": None, "use_cell_summary": False},
     {"expression_loss_weight": 0.0, "tie_gene_head": False},
-    {"expression_from_cell": True},
+    {"expression_from_cell": True, "contrast_weight": 0.1},
 ]
 NUM_CELLS, NUM_TOKENS, NUM_MASKED = 3, 96, 14
 
