@@ -201,8 +201,10 @@ def test_a_wrong_option_is_found_with_the_configuration(tmp_path, place):
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_ranks_score_as_one_process_does(tmp_path, place, strategy):
     # 48 cells in batches of 16 on two ranks: the last round has cells for one rank only.
-    one = results_of(train(tmp_path / "one", config(place, epochs=1)))
-    train_ranks(2, tmp_path / "two", config(place, epochs=1), strategy=strategy)
+    plain = {**ENCODER, "config_args": {**ENCODER["config_args"], "dropout": 0.0}}
+    settings = config(place, epochs=1, model=plain, micro_batch_size=4)
+    one = results_of(train(tmp_path / "one", settings))
+    train_ranks(2, tmp_path / "two", settings, strategy=strategy)
     two = results_of(newest_run(tmp_path / "two"))
     assert [record["epoch"] for record in two] == [0, 1]
     for ours, theirs in zip(one, two, strict=True):
