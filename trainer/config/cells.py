@@ -6,7 +6,7 @@ These classes are what a person writes, in YAML or in Python: they can be change
 
 from __future__ import annotations
 
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -14,23 +14,19 @@ from pydantic import BeforeValidator, Field
 from trainer.config.cells_checks import cross_field_problems, settle_twins
 from trainer.config.cells_section import CellsSection, build
 from trainer.config.compose import compose
-from trainer.config.fields import Count, PositiveCount, RunName, Text
+from trainer.config.fields import (
+    Count,
+    Dropout,
+    PathText,
+    PositiveCount,
+    RunName,
+    Share,
+    Text,
+    path_text,
+    precision_word,
+)
 from trainer.config.messages import Problem, ValidationError, config_error
 from trainer.config.schema import EarlyStoppingConfig, Fp8Config
-
-
-def _path_text(value: Any) -> Any:
-    return str(value) if isinstance(value, PurePath) else value
-
-
-def _precision_word(value: Any) -> Any:
-    """Read `precision: 32`, a number to YAML, as the word that it is meant to be."""
-    return str(value) if value == 32 and not isinstance(value, bool) else value
-
-
-PathText = Annotated[Text, BeforeValidator(_path_text)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PreprocessingConfig(CellsSection):
@@ -318,7 +314,7 @@ class TrainingConfig(CellsSection):
     num_gpus: PositiveCount | None = Field(
         default=None, description="Ranks of the run (processes, a GPU each; null: what the launcher starts)"
     )
-    precision: Annotated[Literal["32", "16-mixed", "bf16-mixed", "fp8"], BeforeValidator(_precision_word)] = (
+    precision: Annotated[Literal["32", "16-mixed", "bf16-mixed", "fp8"], BeforeValidator(precision_word)] = (
         Field(default="bf16-mixed", description="Precision of the computation; fp8 needs a recent GPU")
     )
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="The optimizer")
@@ -432,7 +428,7 @@ class FinetuneConfig(CellsSection):
 
     place = "finetune"
 
-    checkpoint_path: Annotated[str, BeforeValidator(_path_text)] = Field(
+    checkpoint_path: Annotated[str, BeforeValidator(path_text)] = Field(
         default="", description="Run folder, checkpoint or export that the backbone comes from"
     )
     freeze_backbone: bool = Field(

@@ -1,6 +1,7 @@
 """The types of single fields: what a value may be, and what is said of one that may not."""
 
 import re
+from pathlib import PurePath
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -53,6 +54,16 @@ def named_section(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
+def path_text(value: Any) -> Any:
+    """Read a path object, which Python code may give, as the text that it stands for."""
+    return str(value) if isinstance(value, PurePath) else value
+
+
+def precision_word(value: Any) -> Any:
+    """Read `precision: 32`, a number to YAML, as the word that it is meant to be."""
+    return str(value) if value == 32 and not isinstance(value, bool) else value
+
+
 def null_as(default: type) -> BeforeValidator:
     """Read a key whose lines are all commented out as empty."""
     return BeforeValidator(lambda value: default() if value is None else value)
@@ -68,5 +79,8 @@ DottedPath = Annotated[str, AfterValidator(_check_dotted)]
 Pattern = Annotated[str, AfterValidator(_check_pattern)]
 RunName = Annotated[str, AfterValidator(_check_run_name)]
 Text = Annotated[str, AfterValidator(_check_not_empty)]
+PathText = Annotated[Text, BeforeValidator(path_text)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 Arguments = Annotated[dict[str, Any], null_as(dict)]
 Patterns = Annotated[tuple[Pattern, ...], AsTuple, null_as(tuple)]
