@@ -88,7 +88,8 @@ def check_launch(config: RunConfig) -> None:
             f"{local} processes were started on this machine, a GPU each, and it has {_number(gpus)}; start as many "
             "processes as there are GPUs"
         )
-    if wanted is not None and gpus == 0 and not is_cpu_run(config):
+    # Ranks that a command has started need not say what it has said.
+    if wanted is not None and gpus == 0 and not is_cpu_run(config) and not launch.starts_processes:
         notice(f"this machine has 0 GPUs: {_processes(world_size)} on the CPU")
     if wanted is None and gpus > 1 and not is_launched():
         notice(f"this machine has {gpus} GPUs, and the run takes one; all: {launch_command(gpus, gpus)}")
