@@ -125,7 +125,7 @@ class MaskedAutoencoder(CellModel):
             batch: as the loader yields it, masked.
         """
         self._need_heads()
-        masked_index = needed(batch, "masked_index", _NO_MASKS)
+        needed(batch, "masked_index", _NO_MASKS)
         with self._factory.region():
             visible, layout = self._visible(batch)
             hidden = self._hidden_states(visible, layout)  # [1, V, D]
@@ -134,7 +134,6 @@ class MaskedAutoencoder(CellModel):
         value_logits = self.value_head(decoded, asked_genes(batch))
         if self.config.n_bins is None:
             value_logits = value_logits.squeeze(-1)
-        assert len(value_logits) == len(masked_index)
         return AutoencoderOutput(hidden, value_logits)
 
     def compute_loss(self, batch: dict[str, Any]) -> LossOutput:
