@@ -36,6 +36,7 @@ class Stream(IntEnum):
     SAMPLE_CLASS = 12
     SAMPLE_CELL = 13
     FIT_SAMPLE = 14
+    MASK_ROUNDING = 15
     SET_CELLS = 21
     SET_CONTROLS = 22
     SET_NOISE = 23

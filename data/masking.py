@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from data.hashing import DrawKey, Stream, gene_hash, to_range
 from data.options import Options
-from data.ragged import choose_smallest
+from data.ragged import choose_smallest, offsets_of
 from data.tokenizers import MASK, NUM_SPECIAL_TOKENS, TokenizedCells
 
 IGNORED_LABEL = -100
@@ -96,13 +96,26 @@ class Masking:
         mask_id: int,
         vocabulary: NDArray[np.int64],
     ) -> NDArray[np.int64]:
-        """Return what stands at the chosen positions: the mask, a random word of `vocabulary`, or the truth."""
-        action = gene_hash(draw.cell_hashes(Stream.MASK_ACTION, rows), counts, keys) / float(1 << 32)
-        random = gene_hash(draw.cell_hashes(Stream.RANDOM_GENE, rows), counts, keys)
-        shown = np.where(action >= 1 - self.keep_ratio, truth, mask_id)
-        return np.where(
-            action < self.random_replace_ratio, vocabulary[to_range(random, len(vocabulary))], shown
-        )
+        """Return what stands at the chosen positions: the mask, a random word of `vocabulary`, or the truth.
+
+        Each cell's share of them is exact to within one position, and exact on the average: what a share leaves
+        over of a whole position is rounded up as often as its size says.
+        """
+        rounding = draw.cell_hashes(Stream.MASK_ROUNDING, rows) / 2.0**64
+        order = gene_hash(draw.cell_hashes(Stream.MASK_ACTION, rows), counts, keys)
+        offsets = offsets_of(counts)
+
+        def first(share: float) -> NDArray[np.int64]:
+            wanted = np.minimum(np.floor(counts * share + rounding).astype(np.int64), counts)
+            return choose_smallest(order, offsets, wanted)
+
+        shown = np.full(len(truth), mask_id, truth.dtype)
+        changed = first(self.random_replace_ratio + self.keep_ratio)  # the random ones are among these
+        shown[changed] = truth[changed]
+        replaced = first(self.random_replace_ratio)
+        random = gene_hash(draw.cell_hashes(Stream.RANDOM_GENE, rows), counts, keys)[replaced]
+        shown[replaced] = vocabulary[to_range(random, len(vocabulary))]
+        return shown
 
 
 def build_masking(options: Mapping[str, Any], where: str = "masking") -> Masking:

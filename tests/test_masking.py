@@ -7,7 +7,7 @@ from data.errors import DataError
 from data.hashing import DrawKey
 from data.masking import MaskedCells, Masking, build_masking
 from data.ragged import offsets_of, pad
-from data.tokenizers import TokenizedCells
+from data.tokenizers import MASK, TokenizedCells
 
 DRAW = DrawKey(seed=1, phase=0, epoch=0)
 NUM_GENES = 400
@@ -34,6 +34,16 @@ def subset(cells: TokenizedCells, chosen: list[int]) -> TokenizedCells:
     places = np.concatenate([np.arange(cells.offsets[i], cells.offsets[i + 1]) for i in chosen])
     lengths = np.diff(cells.offsets)[chosen]
     return TokenizedCells(offsets_of(lengths), cells.genes[places], cells.values[places], cells.bins[places])
+
+
+def test_the_shares_of_masked_shown_and_random_genes_are_exact_in_each_cell_and_on_the_average():
+    cells = random_tokens(400)
+    masked = mask(build_masking({"mask_ratio": 0.5, "random_replace_ratio": 0.25, "keep_ratio": 0.1}), cells)
+    shown = masked.tokens[masked.chosen]
+    row = np.searchsorted(cells.offsets, masked.chosen, "right") - 1
+    num_masked, num_chosen = np.bincount(row[shown == MASK], minlength=400), np.bincount(row, minlength=400)
+    assert np.abs(num_masked - 0.65 * num_chosen).max() <= 1
+    assert num_masked.sum() == pytest.approx(0.65 * num_chosen.sum(), abs=4 * np.sqrt(400 / 4))
 
 
 @pytest.mark.parametrize("ratio", [0.01, 0.15, 0.5, 1.0])
