@@ -22,8 +22,8 @@ def representations(cells: Cells, seed: int = 0) -> dict[str, NDArray[np.float32
     """Return representations [n, D] of the cells that know expression alone, by name.
 
     `highly_variable_genes` are the genes whose log-normalised expression varies most, standardised (`all_genes` where
-    there are no more than that); `pca_32` their principal components, and `random_projection_64` a random linear map
-    of the log-normalised expression of all genes.
+    no more than that are expressed); `pca_32` their principal components, and `random_projection_64` a random linear
+    map of the log-normalised expression of all genes.
     """
     name, genes = _variable_genes(cells)
     scaled = StandardScaler().fit_transform(genes).astype(np.float32)
@@ -54,9 +54,10 @@ def depth_r2(features: NDArray[np.floating], cells: Cells, seed: int = 0) -> Sco
 
 def _variable_genes(cells: Cells) -> tuple[str, NDArray[np.float32]]:
     expression = cells.expression
-    if expression.shape[1] <= NUM_HVG:
-        return "all_genes", expression.toarray()
     mean = np.asarray(expression.mean(axis=0)).ravel()
-    square = np.asarray(expression.multiply(expression).mean(axis=0)).ravel()
-    chosen = np.sort(np.argsort(-(square - mean**2), kind="stable")[:NUM_HVG])
+    variance = np.asarray(expression.multiply(expression).mean(axis=0)).ravel() - mean**2
+    expressed = np.flatnonzero(np.asarray((expression > 0).sum(axis=0)).ravel())
+    if len(expressed) <= NUM_HVG:
+        return "all_genes", expression[:, expressed].toarray()
+    chosen = np.sort(np.argsort(-variance, kind="stable")[:NUM_HVG])
     return "highly_variable_genes", expression[:, chosen].toarray()
