@@ -19,7 +19,8 @@ if accelerator.num_processes > 1:
 
 WAIT_FOR_SIGNAL = """
 import os, signal, subprocess, sys, time
-signal.signal(signal.SIGUSR1, lambda *_: (print("rank", os.environ["RANK"], "heard"), os._exit(75)))
+heard = f"rank {os.environ['RANK']} heard\\n"  # one write: the ranks share the output
+signal.signal(signal.SIGUSR1, lambda *_: (print(heard, end=""), os._exit(75)))
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
 print("ready\\n", end="")
 time.sleep(300)
