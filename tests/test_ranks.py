@@ -3,10 +3,12 @@
 import shutil
 
 import pytest
+import torch
 from running import comparable_records, newest_run, records, same_weights, toy, train, train_ranks
 from toy import seen_cells
 
 from benchmarks import kill_resume
+from trainer import distributed
 
 pytestmark = pytest.mark.slow
 DROPOUT = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.2}}
@@ -103,3 +105,12 @@ def test_a_stream_is_not_resumed_in_the_middle_on_another_number_of_ranks(tmp_pa
     shutil.rmtree(newest_run(tmp_path) / "checkpoint_4")
     output = train_ranks(1, tmp_path, config, resume_from="latest", expect=2)
     assert "resume on 2, or from a checkpoint at the end of an epoch" in output
+
+
+def test_a_group_that_was_left_is_not_destroyed_before_the_process_ends():
+    # Its destructor waits for a thread, holding the lock that the thread may be waiting for.
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    group = torch.distributed.group.WORLD
+    distributed.leave_group()
+    assert not torch.distributed.is_initialized()
+    assert group in distributed._finished_groups

@@ -30,6 +30,9 @@ COMMANDS = {
 _TRAINING = ("train", "finetune")
 """The commands that end with a checkpoint when they are asked to."""
 
+_OF_RANKS = (*_TRAINING, "embed", "benchmark")
+"""The commands that several processes carry out together."""
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
@@ -50,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 def console() -> None:
     """Run one command as the whole process: `python -m trainer`, or the installed `cellphase`."""
     code = main()
-    if sys.argv[1:2] and sys.argv[1] in _TRAINING:
+    if sys.argv[1:2] and sys.argv[1] in _OF_RANKS:
         end_process(code)
     raise SystemExit(code)
 

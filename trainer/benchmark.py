@@ -19,8 +19,9 @@ from trainer.config.cells import cells_config
 from trainer.config.compose import compose
 from trainer.config.load import check_front_door, load_run_config
 from trainer.console import notice, table
+from trainer.distributed import leave_group
 from trainer.embed import add_model_arguments, open_both
-from trainer.embedding import embed_all, join_ranks, leave_ranks
+from trainer.embedding import embed_all, join_ranks
 from trainer.errors import UserError
 from trainer.exits import is_main_process, run_command
 from trainer.saved_model import SavedModel
@@ -123,7 +124,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         _say(results, output, method)
         return 0
     finally:
-        leave_ranks()
+        leave_group()
 
 
 def _facts(

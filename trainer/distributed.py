@@ -178,10 +178,21 @@ def autocast_precision(config: RunConfig, on_cpu: bool) -> str:
     return {"fp32": "no", "bf16": "bf16", "fp16": "fp16", "fp8": "bf16"}[precision]
 
 
+_finished_groups: list[Any] = []
+
+
 def shut_down() -> None:
-    """Leave the process group, without waiting for other ranks, and let another run begin in this process."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    """End what `start` began, without waiting for other ranks, and let another run begin in this process."""
+    leave_group()
     # Accelerate keeps device and precision of a process for good, and refuses another run's.
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
+
+
+def leave_group() -> None:
+    """Leave the process group, where there is one, without waiting for other ranks."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Kept until the process ends: gloo's destructor waits for its thread with the interpreter's lock held, for
+        # which that thread may be waiting.
+        _finished_groups.extend(torch.distributed.distributed_c10d._world.pg_map)
+        torch.distributed.destroy_process_group()

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from data.h5ad_cells import H5adCells
 from trainer.atomicfile import sync_folder
 from trainer.console import notice
-from trainer.embedding import Block, embedded_blocks, join_ranks, leave_ranks
+from trainer.distributed import leave_group
+from trainer.embedding import Block, embedded_blocks, join_ranks
 from trainer.errors import UserError
 from trainer.exits import is_main_process, run_command
 from trainer.saved_model import SavedModel, open_model
@@ -125,7 +126,7 @@ def _embed(arguments: argparse.Namespace) -> int:
         notice(f"wrote {output}: {len(cells):,} cells, {written}")
         return 0
     finally:
-        leave_ranks()
+        leave_group()
 
 
 def _check_output(data: Path, output: Path, overwrite: bool) -> None:

@@ -56,12 +56,6 @@ def join_ranks(device: Device = "auto") -> tuple[Ranks, torch.device]:
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size()), chosen
 
 
-def leave_ranks() -> None:
-    """Leave the process group, where there is one."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 def embedded_blocks(opened: SavedModel, cells: H5adCells, ranks: Ranks, batch_size: int) -> Iterator[Block]:
     """Yield the cells' embeddings and predictions in order; only rank 0 gets blocks, and all must iterate.
 
