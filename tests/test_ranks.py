@@ -107,9 +107,10 @@ def test_a_stream_is_not_resumed_in_the_middle_on_another_number_of_ranks(tmp_pa
     assert "resume on 2, or from a checkpoint at the end of an epoch" in output
 
 
-def test_a_group_that_was_left_is_not_destroyed_before_the_process_ends():
+def test_a_group_that_was_left_is_not_destroyed_before_the_process_ends(tmp_path):
     # Its destructor waits for a thread, holding the lock that the thread may be waiting for.
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    place = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=0, world_size=1)
     group = torch.distributed.group.WORLD
     distributed.leave_group()
     assert not torch.distributed.is_initialized()
