@@ -22,6 +22,7 @@ from data.memory import keep_freed_memory
 from data.options import Options
 from data.order import part_masks
 from data.readers import CorpusReader, open_columns, open_reader
+from data.technical_batches import batch_indices
 from data.tokenizer_options import build_tokenizer, complete_options, fitted_options
 from data.tokenizers import NUM_SPECIAL_TOKENS, Tokenizer
 from data.weighted_order import WeightedOrder
@@ -128,13 +129,7 @@ class CellSource:
 
     def set_batch_mapping(self, mapping: Mapping[str, int]) -> None:
         """Let `batch_idx` hold the run's index of each technical batch, instead of the corpus's own."""
-        missing = [name for name in self.unique_batches if name not in mapping]
-        if missing:
-            raise DataError(
-                f"{self.reader.info.path}: the run's map lacks the technical batch {', '.join(missing)}; it "
-                f"has: {', '.join(mapping)}"
-            )
-        self._batch_index = np.array([mapping[name] for name in self.unique_batches], np.int64)
+        self._batch_index = batch_indices(self.unique_batches, mapping, str(self.reader.info.path))
 
     def facts(self) -> dict[str, Any]:
         """Return what a model's sizes depend on."""

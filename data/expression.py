@@ -17,6 +17,7 @@ from data.hashing import DrawKey, Stream
 from data.memory import keep_freed_memory
 from data.order import part_masks
 from data.readers import CorpusReader, open_reader
+from data.technical_batches import batch_indices
 from data.tokenizers import ExpressionTransform
 from data.value_tokenizers import ValueTokenizer, build_value_tokenizer
 
@@ -98,13 +99,7 @@ class ExpressionSource:
 
     def set_batch_mapping(self, mapping: Mapping[str, int]) -> None:
         """Let `batch_idx` hold the run's index of each technical batch, instead of the corpus's own."""
-        missing = [name for name in self.unique_batches if name not in mapping]
-        if missing:
-            raise DataError(
-                f"{self.reader.info.path}: the run's map lacks the technical batch {', '.join(missing)}; it "
-                f"has: {', '.join(mapping)}"
-            )
-        self._batch_index = np.array([mapping[name] for name in self.unique_batches], np.int64)
+        self._batch_index = batch_indices(self.unique_batches, mapping, str(self.reader.info.path))
 
     def facts(self) -> dict[str, Any]:
         """Return what a model's sizes depend on; the id that hides a value is `vocab_size`.

@@ -17,6 +17,7 @@ from data.hf_files import TechnicalBatch, find_files
 from data.masking import IGNORED_LABEL, Masking, build_masking
 from data.order import part_masks
 from data.ragged import positions, row_mask
+from data.technical_batches import batch_indices
 
 _MADE_HERE = ("batch_idx", "cell_index", "labels", "masked_index", "num_tokens")
 
@@ -96,13 +97,7 @@ class HFSource:
 
     def set_batch_mapping(self, mapping: Mapping[str, int]) -> None:
         """Let `batch_idx` hold the run's index of each technical batch."""
-        missing = [name for name in self.unique_batches if name not in mapping]
-        if missing:
-            raise DataError(
-                f"{self._where}: the run's map lacks the technical batch {', '.join(missing)}; "
-                f"it has: {', '.join(mapping)}"
-            )
-        self._batch_index = np.array([mapping[name] for name in self.unique_batches], np.int64)
+        self._batch_index = batch_indices(self.unique_batches, mapping, self._where)
 
     def facts(self) -> dict[str, Any]:
         """Return what a model's sizes depend on, as far as it was given."""

@@ -20,6 +20,7 @@ from data.perturbation_split import Part, SplitPart, split_groups
 from data.perturbation_targets import Pairs, PerturbationTargets, UnknownTargets, counted, read_targets
 from data.perturbed_sets import PerturbedSets, group_cells, number_sets, read_cell_labels
 from data.readers import CorpusReader, RaggedBatch, open_reader
+from data.technical_batches import batch_indices
 from data.tokenizers import ExpressionTransform
 from data.value_tokenizers import ValueTokenizer, build_value_tokenizer
 
@@ -126,13 +127,7 @@ class PerturbationSource:
 
     def set_batch_mapping(self, mapping: Mapping[str, int]) -> None:
         """Let `batch_idx` hold the run's index of each technical batch, instead of the corpus's own."""
-        missing = [name for name in self.unique_batches if name not in mapping]
-        if missing:
-            raise DataError(
-                f"{self.reader.info.path}: the run's map lacks the technical batch {', '.join(missing)}; it "
-                f"has: {', '.join(mapping)}"
-            )
-        self._batch_index = np.array([mapping[name] for name in self.unique_batches], np.int64)
+        self._batch_index = batch_indices(self.unique_batches, mapping, str(self.reader.info.path))
 
     def facts(self) -> dict[str, Any]:
         """Return what a model's sizes depend on; the id that hides a value is `vocab_size`.

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 from data.collate import num_cells
@@ -37,6 +38,20 @@ def merge_names(names_per_phase: Iterable[Sequence[str]]) -> dict[str, int]:
         name: index
         for index, name in enumerate(sorted({name for names in names_per_phase for name in names}))
     }
+
+
+def batch_indices(names: Sequence[str], mapping: Mapping[str, int], where: str) -> NDArray[np.int64]:
+    """Return the run's index of each of some technical batches, which data at `where` holds.
+
+    Raises:
+        DataError: the run's map lacks one.
+    """
+    missing = [name for name in names if name not in mapping]
+    if missing:
+        raise DataError(
+            f"{where}: the run's map lacks the technical batch {', '.join(missing)}; it has: {', '.join(mapping)}"
+        )
+    return np.array([mapping[name] for name in names], np.int64)
 
 
 def padded_count(count: int, multiple: int) -> int:
