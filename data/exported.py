@@ -201,9 +201,9 @@ def load_tokenizer(folder: str | Path, phase: str | None = None) -> ExportedToke
             f"{folder}: no {TOKENIZER_FILE} in it; it is written by python -m trainer export, for runs whose loaders "
             "are those of this program"
         )
-    entry = _settings(_read_json(path), phase, str(path))
-    genes = GeneSpace.from_json(_read_json(folder / GENES_FILE), str(folder / GENES_FILE))
-    batches = _read_json(folder / TECHNICAL_BATCHES_FILE)
+    entry = _settings(read_json(path), phase, str(path))
+    genes = GeneSpace.from_json(read_json(folder / GENES_FILE), str(folder / GENES_FILE))
+    batches = read_json(folder / TECHNICAL_BATCHES_FILE)
     return _tokenizer(entry, genes, batches, load_label_names(folder), str(path))
 
 
@@ -271,7 +271,7 @@ def load_label_names(folder: str | Path) -> tuple[str, ...]:
     path = Path(folder) / LABELS_FILE
     if not path.exists():
         return ()
-    names = _read_json(path)
+    names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise DataError(f"{path}: it must be a list of names; export the model again")
     return tuple(names)
@@ -317,7 +317,8 @@ def _chosen(entries: list[tuple[tuple[str, ...], Any]], phase: str | None, where
     return entries[0][1]
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """Read a JSON file of an exported folder."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

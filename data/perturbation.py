@@ -151,6 +151,7 @@ class PerturbationSource:
                 "tokenizer": self.tokenizer.to_dict(),
                 "control_tokenizer": self.control_tokenizer.to_dict(),
                 "targets": None if self.targets.are_genes else list(self.targets.target_names),
+                "num_target_indices": self.targets.indices.shape[1],
             },
         }
 
@@ -220,9 +221,9 @@ class PerturbationSource:
         is_measured = self.columns.is_measured(read)
         shown, control_shown = (None, None) if is_measured is None else is_measured.reshape(whole)
         if self.pooling != "none":
-            control, control_shown = _mean_cell(control, control_shown)
+            control, control_shown = mean_cell(control, control_shown)
         if self.pooling == "both":
-            perturbed, shown = _mean_cell(perturbed, shown)
+            perturbed, shown = mean_cell(perturbed, shown)
         if self.tokenizer.strategy == "delta_bins":
             perturbed = perturbed - control
             shown = None if shown is None or control_shown is None else shown & control_shown
@@ -395,7 +396,7 @@ def _check_arguments(
                         "mix_technical_batches away")  # fmt: skip
 
 
-def _mean_cell(
+def mean_cell(
     values: NDArray[np.float32], shown: NDArray[np.bool_] | None
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_] | None]:
     """Return the mean [B, 1, N] over the cells of each set that measured a gene, and which genes any of them did."""

@@ -60,13 +60,17 @@ def read_targets(
     info: CorpusInfo,
     *,
     columns: GeneSpace,
-    targets: str,
+    targets: str | GeneSpace,
     control_label: str | None,
     pairs: Pairs,
     pair_separator: str,
     unknown_targets: UnknownTargets,
+    may_be_none: bool = False,
 ) -> PerturbationTargets:
-    """Resolve the classes of `target_gene`; the arguments are those of `perturbation_loader`."""
+    """Resolve the classes of `target_gene`; the arguments are those of `perturbation_loader`.
+
+    `targets` may be the genes themselves. With `may_be_none` a corpus of control cells alone is no error.
+    """
     for name, value in (("pairs", pairs), ("unknown_targets", unknown_targets)):
         if value not in get_args(Pairs):
             raise DataError(f"{name} is {value!r}; it must be {' | '.join(get_args(Pairs))}")
@@ -106,7 +110,7 @@ def read_targets(
     )  # fmt: skip
     if unknown_targets == "skip":
         is_used &= ~is_unknown
-    if not is_used.any():
+    if not is_used.any() and not may_be_none:
         raise DataError(
             f"{info.path}: no perturbation is left; {'; '.join(notices) or 'all cells are controls'}"
         )
@@ -114,6 +118,13 @@ def read_targets(
     return PerturbationTargets(
         names, control, genes, indices, is_used, shown, targets == "genes", tuple(notices)
     )
+
+
+def target_indices(
+    name: str, space: GeneSpace, *, pair_separator: str, control_label: str, where: str
+) -> tuple[int, ...]:
+    """Return the index of each gene that a perturbation of this name targets; -1 for one that the space lacks."""
+    return tuple(_index(space, gene) for gene in _parts(name, space, pair_separator, control_label, where))
 
 
 def read_names(names: Sequence[str] | str, where: str) -> list[str]:
@@ -157,9 +168,11 @@ def listed(names: Sequence[str]) -> str:
 
 
 def _target_space(
-    targets: str, columns: GeneSpace, info: CorpusInfo, separator: str, label: str
+    targets: str | GeneSpace, columns: GeneSpace, info: CorpusInfo, separator: str, label: str
 ) -> GeneSpace:
     """Return the genes that a target's index counts."""
+    if isinstance(targets, GeneSpace):
+        return targets
     if targets == "genes":
         return columns
     if targets != "corpus":

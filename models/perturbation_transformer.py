@@ -67,6 +67,9 @@ class PerturbationTransformer(nn.Module):
 
     diffusion: MaskedDiffusion
 
+    predicts_cells_apart = True
+    """Whether what is drawn of a cell does not depend on the other cells of its set, which then need not be drawn."""
+
     def __init__(self, config: PerturbationTransformerConfig) -> None:
         """Draw the weights, every module its own."""
         super().__init__()

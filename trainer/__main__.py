@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": Command("trainer.doctor", "find out whether a run can start on this machine"),
     "embed": Command("trainer.embed", "write the embeddings of an h5ad file's cells into a copy of it"),
     "benchmark": Command("trainer.benchmark", "score a model's embeddings beside baselines"),
+    "predict": Command("trainer.predict", "predict perturbed cells from control cells"),
     "export": Command("trainer.export", "write a checkpoint's model as a folder that from_pretrained loads"),
 }
 
@@ -30,7 +31,7 @@ COMMANDS = {
 _TRAINING = ("train", "finetune")
 """The commands that end with a checkpoint when they are asked to."""
 
-_OF_RANKS = (*_TRAINING, "embed", "benchmark")
+_OF_RANKS = (*_TRAINING, "embed", "benchmark", "predict")
 """The commands that several processes carry out together."""
 
 

@@ -35,6 +35,8 @@ from data.exported import (
     tokenizer_record,
 )
 from data.genes import GeneSpace
+from data.perturbation_settings import LOADER as PERTURBATION_LOADER
+from data.perturbation_settings import SETTINGS_FILE, settings_entry, settings_record
 from models.fine_tuned import FineTunedModel
 from models.pretrained import (
     CONFIG_FILE,
@@ -251,6 +253,9 @@ def describe_run_model(trained: Trained) -> ModelDescription:
         return describe(trained.model)
     factory = resolve(settings.model_class, "model.model_class")
     if settings.config_class is None:
+    sets = settings_record(perturbation_entries(trained))
+    if sets is not None:
+        _write_json(folder / SETTINGS_FILE, sets)
         given = with_data_sizes(factory, settings.model_args, facts, "model.model_args")
         given |= fp8_arguments(config, factory, "model.model_class")
         complete = {**signature_defaults(factory), **given}
@@ -271,6 +276,16 @@ def describe_run_model(trained: Trained) -> ModelDescription:
 
 def _resolved_fields(config_class: Any, given: dict[str, Any]) -> dict[str, Any] | None:
     """Return the fields of a dataclass config, or None where these are no arguments that make an equal one."""
+def perturbation_entries(trained: Trained) -> list[dict[str, Any]]:
+    """Return how the run's phases made sets of perturbed cells (see `data.perturbation_settings`), of those that did."""
+    kinds, options = trained.state.get("value_kinds", {}), trained.facts.tokenizer_options
+    return [
+        settings_entry(phase.name, phase.dataloader_args, kinds[phase.name], options[phase.name])
+        for phase in trained.config.datasets
+        if phase.dataloader_factory.replace(":", ".") == PERTURBATION_LOADER and phase.name in options
+    ]
+
+
     make: Any = config_class
     if not (isinstance(config_class, type) and dataclasses.is_dataclass(config_class)):
         return None

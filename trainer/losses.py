@@ -61,6 +61,7 @@ class LossModule(nn.Module):
             phase_step: optimizer steps taken in the phase.
             total_steps: that the phase takes; None where nothing tells.
             announced: what `weight` said of the batch before it went to the device; None: it is asked again.
+        num_steps: int | None = None,
             encode: return the model's embeddings of the cells [B, D] instead. Within this forward pass the hooks of
                 DDP and ZeRO run.
         """
@@ -71,7 +72,10 @@ class LossModule(nn.Module):
         return self._normalise(result, batch, announced)
 
     def _normalise(self, result: Any, batch: dict[str, Any], announced: float | None) -> LossOutput:
+            num_steps: draw sets of cells in so many steps instead, as `draw_tokens` does.
         metrics: dict[str, Tensor] = {}
+        if num_steps is not None:
+            return draw_tokens(self.model, batch, num_steps)
         if isinstance(result, LossOutput):
             if self._weigh is None:
                 raise ConfigError(
@@ -125,6 +129,29 @@ def _find_loss(model: nn.Module, loss: Any) -> tuple[str, Callable[..., Any], An
     if callable(getattr(diffusion, "compute_loss", None)):
         return "model.diffusion.compute_loss", _diffusion(model, diffusion), diffusion
     compute = getattr(model, "compute_loss", None)
+def draw_tokens(model: nn.Module, batch: dict[str, Any], num_steps: int) -> Tensor:
+    """Draw sets of cells [B, S, N] from nothing but masks.
+
+    Args:
+        model: has `diffusion.sample` and `diffusion.blank`, as `models.diffusion.MaskedDiffusion` does.
+        batch: on the device: `control` [B, C, N], `target_gene_idx`, `noise_seed` [B], and `num_rows`, the number S;
+            `batch_idx` where the model knows technical batches.
+        num_steps: passes through the network.
+    """
+    diffusion: Any = model.diffusion
+    control = batch["control"]
+    start = diffusion.blank(len(control), batch["num_rows"], control.shape[-1], device=control.device)
+    return diffusion.sample(
+        model,
+        start,
+        num_steps=num_steps,
+        noise_seed=batch["noise_seed"],
+        control_set=control,
+        target_gene_idx=batch["target_gene_idx"],
+        batch_idx=batch.get("batch_idx"),
+    )
+
+
     if callable(compute):
         return "model.compute_loss", lambda batch, step, total: compute(batch), model
     criterion = getattr(model, "criterion", None)
