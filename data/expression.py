@@ -4,24 +4,26 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.corpus import open_corpus
+from data.corpus import CorpusInfo, open_corpus
 from data.errors import DataError
 from data.gene_columns import HIDDEN, GeneColumns, Unmeasured
 from data.hashing import DrawKey, Stream
 from data.memory import keep_freed_memory
 from data.order import part_masks
-from data.readers import CorpusReader, open_reader
+from data.perturbation_targets import check_known, counted
+from data.readers import CorpusReader, open_columns, open_reader
 from data.technical_batches import batch_indices
 from data.tokenizers import ExpressionTransform
 from data.value_tokenizers import ValueTokenizer, build_value_tokenizer
 
 _CELLS_TO_FIT = 2048
+_ROWS_AT_ONCE = 1 << 20
 
 
 class ExpressionSource:
@@ -150,6 +152,7 @@ def expression_loader(
     val_fraction: float = 0.0,
     split_seed: int = 0,
     limit_cells: int | None = None,
+    leave_out: Mapping[str, Sequence[str]] | None = None,
     shuffle_block: int = 64,
     shuffle_window: int = 8192,
     num_workers: int = 0,
@@ -164,6 +167,8 @@ def expression_loader(
         val_fraction: share of the cells that is held out for validation.
         split_seed: seed of the split and of `limit_cells`; not the run's, so that runs share their split.
         limit_cells: number of cells to take part, a seeded random choice; None takes all.
+        leave_out: labels by column of the corpus, such as `target_gene: [A, B]`; cells that have one of them take no
+            part, also where `limit_cells` chose them. So a phase does not see cells that a later one holds out.
         shuffle_block: neighbouring cells that are read together.
         shuffle_window: cells that are shuffled among each other, a multiple of `shuffle_block`.
         num_workers: processes that prepare batches; 0 leaves it to one background thread.
@@ -176,6 +181,14 @@ def expression_loader(
             "tokenizer.strategy: delta_bins is for differences from controls; use log_bins or counts"
         )
     training, validation = part_masks(info.num_cells, val_fraction, split_seed, limit_cells)
+    notices = list(columns.notices)
+    if leave_out:
+        kept = _without(info, leave_out)
+        training = kept if training is None else training & kept
+        validation = None if validation is None or not (validation & kept).any() else validation & kept
+        if not training.any():
+            raise DataError(f"{info.path}: leave_out leaves no cell to train on")
+        notices.append(f"leave_out: {counted(int((~kept).sum()), 'cell')} of {info.num_cells} take no part")
     labels = [name for name in ("technical_batch", "cell_type") if name in info.columns]
     names = [*columns.reader_columns, *labels]
     common: dict[str, Any] = {
@@ -186,11 +199,12 @@ def expression_loader(
             "tokenizer": dict(tokenizer),
             "genes": [columns.space.sha256, unmeasured],
             "split": [val_fraction, split_seed, limit_cells],
+            **({"leave_out": {name: list(names) for name, names in leave_out.items()}} if leave_out else {}),
             "shuffle": [shuffle_block, shuffle_window],
         },
     }
     source = ExpressionSource(
-        open_reader(info, names), columns, built, transform, training, **common, notices=columns.notices
+        open_reader(info, names), columns, built, transform, training, **common, notices=notices
     )
     if is_fitted:
         source.tokenizer = built = source.fit()
@@ -199,3 +213,20 @@ def expression_loader(
             open_reader(info, names), columns, built, transform, validation, **common, is_validation=True
         )
     return source
+
+
+def _without(info: CorpusInfo, leave_out: Mapping[str, Sequence[str]]) -> NDArray[np.bool_]:
+    """Mark the cells that have none of these labels."""
+    kept = np.ones(info.num_cells, np.bool_)
+    for column, names in leave_out.items():
+        known = info.class_names(column)
+        if isinstance(names, str):
+            raise DataError(f"leave_out.{column}: got the text {names!r}; give a list of names")
+        for name in names:
+            check_known(name, known, f"leave_out.{column}", column)
+        codes = np.array([known.index(name) for name in names], np.int64)
+        table = open_columns(info, [column])
+        for start in range(0, info.num_cells, _ROWS_AT_ONCE):
+            rows = np.arange(start, min(start + _ROWS_AT_ONCE, info.num_cells))
+            kept[rows] = ~np.isin(cast(NDArray[Any], table.gather(rows)[column]), codes)
+    return kept

@@ -35,6 +35,10 @@ ORIGINAL_EXPONENT = 1.3132617
 """softplus(1), the exponent of the first published trainer of this kind for cells."""
 
 _IGNORED = -100
+_NO_HEADS = (
+    "auxiliary losses are on, but the network was built without heads for them; build it with objective_args: "
+    "{auxiliary: {...}}"
+)
 
 
 class DenoiserOutput(NamedTuple):
@@ -171,6 +175,9 @@ class MaskedDiffusion:
     """What all objectives share: the loss over masked tokens, and the sampler."""
 
     options: Any
+
+    has_auxiliary_heads: bool | None = None
+    """Whether the network has heads for the auxiliary losses, which cannot be on without; None: it has not said."""
 
     def __init__(self, num_tokens: int, options: Any) -> None:
         """Take the size K of the vocabulary, without the mask, and the objective's options."""
@@ -329,6 +336,8 @@ class MaskedDiffusion:
     def _check_options(self, options: Any) -> None:
         """Check what depends on the vocabulary."""
         auxiliary = options.auxiliary
+        if auxiliary is not None and self.has_auxiliary_heads is False:
+            raise ModelError(_NO_HEADS)
         values = None if auxiliary is None else auxiliary.token_values
         if values is not None and len(values) != self.num_tokens:
             raise ModelError(
@@ -383,10 +392,7 @@ class MaskedDiffusion:
         if config is None or control_set is None:
             return {}
         if output.auxiliary is None:
-            raise ModelError(
-                "auxiliary losses are on, but the network was built without heads for them; build it with "
-                "objective_args: {auxiliary: {...}}"
-            )
+            raise ModelError(_NO_HEADS)
         controls = control_set if control_set.ndim == 3 else control_set.unsqueeze(1)
         sets = tokens if tokens.ndim == 3 else tokens.unsqueeze(1)
         changes = mean_changes(config, sets, controls, self.num_tokens)

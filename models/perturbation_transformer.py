@@ -112,6 +112,7 @@ class PerturbationTransformer(nn.Module):
         self.auxiliary_head = None
         if config.has_auxiliary_heads:
             self.auxiliary_head = Linear(gene_dim, NUM_OUTPUTS, init_std=std)
+        self.diffusion.has_auxiliary_heads = config.has_auxiliary_heads
         # Built last: it finds patterns of `exclude_layers` that fit no layer.
         self.transformer = Transformer(
             dim,

@@ -188,3 +188,29 @@ def test_the_run_must_know_every_technical_batch(corpus: Path):
     assert set(source.fetch(np.arange(50), DRAW)["batch_idx"].tolist()) == {4, 5, 6}
     with pytest.raises(DataError, match="lacks the technical batch lane-b"):
         source.set_batch_mapping({"lane-a": 4, "lane-c": 6})
+
+
+def test_cells_of_labels_that_are_left_out_take_no_part(two_files: Path):
+    source = load(two_files, leave_out={"target_gene": ["GENE6"]}, val_fraction=0.3)
+    assert source.row_mask is not None and source.validation is not None
+    labels = open_reader(source.reader.info, ["target_gene"]).read(np.arange(24)).columns["target_gene"]
+    is_left_out = labels == source.reader.info.class_names("target_gene").index("GENE6")
+    assert is_left_out.sum() == 12 and not (source.row_mask & is_left_out).any()
+    assert source.validation.row_mask is not None and not (source.validation.row_mask & is_left_out).any()
+    assert source.row_mask.sum() + source.validation.row_mask.sum() == 12
+    assert any("leave_out: 12 cells of 24 take no part" in notice for notice in source.notices)
+    assert source.fingerprint() != load(two_files, val_fraction=0.3).fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"target_gene": ["GENE61"]}, "leave_out.target_gene: no target_gene 'GENE61'; close to it: GENE6"),
+        ({"target_gene": "GENE6"}, "leave_out.target_gene: got the text 'GENE6'; give a list"),
+        ({"donor": ["A"]}, "no class column 'donor'"),
+        ({"target_gene": ["GENE6", "non-targeting"]}, "leave_out leaves no cell to train on"),
+    ],
+)
+def test_labels_to_leave_out_that_mean_nothing_are_an_error(two_files: Path, given: Any, message: str):
+    with pytest.raises(DataError, match=message):
+        load(two_files, leave_out=given)

@@ -39,6 +39,7 @@ from trainer.optim import UserScheduler, build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
 from trainer.preemption import Preempted
 from trainer.progress import Progress
+from trainer.objective import check_objective_options
 from trainer.random_state import seed_dropout
 from trainer.recorder import Recorder
 from trainer.rollback import train_with_fallback
@@ -86,6 +87,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         if resume.kind == "fresh":
             notes += initialise_weights(config, model, phases, facts)
         notes += compile_layers(config, model, accelerator)
+        check_objective_options(module, config.datasets)
         optimizer = build_optimizer(config, model, module, accelerator.device.type)
         split_groups(optimizer, module, config.datasets)
         check_rates(phases, optimizer)

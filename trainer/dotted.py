@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from trainer.config.messages import Problem, config_error, unknown_name
+from trainer.config.replaced import advice_on_path
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
 
@@ -192,7 +193,8 @@ class _Check:
         try:
             target = resolve(path, where)
         except ConfigError as error:
-            self.problems.append(Problem("", str(error)))
+            advice = advice_on_path(path, arguments)
+            self.problems.append(Problem("", f"{error}; {advice}" if advice else str(error)))
             return
         if not callable(target):
             kind = "a module" if isinstance(target, ModuleType) else f"of type {type(target).__name__}"

@@ -17,6 +17,7 @@ from trainer.console import notice
 from trainer.evaluation import evaluate, evaluate_at_last
 from trainer.losses import move_to_device
 from trainer.meters import LossSum, Meters
+from trainer.objective import set_objective_options
 from trainer.phases import Phase
 from trainer.progress import Progress
 from trainer.run import Run, StepTotals, add_up, is_due, is_over, leave, position, save, write_records
@@ -43,13 +44,14 @@ def train(run: Run) -> None:
 
 
 def begin_phase(run: Run, phase: Phase) -> None:
-    """Announce a phase, start and hold still what it says; one that sets a rate starts the user's scheduler afresh."""
+    """Announce a phase and do what it says at its start; one that sets a rate starts the user's scheduler afresh."""
     run.recorder.phase_begins(phase, run.progress)
     if phase.config.epochs > 0:
         if phase.config.reinitialise and run.progress.phase_step == 0:
             where = f"datasets.{phase.index}.reinitialise"
             run.strategy.start_anew(phase.config.reinitialise, run.config.seed + 1 + phase.index, where)
         run.strategy.hold_still(phase.config.freeze)
+        set_objective_options(run.module, run.config.datasets, phase.index)
     choose_precision(run)
     groups = run.strategy.optimizer.param_groups
     rates = base_learning_rates(phase.config, groups)
@@ -211,6 +213,7 @@ def rehearse(run: Run) -> None:
     """Take the first step's batch through forward and backward without updating anything, and say what came out."""
     for phase in run.phases:
         with contextlib.closing(phase.loader.steps(0, 0, 1)) as steps:
+        set_objective_options(run.module, run.config.datasets, phase.index)
             micro_batches = next(iter(steps))
         totals = add_up(run, micro_batches)
         weight = totals.weights[0]

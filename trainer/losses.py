@@ -28,8 +28,16 @@ class LossModule(nn.Module):
         self.model = model
         self.loss = loss
         self.route, self._compute, owner = _find_loss(model, loss)
+        self._objective = (owner,)  # in a tuple, because it may be the model, which is no submodule twice
+        self.initial_options: Any = getattr(owner, "options", None)
+        """The objective's options as it was built with them, where it has any; phases may change them."""
         weigh = getattr(owner, "loss_weight", None)
         self._weigh: Callable[[dict[str, Any]], Any] | None = weigh if callable(weigh) else None
+
+    @property
+    def objective(self) -> Any:
+        """Return the object that computes the loss: the configured one, `model.diffusion`, a criterion, or the model."""
+        return self._objective[0]
 
     def weight(self, batch: dict[str, Any]) -> float:
         """Return what a batch's loss will be divided by (its cells, unless the loss says otherwise)."""

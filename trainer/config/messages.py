@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from trainer.config.replaced import advice_on_key
 from trainer.config.yaml_text import describe
 from trainer.errors import ConfigError
 
@@ -143,6 +144,9 @@ _BOUNDS = {
 
 def _unknown_key(location: Sequence[str | int], root: type[BaseModel]) -> str:
     key = str(location[-1])
+    replaced = advice_on_key(location) if "datasets" in root.model_fields else None
+    if replaced is not None:
+        return f"no key of this program; {replaced}"
     field = field_at(root, location[:-1])
     section = root if field is None else inner_section(field.annotation)
     fields = [] if section is None else list(section.model_fields)

@@ -400,6 +400,11 @@ class RunConfig(Section):
     )
     gradient_accumulation_steps: PositiveCount | None = Field(
         default=None,
+    objective_options: Arguments = Field(
+        default_factory=dict,
+        description="Options of the model's objective (`model.diffusion.set_options`) from this phase on, until a "
+        "later phase sets them otherwise",
+    )
         description="Micro-batches per rank and optimizer step, from which global_batch_size follows; "
         "1 where neither is given",
     )
