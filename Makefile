@@ -3,7 +3,7 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12)
 VENV ?= .venv
-EXTRAS ?= dev,preprocess,census
+EXTRAS ?= dev,preprocess,census,vcc
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin

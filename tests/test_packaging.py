@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
-INSTALLED_EXTRAS = ("dev", "preprocess", "census")
+INSTALLED_EXTRAS = ("dev", "preprocess", "census", "vcc")
 
 
 def project():
