@@ -48,7 +48,8 @@ CELLS_EVALUATED = 10
 
 
 def configuration(num_ranks: int, *phases: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return toy(*(phases or PHASES), model=MODEL, global_batch_size=8, micro_batch_size=4, **changes)
+    settings = {"model": MODEL, "ema": {"decay": 0.8}, "global_batch_size": 8, "micro_batch_size": 4}
+    return toy(*(phases or PHASES), **{**settings, **changes})
 
 
 def start(

@@ -27,6 +27,7 @@ CONFIG = toy(
     {"epochs": 2, "save_every_steps": 1, "schedule": "cosine", **CELLS},
     {"lr": 0.003, "global_batch_size": 12, "freeze": ["^embedding"], "reinitialise": ["^head"], **CELLS},
     micro_batch_size=2,
+    ema={"decay": 0.8},
     optimizer={
         "optimizer_args": {"lr": 0.01, "weight_decay": 0.3},
         "groups": [{"name": "head", "match": ["head"], "args": {"weight_decay": 0.0}}],
@@ -63,7 +64,7 @@ def state_of(run_folder, step):
     """Return every tensor of weights and optimizer state by name, and the groups' settings."""
     saved = open_checkpoint(run_folder / f"checkpoint_{step}")
     tensors, state = open_tensors(saved), saved.shared("run_state.safetensors")
-    found = dict(full_weights(saved))
+    found = dict(full_weights(saved, averaged=False))
     for name in (name for group in state["group_names"] for name in group):
         found |= {f"{name}/{k}": torch.as_tensor(v) for k, v in tensors.optimizer_state(name).items()}
     return found, state["groups"]

@@ -61,6 +61,7 @@ def build_account(
             *genes,
             *(n for phase in phases for n in phase.notices),
             *(n for phase in phases for n in _schedule_notes(run, phase)),
+            *_average_note(config),
             *config.notes,
             *notes,
         ],
@@ -91,6 +92,22 @@ def describe_schedule(phase: PhaseConfig, scheduled_steps: int | None, has_sched
         return "scheduler_class"
     warmup, _ = schedule_lengths(phase, scheduled_steps)
     return f"{phase.schedule}{f', {warmup} warmup steps' if warmup else ''}"
+
+
+def circuits_or(facts: DataFacts, technical_batches: str) -> list[str]:
+    """Return what is to be said of the data: circuits have gates and prompts in place of technical batches."""
+    if not facts.gate_pool:
+        return [technical_batches]
+    return [
+        f"circuits of up to {facts.sizes['num_qubits']} qubits over {len(facts.gate_pool)} gates, "
+        f"{len(facts.prompts):,} prompts, {'with' if facts.has_unitary else 'without'} unitaries"
+    ]
+
+
+def _average_note(config: RunConfig) -> list[str]:
+    if config.ema is None:
+        return []
+    return [f"ema: evaluations use the moving average of the weights, decay {config.ema.decay:g}"]
 
 
 def _schedule_notes(run: Run, phase: Phase) -> list[str]:

@@ -98,23 +98,23 @@ def _embed(run: Run, phase: Phase, rows: NDArray[np.int64]) -> NDArray[np.float3
     size = phase.config.benchmarks.batch_size
     draw = DrawKey(run.config.seed, phase.index, _EPOCH)
     parts: list[NDArray[np.float32]] = []
-    strategy.module.eval()
-    for first in range(0, len(rows), size * ranks.count):
-        run.activity.begin("benchmark", progress.global_step, is_collective=True)
-        if ranks.sum([stop_request(run) is not None])[0] > 0:
-            strategy.module.train()
-            leave(run)  # the benchmark begins anew at the next start
-        start = first + ranks.index * size
-        # A rank without cells embeds one that nobody asks for: under ZeRO-3 all take part in every forward pass.
-        mine = rows[start : start + size] if start < len(rows) else rows[:1]
-        batch = move_to_device(phase.validation.source.fetch_unmasked(mine, draw), strategy.device)
-        embedding = strategy.module(batch, progress.phase_step, phase.total_steps, encode=True).float().cpu()
-        padded = embedding.new_zeros(size, embedding.shape[1])
-        padded[: len(embedding)] = embedding
-        found = ranks.gather(padded)
-        if found is not None:
-            parts.append(torch.cat(found).numpy()[: len(rows) - first])
-    strategy.module.train()
+    with strategy.evaluating():
+        for first in range(0, len(rows), size * ranks.count):
+            run.activity.begin("benchmark", progress.global_step, is_collective=True)
+            if ranks.sum([stop_request(run) is not None])[0] > 0:
+                leave(run)  # the benchmark begins anew at the next start
+            start = first + ranks.index * size
+            # A rank without cells embeds one that nobody asks for: under ZeRO-3 all take part in every forward pass.
+            mine = rows[start : start + size] if start < len(rows) else rows[:1]
+            batch = move_to_device(phase.validation.source.fetch_unmasked(mine, draw), strategy.device)
+            embedding = (
+                strategy.module(batch, progress.phase_step, phase.total_steps, encode=True).float().cpu()
+            )
+            padded = embedding.new_zeros(size, embedding.shape[1])
+            padded[: len(embedding)] = embedding
+            found = ranks.gather(padded)
+            if found is not None:
+                parts.append(torch.cat(found).numpy()[: len(rows) - first])
     return np.concatenate(parts) if ranks.is_main else None
 
 

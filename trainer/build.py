@@ -24,6 +24,7 @@ from trainer import control, distributed, preemption, runfolder, watch
 from trainer.account import build_account
 from trainer.benchmarking import check_benchmarks, finish_benchmarks, start_benchmarks
 from trainer.checkpoint import CheckpointWriter, Retention, open_checkpoint
+from trainer.averaging import keep_average
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.console import startup_account as print_account
@@ -94,6 +95,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         strategy = distributed.prepare(accelerator, module, optimizer, config.max_grad_norm)
         scheduler = (
             None if config.optimizer.scheduler_class is None else UserScheduler(config.optimizer, optimizer)
+        keep_average(optimizer, config.ema)
         )
         seed_dropout(config.seed, ranks.index, 0)
         state = Run(config, ranks, strategy, module, phases, Progress(), Recorder(), None, scheduler)

@@ -20,8 +20,7 @@ def evaluate(run: Run, phase: Phase) -> None:
     strategy, progress, sums, totals = run.strategy, run.progress, LossSum(), [0.0, 0.0]
     limit, before = phase.config.validation_steps, random_state()
     progress.evaluation_due = 1
-    strategy.module.eval()
-    with contextlib.closing(phase.validation.evaluation_steps(limit)) as steps:
+    with strategy.evaluating(), contextlib.closing(phase.validation.evaluation_steps(limit)) as steps:
         for index, micro_batches in enumerate(waited_for(run, steps)):
             if limit is not None and index >= limit:
                 break
@@ -37,7 +36,6 @@ def evaluate(run: Run, phase: Phase) -> None:
                 output = strategy.module(batch, progress.phase_step, phase.total_steps, announced)
                 sums.add(output.sum, output.metrics, counts=weight > 0)
                 totals = [totals[0] + weight, totals[1] + micro.num_cells]
-    strategy.module.train()
     progress.evaluation_due = 0
     *values, weight, cells = run.ranks.sum([*sums.to_host(), *totals])
     means = {name: value / weight for name, value in zip(sums.names, values, strict=True)} if weight else {}

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -59,9 +59,9 @@ from trainer.dotted import resolve
 from trainer.errors import CheckpointError, UserError
 from trainer.exits import run_command
 from trainer.metrics_file import WALL_CLOCK_FIELDS, read_metrics
-from trainer.phases import DataFacts, open_phases
+from trainer.phases import DataFacts, open_phases, saved_circuits
 from trainer.run_state import load_weights
-from trainer.shards import full_weights
+from trainer.shards import full_weights, has_averages
 
 CARD_FILE = "README.md"
 _PACKAGES = ("cellphase", "torch", "safetensors")
@@ -80,6 +80,8 @@ class Trained:
     state: dict[str, Any]
     """The tree of `run_state.safetensors`."""
     model: nn.Module
+    is_averaged: bool = False
+    """Whether the weights are moving averages of those that were trained."""
 
     @property
     def is_ours(self) -> bool:
@@ -103,6 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; it must not exist")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT where it is an exported folder")
+    parser.add_argument(
+        "--weights",
+        choices=("averaged", "trained"),
+        help="of a run with ema: the moving average of its weights (default), or the weights as they were trained",
+    )
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as done:
@@ -115,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _export_and_say(arguments: argparse.Namespace) -> int:
     try:
-        said = export(arguments.checkpoint, arguments.out, overwrite=arguments.overwrite)
+        said = export(
+            arguments.checkpoint, arguments.out, overwrite=arguments.overwrite, weights=arguments.weights
+        )
     except OSError as error:
         raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
     for line in said:
@@ -123,8 +132,20 @@ def _export_and_say(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> list[str]:
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    weights: Literal["averaged", "trained"] | None = None,
+) -> list[str]:
     """Export a checkpoint, or a run folder's newest one, and return what is to be said of it.
+
+    Args:
+        checkpoint: the folder of either.
+        out: the folder to write.
+        overwrite: replace `out` where it is an exported folder.
+        weights: which weights; None: averaged where the run kept an average (`ema`).
 
     Raises:
         UserError: `out` exists, the checkpoint is damaged or there is none, or the export does not load as the same
@@ -132,7 +153,10 @@ def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> list[str]
     """
     out = Path(os.path.abspath(out))
     check_free(out, overwrite)
-    trained = without_lora(load_trained(find_checkpoint(checkpoint)))
+    saved = find_checkpoint(checkpoint)
+    if weights == "averaged" and not has_averages(saved):
+        raise UserError(f"{saved.folder}: the run kept no average of its weights (ema); leave --weights out")
+    trained = without_lora(load_trained(saved, averaged=weights != "trained"))
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -147,7 +171,7 @@ def export(checkpoint: Path, out: Path, *, overwrite: bool = False) -> list[str]
     return [
         f"exported {trained.saved.folder} (step {trained.saved.step}) to {out}",
         f"  {', '.join(sorted(file.name for file in out.iterdir()))}: {size:,} bytes",
-        f"  {_num_parameters(trained.model):,} parameters",
+        f"  {_num_parameters(trained.model):,} parameters{', averaged' if trained.is_averaged else ''}",
         f"  {verified}",
     ]
 
@@ -169,8 +193,11 @@ def find_checkpoint(path: Path) -> SavedCheckpoint:
     return open_checkpoint(newest, verify=False)
 
 
-def load_trained(saved: SavedCheckpoint) -> Trained:
-    """Build the model that a checkpoint's own configuration describes, without its data, and load the weights."""
+def load_trained(saved: SavedCheckpoint, *, averaged: bool = True) -> Trained:
+    """Build the model that a checkpoint's own configuration describes, without its data, and load the weights.
+
+    With `averaged` these are the moving averages where the run kept them (`ema`).
+    """
     config = load_run_config(saved.folder / "config.yaml")
     state = saved.shared("run_state.safetensors")
     if "sizes" not in state:
@@ -186,12 +213,13 @@ def load_trained(saved: SavedCheckpoint) -> Trained:
         state["sizes"],
         tuple(state.get("label_names", ())),
         state.get("tokenizer_options", {}),
+        **saved_circuits(state.get("tokenizer_options", {})),
     )
     # The layers of an export are plain ones, whose weights are the same: it is to run where there is no FP8.
     config = config.model_copy(update={"precision": None, "fp8": None} if config.precision == "fp8" else {})
     model = build_model(config, facts)
-    load_weights(model, full_weights(saved), str(saved.folder))
-    return Trained(saved, config, facts, state, model.eval())
+    load_weights(model, full_weights(saved, averaged=averaged), str(saved.folder))
+    return Trained(saved, config, facts, state, model.eval(), averaged and has_averages(saved))
 
 
 def without_lora(trained: Trained) -> Trained:
@@ -226,6 +254,9 @@ def write_folder(trained: Trained, folder: Path) -> None:
     record = tokenizer_settings(trained)
     if record is not None:
         _write_json(folder / TOKENIZER_FILE, record)
+    sets = settings_record(perturbation_entries(trained))
+    if sets is not None:
+        _write_json(folder / SETTINGS_FILE, sets)
     if trained.state.get("label_names"):
         _write_json(folder / LABELS_FILE, trained.state["label_names"])
 
@@ -246,6 +277,16 @@ def tokenizer_settings(trained: Trained) -> dict[str, Any] | None:
     )
 
 
+def perturbation_entries(trained: Trained) -> list[dict[str, Any]]:
+    """Return how the run's phases made sets of perturbed cells (see `data.perturbation_settings`), of those that did."""
+    kinds, options = trained.state.get("value_kinds", {}), trained.facts.tokenizer_options
+    return [
+        settings_entry(phase.name, phase.dataloader_args, kinds[phase.name], options[phase.name])
+        for phase in trained.config.datasets
+        if phase.dataloader_factory.replace(":", ".") == PERTURBATION_LOADER and phase.name in options
+    ]
+
+
 def describe_run_model(trained: Trained) -> ModelDescription:
     """Return how the run constructed its model, complete with sizes and defaults."""
     config, facts, settings = trained.config, trained.facts, trained.config.model
@@ -253,9 +294,6 @@ def describe_run_model(trained: Trained) -> ModelDescription:
         return describe(trained.model)
     factory = resolve(settings.model_class, "model.model_class")
     if settings.config_class is None:
-    sets = settings_record(perturbation_entries(trained))
-    if sets is not None:
-        _write_json(folder / SETTINGS_FILE, sets)
         given = with_data_sizes(factory, settings.model_args, facts, "model.model_args")
         given |= fp8_arguments(config, factory, "model.model_class")
         complete = {**signature_defaults(factory), **given}
@@ -276,16 +314,6 @@ def describe_run_model(trained: Trained) -> ModelDescription:
 
 def _resolved_fields(config_class: Any, given: dict[str, Any]) -> dict[str, Any] | None:
     """Return the fields of a dataclass config, or None where these are no arguments that make an equal one."""
-def perturbation_entries(trained: Trained) -> list[dict[str, Any]]:
-    """Return how the run's phases made sets of perturbed cells (see `data.perturbation_settings`), of those that did."""
-    kinds, options = trained.state.get("value_kinds", {}), trained.facts.tokenizer_options
-    return [
-        settings_entry(phase.name, phase.dataloader_args, kinds[phase.name], options[phase.name])
-        for phase in trained.config.datasets
-        if phase.dataloader_factory.replace(":", ".") == PERTURBATION_LOADER and phase.name in options
-    ]
-
-
     make: Any = config_class
     if not (isinstance(config_class, type) and dataclasses.is_dataclass(config_class)):
         return None
@@ -485,6 +513,11 @@ def _run_figures(trained: Trained) -> list[tuple[str, ...]]:
         ("cells seen, each time counted", f"{progress['cells']:,}"),
         ("tokens seen, without padding", f"{progress['tokens']:,}"),
         ("technical batches", f"{len(facts.technical_batches):,}"),
+        *(
+            [("weights", f"moving average, decay {trained.config.ema.decay:g}")]
+            if trained.is_averaged and trained.config.ema
+            else []
+        ),
         ("seed", str(trained.config.seed)),
     ]
     if facts.gene_space is not None:

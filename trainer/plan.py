@@ -17,6 +17,7 @@ import torch
 
 from data.loader import MicroBatch
 from trainer import costs, parity
+from trainer.averaging import keep_average
 from trainer.build import build_model, seed_everything
 from trainer.config.load import load_run_config
 from trainer.config.schema import RunConfig
@@ -277,6 +278,7 @@ def measure(config: RunConfig, module: LossModule) -> tuple[ModelSizes, list[str
     mark_trainable(config, module)
     module.to("meta")
     optimizer = build_optimizer(config, module.model, module)
+    keep_average(optimizer, config.ema)
     for group in optimizer.param_groups:
         for key in ("fused", "foreach", "capturable"):
             if key in group:

@@ -124,6 +124,7 @@ def stop_request(run: Run) -> str | None:
 
 def leave(run: Run, meters: Meters | None = None) -> NoReturn:
     """Save where the run stands, complete on every rank, and end it; all ranks have agreed on it."""
+    run.strategy.back_to_training()  # an evaluation may be under way
     if meters is not None:
         write_records(run, meters)
     request = preemption.agreed_request(run.ranks, stop_request(run))

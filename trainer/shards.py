@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainer.averaging import AVERAGE
 from trainer.checkpoint_folder import SavedCheckpoint
 from trainer.errors import CheckpointError
 from trainer.statefile import LazyTensor
@@ -51,9 +52,28 @@ def open_tensors(saved: SavedCheckpoint, own_rank: int | None = None) -> Tensors
     return ShardedTensors(saved, own_rank) if saved.has(SHARD) else WholeTensors(saved)
 
 
-def full_weights(saved: SavedCheckpoint) -> dict[str, Tensor]:
-    """Return the model's whole state dict from any checkpoint; fp32 where training kept its weights in fp32."""
-    return open_tensors(saved).model_weights()
+def full_weights(saved: SavedCheckpoint, *, averaged: bool = True) -> dict[str, Tensor]:
+    """Return the model's whole state dict from any checkpoint; fp32 where training kept its weights in fp32.
+
+    Args:
+        saved: the checkpoint.
+        averaged: take the moving averages of the weights that have one (`ema`), else all as they were trained.
+    """
+    tensors = open_tensors(saved)
+    weights = tensors.model_weights()
+    if averaged:
+        aliases = saved.lazy("run_state.safetensors").get("aliases") or {}
+        for name, weight in weights.items():
+            average = tensors.stretch(f"model.{aliases.get(name, name)}", 0, weight.numel(), AVERAGE)
+            if average is not None:
+                weights[name] = average.reshape(weight.shape)
+    return weights
+
+
+def has_averages(saved: SavedCheckpoint) -> bool:
+    """Tell whether a checkpoint holds moving averages of its weights."""
+    tensors = open_tensors(saved)
+    return any(AVERAGE in tensors.optimizer_keys(f"model.{name}")[0] for name in tensors.shapes())
 
 
 class WholeTensors:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from trainer import averaging
 from trainer.freezing import HeldStill, owners
 from trainer.optim import matches, parameter_names
 from trainer.shards import Tensors
@@ -52,6 +53,7 @@ class Strategy:
         self.group_names = parameter_names(optimizer, module)
         """The parameters of each group by name, in the optimizer's order."""
         self._max_grad_norm = max_grad_norm
+        self._has_averages_in = False
         self._held = HeldStill(optimizer, [list(group["params"]) for group in optimizer.param_groups])
         self.module: Any = self._prepare()
 
@@ -91,6 +93,28 @@ class Strategy:
                 self._stepper.step()
         self._stepper.zero_grad()
         return norm
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Have the module in evaluation mode within the block, with averaged weights where the run keeps averages."""
+        self.module.eval()
+        self._put_averages(True)
+        yield  # an error on one rank must not let it wait here for the others
+        self.back_to_training()
+
+    def back_to_training(self) -> None:
+        """End an evaluation; also within its block, which is then left to save the trained weights."""
+        self._put_averages(False)
+        self.module.train()
+
+    def _put_averages(self, are_in: bool) -> None:
+        if are_in != self._has_averages_in and any(averaging.averaged(self.optimizer)):
+            averaging.swap(self.optimizer)
+            self._publish_weights()
+            self._has_averages_in = are_in
+
+    def _publish_weights(self) -> None:
+        """Bring what the optimizer steps into what the model computes with; here they are the same tensors."""
 
     def hold_still(self, patterns: Sequence[str]) -> None:
         """Hold the parameters of these patterns still from here on, and no others; tell the model where it asks."""
@@ -146,6 +170,7 @@ class Strategy:
             "groups": group_settings(self.optimizer),
             "group_names": self.group_names,
             "optimizer": self._optimizer_state(),
+            "aliases": self._aliases(),
             "gradient_scaler": None
             if self.accelerator.scaler is None
             else self.accelerator.scaler.state_dict(),
@@ -158,6 +183,17 @@ class Strategy:
             for parameter, name in zip(group["params"], members, strict=True)
         }
         return {names[id(parameter)]: dict(state) for parameter, state in self.optimizer.state.items()}
+
+    def _aliases(self) -> dict[str, str]:
+        """Return the further names of tied weights, by the model's own names."""
+        model: Any = self.own_module.model
+        first: dict[int, str] = {}
+        aliases = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if id(parameter) in first:
+                aliases[name] = first[id(parameter)]
+            first.setdefault(id(parameter), name)
+        return aliases
 
     def weights(self) -> dict[str, Tensor]:
         """Return the entries of the model's state dict that rank 0 saves, by the model's own names."""

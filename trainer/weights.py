@@ -28,7 +28,7 @@ from trainer.phases import DataFacts, Phase
 from trainer.reference_checkpoint import load_reference_checkpoint
 from trainer.run import Run
 from trainer.run_state import check_gene_space, load_weights
-from trainer.shards import full_weights
+from trainer.shards import full_weights, has_averages
 from trainer.zero_building import gathered_where_divided, whole_shape
 
 PRIOR_CELLS = 4096
@@ -114,6 +114,8 @@ class Source(NamedTuple):
     model_class: str = ""
     """Dotted path of the model's class; empty: they do not tell."""
     config_args: Mapping[str, Any] = {}
+    is_averaged: bool = False
+    """Whether they are moving averages of the weights that were trained."""
 
 
 def load_initial_weights(path: Path, model: nn.Module, facts: DataFacts) -> list[str]:
@@ -131,7 +133,7 @@ def load_initial_weights(path: Path, model: nn.Module, facts: DataFacts) -> list
         said = load_backbone(source, model, facts, f"init_from: {path}")
     else:
         load_weights(model, source.weights, f"init_from: {path}")
-        said = [f"weights taken from {path}"]
+        said = [f"{'averages of the ' if source.is_averaged else ''}weights taken from {path}"]
     if source.genes is None and facts.gene_space is not None:
         said.append(
             f"{path} does not name its genes: that its token ids mean the data's could not be checked"
@@ -164,7 +166,8 @@ def read_source(path: Path) -> Source:
         saved = open_checkpoint(folder if folder is not None else complete[-1])
         genes = saved.text("genes.json") if saved.has("genes.json") else None
         settings = load_run_config(saved.folder / "config.yaml").model
-        return Source(full_weights(saved), genes, settings.model_class, settings.config_args)
+        model = (settings.model_class, settings.config_args)
+        return Source(full_weights(saved), genes, *model, is_averaged=has_averages(saved))
     if not path.is_file():
         raise CheckpointError(f"init_from: {path} does not exist")
     if path.suffix == ".safetensors":

@@ -214,7 +214,6 @@ class ZeroStrategy(Strategy):
         sharded = {n: p for n, p in named.items() if p.requires_grad or self._stage == 3}
         state = super().shared_state()
         state["sharded_shapes"] = {n: list(getattr(p, "ds_shape", p.shape)) for n, p in sharded.items()}
-        state["aliases"] = self._aliases()
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         if self.accelerator.mixed_precision == "fp16":
             state["gradient_scaler"] = {
@@ -224,17 +223,6 @@ class ZeroStrategy(Strategy):
 
     def _optimizer_state(self) -> None:
         return None
-
-    def _aliases(self) -> dict[str, str]:
-        """Return the further names of tied weights, by the model's own names."""
-        model: Any = self.own_module.model
-        first: dict[int, str] = {}
-        aliases = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            if id(parameter) in first:
-                aliases[name] = first[id(parameter)]
-            first.setdefault(id(parameter), name)
-        return aliases
 
     def weights(self) -> dict[str, Tensor]:
         """Return the entries of the model's state dict that are not sharded: buffers, and weights that never train."""
@@ -320,6 +308,8 @@ class ZeroStrategy(Strategy):
         if self._stage != 3:
             optimizer.update_lp_params()
             return
+        # Some stay gathered after a forward pass, because they are soon used again: with the values of before.
+        optimizer._partition_all_parameters()
         for index in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(index)
         if optimizer.persistent_parameters:

@@ -134,6 +134,17 @@ class Fp8Config(Section):
     )
 
 
+class EmaConfig(Section):
+    """The exponential moving average of the trained weights."""
+
+    decay: float = Field(
+        default=0.999,
+        gt=0,
+        lt=1,
+        description="Share of the average that one optimizer step keeps; at most (1 + n) / (10 + n) in step n",
+    )
+
+
 class ValidationConfig(Section):
     """The validation data of a phase."""
 
@@ -469,6 +480,11 @@ class RunConfig(Section):
     )
     notes: Annotated[tuple[Text, ...], AsTuple, null_as(tuple)] = Field(
         default=(), description="Lines that the start-up account says"
+    ema: EmaConfig | None = Field(
+        default=None,
+        description="Keep a moving average of the trained weights, which evaluations, exports and init_from take in "
+        "place of them (null: none)",
+    )
     )
 
     @model_validator(mode="before")
