@@ -1,16 +1,21 @@
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from trainer.config.schema import PhaseConfig
+from trainer.config.schema import OneCycleConfig, PhaseConfig
 from trainer.errors import ConfigError
 from trainer.phases import Phase
 from trainer.schedule import (
     base_learning_rates,
+    check_momentum,
     learning_rate_factor,
+    momentum,
     schedule_lengths,
     schedule_notes,
     set_learning_rates,
+    set_momentum,
 )
 
 
@@ -159,3 +164,46 @@ def test_set_learning_rates_writes_base_times_factor():
     groups = [dict(group) for group in GROUPS]
     set_learning_rates(groups, [0.4, 0.2], 0.5)
     assert [group["lr"] for group in groups] == [0.2, 0.1]
+
+
+# One cycle
+
+
+@pytest.mark.parametrize("total", [2, 3, 5, 12, 40, 101])
+@pytest.mark.parametrize("shape", [{}, {"pct_start": 0.1, "div_factor": 10.0, "final_div_factor": 100.0}])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, partial(torch.optim.SGD, momentum=0.9)])
+def test_one_cycle_is_torchs(total, shape, kind):
+    ours, theirs = (kind([torch.nn.Parameter(torch.zeros(1))], lr=0.5) for _ in range(2))
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(theirs, max_lr=0.5, total_steps=total, **shape)
+    cycle = phase(schedule="one_cycle", one_cycle=OneCycleConfig(**shape))
+    for step in range(total):
+        set_learning_rates(ours.param_groups, [0.5], learning_rate_factor(cycle, step, total))
+        set_momentum(ours.param_groups, momentum(cycle, step, total))
+        for key in {"lr", "betas", "momentum"} & theirs.param_groups[0].keys():
+            one, other = ours.param_groups[0][key], theirs.param_groups[0][key]
+            assert one == pytest.approx(other, rel=1e-12, abs=1e-15), (step, key)
+        theirs.step()
+        if step < total - 1:
+            scheduler.step()
+
+
+def test_a_phase_after_one_cycle_has_the_optimizers_own_momentum():
+    groups = [{"betas": (0.8, 0.99)}]
+    set_momentum(groups, 0.95)
+    assert groups[0]["betas"] == (0.95, 0.99)
+    set_momentum(groups, None)
+    assert groups[0]["betas"] == (0.8, 0.99)
+
+
+def test_one_cycle_needs_a_momentum_to_move():
+    cycle = phase(schedule="one_cycle", one_cycle=None)
+    with pytest.raises(ConfigError, match="it has none; set one_cycle.cycle_momentum: false"):
+        check_momentum(cycle, [{"lr": 0.1}])
+    check_momentum(phase(schedule="one_cycle", one_cycle=OneCycleConfig(cycle_momentum=False)), [{"lr": 0.1}])
+
+
+def test_one_cycle_stays_at_its_end():
+    cycle = phase(schedule="one_cycle", one_cycle=None, schedule_steps=10)
+    end = learning_rate_factor(cycle, 9, 20)
+    assert end == pytest.approx(1 / 25 / 1e4)
+    assert learning_rate_factor(cycle, 19, 20) == end

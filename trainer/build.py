@@ -46,7 +46,7 @@ from trainer.recorder import Recorder
 from trainer.rollback import train_with_fallback
 from trainer.run import Run
 from trainer.run_state import Saver, restore
-from trainer.schedule import base_learning_rates
+from trainer.schedule import base_learning_rates, check_momentum
 from trainer.trackers import check_trackers
 from trainer.watch import Watch
 from trainer.weights import initialise_weights, restore_reference_checkpoint
@@ -446,3 +446,4 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+        check_momentum(phase.config, optimizer.param_groups)

@@ -21,7 +21,7 @@ from trainer.objective import set_objective_options
 from trainer.phases import Phase
 from trainer.progress import Progress
 from trainer.run import Run, StepTotals, add_up, is_due, is_over, leave, position, save, write_records
-from trainer.schedule import base_learning_rates, set_learning_rates
+from trainer.schedule import base_learning_rates, set_learning_rates, set_momentum
 
 
 def train(run: Run) -> None:
@@ -159,7 +159,7 @@ def end_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     if phase.validation is not None and is_due_now and not was_stopped:
         evaluate(run, phase)
     benchmark_if_due(run, phase)
-    if not is_over(progress, phase):
+    if not is_over(progress, phase) and is_due(progress.epoch, config.save_every_epochs):
         save(run)
 
 
@@ -192,6 +192,7 @@ def set_rates(run: Run, phase: Phase) -> dict[str, float]:
     if run.scheduler is None:
         factor = phase.learning_rate_factor(run.progress.phase_step)
         set_learning_rates(groups, base_learning_rates(phase.config, groups), factor)
+        set_momentum(groups, phase.momentum(run.progress.phase_step))
     rates = {"lr": float(groups[0]["lr"])}
     if len(groups) > 1:
         rates |= {
@@ -212,8 +213,8 @@ def sets_rate(phase: Phase) -> bool:
 def rehearse(run: Run) -> None:
     """Take the first step's batch through forward and backward without updating anything, and say what came out."""
     for phase in run.phases:
-        with contextlib.closing(phase.loader.steps(0, 0, 1)) as steps:
         set_objective_options(run.module, run.config.datasets, phase.index)
+        with contextlib.closing(phase.loader.steps(0, 0, 1)) as steps:
             micro_batches = next(iter(steps))
         totals = add_up(run, micro_batches)
         weight = totals.weights[0]

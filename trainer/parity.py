@@ -22,7 +22,7 @@ from trainer.losses import LossModule, build_loss, move_to_device
 from trainer.optim import build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
 from trainer.run_state import seed_dropout
-from trainer.schedule import base_learning_rates, set_learning_rates
+from trainer.schedule import base_learning_rates, set_learning_rates, set_momentum
 from trainer.strategy import Strategy
 from trainer.weights import initialise_weights
 
@@ -174,6 +174,7 @@ def _train(
         groups = strategy.optimizer.param_groups
         factor = phase.learning_rate_factor(index)
         set_learning_rates(groups, base_learning_rates(phase.config, groups), factor)
+        set_momentum(groups, phase.momentum(index))
         weight = sum(module.weight(micro.batch) for micro in micro_batches)
         _wait(strategy)
         started = time.perf_counter()

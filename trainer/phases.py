@@ -12,7 +12,7 @@ from trainer.config.schema import BatchPlan, PhaseConfig, RunConfig
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.phase_data import Cells, PhaseData, open_phase_data
-from trainer.schedule import learning_rate_factor
+from trainer.schedule import learning_rate_factor, momentum
 
 FP8_MULTIPLE = 16
 """What FP8 matrix products need their dimensions to be multiples of."""
@@ -82,8 +82,14 @@ class Phase:
 
     def learning_rate_factor(self, phase_step: int) -> float:
         """Return the factor on the base learning rate for the step numbered `phase_step` (from 0)."""
-        before = self.steps_before if self.config.schedule_scope == "run" else 0
-        return learning_rate_factor(self.config, before + phase_step, self.scheduled_steps)
+        return learning_rate_factor(self.config, self._scheduled(phase_step), self.scheduled_steps)
+
+    def momentum(self, phase_step: int) -> float | None:
+        """Return the momentum for the step numbered `phase_step`; None: the optimizer's own."""
+        return momentum(self.config, self._scheduled(phase_step), self.scheduled_steps)
+
+    def _scheduled(self, phase_step: int) -> int:
+        return phase_step + (self.steps_before if self.config.schedule_scope == "run" else 0)
 
     def close(self) -> None:
         """Stop the loaders' threads and processes."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.config.schema import PhaseConfig
+from trainer.config.schema import OneCycleConfig, PhaseConfig
 from trainer.errors import ConfigError
 
 
@@ -25,11 +25,43 @@ def learning_rate_factor(phase: PhaseConfig, step: int, total_steps: int | None)
             f"datasets '{phase.name}': schedule '{phase.schedule}' decays over the phase, whose length its loader does "
             "not tell; set max_steps or schedule_steps, or schedule: constant"
         )
+    if phase.schedule == "one_cycle":
+        shape = _one_cycle(phase)
+        first = 1.0 / shape.div_factor
+        return _along_the_cycle(shape.pct_start, step, end, (first, 1.0, first / shape.final_div_factor))
     # `warmup - 1` is the last step at the full rate, and `end - 1` the one at the lowest.
     first, last = max(warmup - 1, 0), end - 1
     passed = min(1.0, (step - first) / max(1, last - first))
     shape = 1.0 - passed if phase.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * passed))
     return phase.min_lr_ratio + (1.0 - phase.min_lr_ratio) * shape
+
+
+def momentum(phase: PhaseConfig, step: int, total_steps: int | None) -> float | None:
+    """Return the momentum of a step of a one-cycle schedule; None: the optimizer's own."""
+    if phase.schedule != "one_cycle" or not (shape := _one_cycle(phase)).cycle_momentum:
+        return None
+    _, end = schedule_lengths(phase, total_steps)
+    assert end is not None, "the learning rate was asked for first"
+    return _along_the_cycle(
+        shape.pct_start, step, end, (shape.max_momentum, shape.base_momentum, shape.max_momentum)
+    )
+
+
+def _one_cycle(phase: PhaseConfig) -> OneCycleConfig:
+    return OneCycleConfig() if phase.one_cycle is None else phase.one_cycle
+
+
+def _along_the_cycle(pct_start: float, step: int, end: int, values: tuple[float, float, float]) -> float:
+    """Return what goes from the first value to the second and on to the third, in half cosines, as OneCycleLR has it.
+
+    The turn lies at step `pct_start * end - 1`, which is no whole number in general.
+    """
+    turn, last = pct_start * end - 1.0, end - 1.0
+    if step <= turn:
+        start, stop, passed = values[0], values[1], step / turn if turn else 1.0
+    else:
+        start, stop, passed = values[1], values[2], min(1.0, (step - turn) / (last - turn))
+    return stop + (start - stop) / 2.0 * (1.0 + math.cos(math.pi * passed))
 
 
 def schedule_lengths(phase: PhaseConfig, total_steps: int | None) -> tuple[int, int | None]:
@@ -101,3 +133,34 @@ def set_learning_rates(groups: Sequence[dict[str, Any]], rates: Sequence[float],
     """Write each group's learning rate for the coming step."""
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate * factor
+
+
+def set_momentum(groups: Sequence[dict[str, Any]], value: float | None) -> None:
+    """Write the momentum of the coming step; None puts back what the optimizer was built with."""
+    for group in groups:
+        if value is None and "initial_momentum" not in group:
+            continue
+        key = _momentum_key(group)
+        held = group[key]
+        own = group.setdefault("initial_momentum", held[0] if key == "betas" else held)
+        wanted = own if value is None else value
+        group[key] = (wanted, *held[1:]) if key == "betas" else wanted
+
+
+def check_momentum(phase: PhaseConfig, groups: Sequence[dict[str, Any]]) -> None:
+    """Refuse a schedule that moves a momentum which the optimizer has not.
+
+    Raises:
+        ConfigError: says what to set.
+    """
+    if phase.schedule != "one_cycle" or not _one_cycle(phase).cycle_momentum:
+        return
+    if not all("betas" in group or "momentum" in group for group in groups):
+        raise ConfigError(
+            f"datasets '{phase.name}': schedule: one_cycle moves the optimizer's momentum, and it has none; set "
+            "one_cycle.cycle_momentum: false, or take an optimizer with momentum or betas"
+        )
+
+
+def _momentum_key(group: dict[str, Any]) -> str:
+    return "betas" if "betas" in group else "momentum"

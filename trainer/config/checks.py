@@ -11,7 +11,15 @@ from trainer.config.yaml_text import describe
 if TYPE_CHECKING:
     from trainer.config.schema import OptimizerConfig, PhaseConfig, RunConfig
 
-_SCHEDULE = ("schedule", "warmup_steps", "min_lr_ratio", "schedule_steps", "schedule_fits", "schedule_scope")
+_SCHEDULE = (
+    "schedule",
+    "one_cycle",
+    "warmup_steps",
+    "min_lr_ratio",
+    "schedule_steps",
+    "schedule_fits",
+    "schedule_scope",
+)
 _PAIR = ("global_batch_size", "gradient_accumulation_steps")
 
 
@@ -176,6 +184,21 @@ def _schedule(phase: PhaseConfig, where: str, optimizer: OptimizerConfig) -> Ite
                     ("optimizer.scheduler_class",),
                 )
         return
+    if phase.one_cycle is not None and phase.schedule != "one_cycle":
+        yield Problem(
+            f"{where}.one_cycle",
+            f"has no effect with schedule: {phase.schedule}; set schedule: one_cycle, or remove it",
+            (f"{where}.schedule",),
+        )
+    if phase.schedule == "one_cycle":
+        for key in ("warmup_steps", "min_lr_ratio"):
+            if getattr(phase, key):
+                yield Problem(
+                    f"{where}.{key}",
+                    "has no effect with schedule: one_cycle, whose rise and end one_cycle.pct_start, div_factor and "
+                    "final_div_factor describe; remove it",
+                    (f"{where}.schedule",),
+                )
     for key in ("min_lr_ratio", "schedule_steps"):
         if getattr(phase, key) and phase.schedule == "constant":
             yield Problem(

@@ -224,6 +224,21 @@ class CheckpointConfig(Section):
     asynchronous: bool = Field(default=True, description="Write in the background while training goes on")
 
 
+class ExportConfig(Section):
+    """Where the trained model goes when the last phase has ended."""
+
+    folder: Text = Field(description="The folder that is written; it holds the whole model, or is not there")
+    format: Literal["huggingface", "circuits"] = Field(
+        default="huggingface",
+        description="huggingface: as `python -m trainer export` writes it; circuits: a pipeline of circuit diffusion",
+    )
+    overwrite: bool = Field(default=False, description="Replace what another run has written there")
+    record: Arguments = Field(
+        default_factory=dict,
+        description="What training_config.yaml of a pipeline holds (empty: this configuration)",
+    )
+
+
 class TrackerConfig(Section):
     """Where metrics go; every key but `name` is an argument of the tracker."""
 
@@ -250,6 +265,31 @@ class LaunchConfig(Section):
     starts_processes: bool = Field(
         default=False,
         description="Without a launcher the command starts num_processes itself (null: one for each GPU)",
+    )
+
+
+class OneCycleConfig(Section):
+    """The shape of `schedule: one_cycle`, with the names that torch's OneCycleLR gives it."""
+
+    pct_start: float = Field(
+        default=0.3, gt=0, lt=1, description="Share of the steps in which the learning rate rises (fraction)"
+    )
+    div_factor: float = Field(
+        default=25.0, ge=1, description="The base learning rate is divided by this at the first step"
+    )
+    final_div_factor: float = Field(
+        default=1e4,
+        ge=1,
+        description="The learning rate of the first step is divided by this at the last one",
+    )
+    cycle_momentum: bool = Field(
+        default=True, description="Move momentum (the first beta of Adam) against the learning rate"
+    )
+    base_momentum: float = Field(
+        default=0.85, ge=0, lt=1, description="Momentum at the highest learning rate"
+    )
+    max_momentum: float = Field(
+        default=0.95, ge=0, lt=1, description="Momentum at the first and the last step"
     )
 
 
@@ -290,8 +330,12 @@ class PhaseConfig(Section):
     warmup_steps: Count = Field(
         default=0, description="Linear rise to the base learning rate (optimizer steps)"
     )
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="Learning rate after warmup, over what the phase really runs"
+    schedule: Literal["constant", "linear", "cosine", "one_cycle"] = Field(
+        default="constant",
+        description="Learning rate after warmup, over what the phase really runs; one_cycle brings its own rise",
+    )
+    one_cycle: OneCycleConfig | None = Field(
+        default=None, description="Shape of schedule: one_cycle (null: the defaults below)"
     )
     min_lr_ratio: float = Field(
         default=0.0,
@@ -319,6 +363,10 @@ class PhaseConfig(Section):
     save_every_steps: PositiveCount | None = Field(
         default=1000,
         description="Between checkpoints (optimizer steps of the run; null: only at the ends of epochs)",
+    )
+    save_every_epochs: PositiveCount = Field(
+        default=1,
+        description="Between checkpoints at the ends of epochs (epochs; the end of the phase has one in any case)",
     )
     eval_every_epochs: PositiveCount | None = Field(
         default=None,
@@ -351,6 +399,11 @@ class PhaseConfig(Section):
     reinitialise: Patterns = Field(
         default=(),
         description="Regular expressions on names of parameters that start anew with this phase, moments included",
+    )
+    objective_options: Arguments = Field(
+        default_factory=dict,
+        description="Options of the model's objective (`model.diffusion.set_options`) from this phase on, until a "
+        "later phase sets them otherwise",
     )
 
 
@@ -411,11 +464,6 @@ class RunConfig(Section):
     )
     gradient_accumulation_steps: PositiveCount | None = Field(
         default=None,
-    objective_options: Arguments = Field(
-        default_factory=dict,
-        description="Options of the model's objective (`model.diffusion.set_options`) from this phase on, until a "
-        "later phase sets them otherwise",
-    )
         description="Micro-batches per rank and optimizer step, from which global_batch_size follows; "
         "1 where neither is given",
     )
@@ -432,8 +480,17 @@ class RunConfig(Section):
     early_stopping: EarlyStoppingConfig | None = Field(
         default=None, description="When a phase ends early (null: never)"
     )
+    ema: EmaConfig | None = Field(
+        default=None,
+        description="Keep a moving average of the trained weights, which evaluations, exports and init_from take in "
+        "place of them (null: none)",
+    )
     checkpoint: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="Which checkpoints are kept, and how they are written"
+    )
+    export_to: ExportConfig | None = Field(
+        default=None,
+        description="Write the model of the last checkpoint into a folder when the run has ended (null: do not)",
     )
     trackers: Annotated[
         tuple[
@@ -480,11 +537,6 @@ class RunConfig(Section):
     )
     notes: Annotated[tuple[Text, ...], AsTuple, null_as(tuple)] = Field(
         default=(), description="Lines that the start-up account says"
-    ema: EmaConfig | None = Field(
-        default=None,
-        description="Keep a moving average of the trained weights, which evaluations, exports and init_from take in "
-        "place of them (null: none)",
-    )
     )
 
     @model_validator(mode="before")
