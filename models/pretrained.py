@@ -27,7 +27,7 @@ WEIGHTS_FILE = "model.safetensors"
 FORMAT = "cellphase-model-1"
 OWN_PACKAGE = __name__.partition(".")[0]
 
-_START_ONLY = ("gene_embedding_path",)
+_START_ONLY = ("gene_embedding_path", "text_encoder_path")
 """Arguments of our own models that only a fresh start reads, and that name a file of the machine it ran on."""
 
 
@@ -48,7 +48,11 @@ class ModelDescription:
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | Path, *, description: ModelDescription | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    description: ModelDescription | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> None:
     """Write a model's `config.json` and `model.safetensors` into a folder, which is made where it is missing.
 
@@ -56,6 +60,8 @@ def save_pretrained(
         model: the model; weights that several of its modules share are stored once.
         folder: where the files go; files of these names are replaced.
         description: how the model is constructed; needed unless a dataclass in `model.config` is its only argument.
+        parts: for another program's sake, weights in files of their own: file name -> start of their names, which is
+            left out there. The others go to the file whose start is empty.
 
     Raises:
         ModelError: it cannot be told how to construct the model, or its state holds something else than tensors.
@@ -67,6 +73,7 @@ def save_pretrained(
         "architectures": [description.model_class.replace(":", ".").rpartition(".")[2]],
         **dataclasses.asdict(description),
         "tied_weights": tied,
+        **({"parts": dict(parts)} if parts else {}),
     }
     try:
         text = json.dumps(config, indent=2, allow_nan=False) + "\n"
@@ -78,9 +85,14 @@ def save_pretrained(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", **tied})
-    # safetensors lets only its owner read the file; it is to be read by whoever reads the other one.
-    os.chmod(folder / WEIGHTS_FILE, (folder / CONFIG_FILE).stat().st_mode)
+    for file, inner in _divided(weights, parts or {WEIGHTS_FILE: ""}).items():
+        save_weights(inner, folder / file, tied)
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path, tied: Mapping[str, str] | None = None) -> None:
+    """Write tensors into a safetensors file that whoever may read its folder may read."""
+    save_file(dict(weights), path, metadata={"format": "pt", **(tied or {})})
+    os.chmod(path, path.parent.stat().st_mode & 0o666)  # safetensors lets only its owner read it
 
 
 def from_pretrained(
@@ -103,8 +115,8 @@ def from_pretrained(
             do not fit the model.
     """
     folder = Path(folder)
-    description, tied = _read_config(folder)
-    weights = _read_weights(folder / WEIGHTS_FILE)
+    description, tied, parts = _read_config(folder)
+    weights = _read_parts(folder, parts)
     if isinstance(trusted_modules, str):
         raise ModelError(
             f"trusted_modules is the text {trusted_modules!r}; give a tuple: ({trusted_modules!r},)"
@@ -126,7 +138,7 @@ def construct(folder: str | Path, *, trusted_modules: Iterable[str] = ()) -> nn.
     Raises:
         ModelError: the folder describes no model of this program, or names a class that is not trusted.
     """
-    description, _ = _read_config(Path(folder))
+    description, _, _ = _read_config(Path(folder))
     trusted = [OWN_PACKAGE, *trusted_modules]
     factory = _resolve(description.model_class, "model_class", trusted, Path(folder))
     return _construct(factory, description, trusted, Path(folder)).eval()
@@ -139,8 +151,8 @@ def read_folder(folder: str | Path) -> tuple[ModelDescription, dict[str, Tensor]
         ModelError: a file is missing, damaged or of another kind.
     """
     folder = Path(folder)
-    description, tied = _read_config(folder)
-    weights = _read_weights(folder / WEIGHTS_FILE)
+    description, tied, parts = _read_config(folder)
+    weights = _read_parts(folder, parts)
     try:
         return description, {**weights, **{name: weights[kept] for name, kept in tied.items()}}
     except KeyError as error:
@@ -213,7 +225,8 @@ def _weights_once(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return weights, tied
 
 
-def _read_config(folder: Path) -> tuple[ModelDescription, dict[str, str]]:
+def _read_config(folder: Path) -> tuple[ModelDescription, dict[str, str], dict[str, str]]:
+    """Return how the model is constructed, which weights are tied, and the files that hold them."""
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise ModelError(
@@ -250,12 +263,36 @@ def _read_config(folder: Path) -> tuple[ModelDescription, dict[str, str]]:
                 f"{path}: {key} is {config.get(key, 'missing')!r:.80}; the file was edited or is damaged"
             )
     tied = config["tied_weights"]
-    return ModelDescription(**{key: config[key] for key in kinds if key != "tied_weights"}), tied
+    parts = config.get("parts", {WEIGHTS_FILE: ""})
+    if not isinstance(parts, dict) or not all(
+        isinstance(start, str) and Path(file).name == file and file.endswith(".safetensors")
+        for file, start in parts.items()
+    ):
+        raise ModelError(f"{path}: parts is {parts!r:.80}; the file was edited or is damaged")
+    return ModelDescription(**{key: config[key] for key in kinds if key != "tied_weights"}), tied, parts
+
+
+def _divided(weights: Mapping[str, Tensor], parts: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """Return the weights of each file; a name goes to the longest start that it has."""
+    files: dict[str, dict[str, Tensor]] = {file: {} for file in parts}
+    for name, tensor in weights.items():
+        file = max((file for file in parts if name.startswith(parts[file])), key=lambda file: len(parts[file]))
+        files[file][name.removeprefix(parts[file])] = tensor
+    return files
+
+
+def _read_parts(folder: Path, parts: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the weights of all files by their whole names."""
+    return {
+        f"{start}{name}": tensor
+        for file, start in parts.items()
+        for name, tensor in _read_weights(folder / file).items()
+    }
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
-        raise ModelError(f"{path.parent}: no {WEIGHTS_FILE} in it; export the model again")
+        raise ModelError(f"{path.parent}: no {path.name} in it; export the model again")
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             names = file.keys()

@@ -4,6 +4,7 @@ config -> data -> facts from the data -> model -> optimizer -> prepare -> resume
 """
 
 import contextlib
+import importlib
 import inspect
 import random
 import secrets
@@ -28,6 +29,7 @@ from trainer.averaging import keep_average
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.console import startup_account as print_account
+from trainer.console import notice
 from trainer.distributed import Ranks
 from trainer.dotted import check_dotted_paths, resolve
 from trainer.early_stopping import check_early_stopping
@@ -76,6 +78,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         check_trackers(config.trackers)
         resume = decide_resume(config, ranks)
         seed_everything(config.seed)
+        check_result(config, ranks, resume)
         phases, facts = open_phases(config, ranks, pin_memory=accelerator.device.type == "cuda")
         seed_everything(config.seed)
         with distributed.building_model(accelerator, config, [phase.plan for phase in phases]):
@@ -147,6 +150,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
             run.saver = Saver(writer, config, facts, None if saved is None else run.progress)
             train_with_fallback(run, writer, folder, facts)
         exit_code, reason = 0, "done"
+        save_result(run, folder)
         return 0
     except (UserError, DataError, ModelError) as error:
         exit_code, reason = 2, str(error)
@@ -181,6 +185,34 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
 
 
 def leave_early(config: RunConfig, ranks: Ranks, where: str) -> None:
+def check_result(config: RunConfig, ranks: Ranks, resume: Resume) -> None:
+    """Let rank 0 find out before any training whether the trained model can go where `export_to` says."""
+    error: Exception | None = None
+    if ranks.is_main and config.export_to is not None:
+        try:
+            importlib.import_module("trainer.saved_run").check_destination(config, resume.run_folder)
+        except (UserError, OSError) as failure:
+            error = failure
+    ranks.agree_on_error(error)
+
+
+def save_result(run: Run, folder: Path) -> None:
+    """Let rank 0 write the trained model where `export_to` says, from the run's last checkpoint; the others wait."""
+    config, ranks = run.config, run.ranks
+    if config.export_to is None:
+        return
+    run.activity.begin("writing the trained model", run.progress.global_step)
+    error: Exception | None = None
+    if ranks.is_main:
+        try:
+            write_result = importlib.import_module("trainer.saved_run").write_result
+            for line in write_result(config, folder, run.strategy.device.type):
+                notice(line)
+        except (UserError, DataError, ModelError, OSError) as failure:
+            error = failure
+    ranks.agree_on_error(error)
+
+
     """End before training has begun where any rank is asked to: all of them agree here."""
     request = preemption.request(config.max_wall_seconds if ranks.is_main else None)
     agreed = preemption.agreed_request(ranks, request)

@@ -182,9 +182,10 @@ def find_file(folder: Path, name: str, source: str) -> Path:
     if len(found) == 2:
         raise ConfigError(f"{source}: both {found[0]} and {found[1].name} exist; keep one")
     if not found:
-        raise ConfigError(
-            f"{source}: there is no {folder / names[0]}; {unknown_name(name, list_presets(folder))}"
-        )
+        presets = list_presets(folder)
+        hint = unknown_name(name, presets)
+        there_are = f" There are: {', '.join(presets)}" if hint.startswith("did you mean") else ""
+        raise ConfigError(f"{source}: there is no {folder / names[0]}; {hint}{there_are}")
     return found[0]
 
 

@@ -44,11 +44,22 @@ def load_run_config(
     """
     path = Path(path).expanduser()
     raw, problems = compose(path, list(overrides or []))
-    if check_front_door(raw, str(path)) == "cells":
+    door = check_front_door(raw, str(path))
+    if door == "cells":
         from trainer.config.cells import cells_config
         from trainer.config.cells_run import run_of
 
         return run_of(cells_config(raw, str(path), problems), command)
+    if door == "circuits":
+        from trainer.config.circuits import circuits_config
+        from trainer.config.circuits_run import circuits_run
+
+        if command == "finetune":
+            raise ConfigError(
+                f"{path}: `general` makes this a circuits config, which finetune does not run; `train` does, with "
+                "general.init_from_pipeline_dir for the weights"
+            )
+        return circuits_run(circuits_config(raw, str(path), problems))
     if command == "finetune":
         raise ConfigError(
             f"{path}: `datasets` makes this a phases config, which finetune does not run; `train` does, with init_from "
@@ -93,11 +104,11 @@ def validate(
     return None, problems
 
 
-def check_front_door(raw: dict[str, Any], source: str) -> Literal["phases", "cells"]:
+def check_front_door(raw: dict[str, Any], source: str) -> Literal["phases", "cells", "circuits"]:
     """Return which kind of configuration this is.
 
     Raises:
-        ConfigError: it is of two kinds, of none, or of one that this version does not run.
+        ConfigError: it is of two kinds, or of none.
     """
     training, model = raw.get("training"), raw.get("model")
     circuits = [
@@ -119,19 +130,19 @@ def check_front_door(raw: dict[str, Any], source: str) -> Literal["phases", "cel
             f"{source}: `{'`, `'.join(circuits)}` makes this a circuits config and `{'`, `'.join(cells)}` a cells "
             "config; keep one"
         )
-    if circuits:
+    if len(circuits) == 2:
         raise ConfigError(
-            f"{source}: `{'`, `'.join(circuits)}` makes this a circuits config, which this version "
-            "does not run; "
-            "it runs configs with `datasets`, a list of phases, and configs with `data`"
+            f"{source}: `general` and `training.general` both begin a circuits config; keep one of the two"
         )
+    if circuits:
+        return "circuits"
     if cells:
         return "cells"
     close = next((key for key in raw if near_miss(str(key), ["datasets", *_CELLS_KEYS])), None)
     hint = f"; did you mean it by `{close}`?" if close else ""
     raise ConfigError(
-        f"{source}: expected `datasets`, the list of phases, at the top level (with run_name and model), or `data`, "
-        f"the cells of a single-cell model{hint}"
+        f"{source}: expected `datasets`, the list of phases, at the top level (with run_name and model), `data`, "
+        f"the cells of a single-cell model, or `general`, of a circuit model{hint}"
     )
 
 
@@ -141,12 +152,19 @@ def dump_yaml(config: RunConfig) -> str:
     return write_yaml(_without_interpolations(content))
 
 
-def json_schema(kind: Literal["phases", "cells"] = "phases") -> dict[str, Any]:
-    """Return a JSON schema with which editors complete and check a config file as it is typed."""
+def json_schema(kind: Literal["phases", "cells", "circuits"] = "phases") -> dict[str, Any]:
+    """Return a JSON schema with which editors complete and check a config file as it is typed.
+
+    That of `circuits` is for a file with `general` at the top level, as presets are.
+    """
     if kind == "cells":
         from trainer.config.cells import ScModelForgeConfig
 
         schema = ScModelForgeConfig.model_json_schema(mode="validation")
+    elif kind == "circuits":
+        from trainer.config.circuits import CircuitsConfig
+
+        schema = CircuitsConfig.model_json_schema(mode="validation")
     else:
         schema = RunConfig.model_json_schema(mode="validation")
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **_with_interpolations(schema)}

@@ -1,0 +1,195 @@
+"""Saved pipelines of circuit diffusion: what they hold, how they are written, and how genQC's are read.
+
+A pipeline of ours is an exported folder (`config.json`, `model.safetensors`) with `config.yaml`, which says in words
+how it is put together, `embedder.safetensors`, the vectors of the tokens, and `training_config.yaml`. With one of
+genQC's networks `config.yaml`, `model.safetensors` and `embedder.safetensors` are those that genQC loads, and what it
+has no place for lies in `rest.safetensors`. Nothing in a folder is executed, and no path of a machine is written into
+it.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.circuit_diffusion import CircuitDiffusion, CircuitDiffusionConfig
+from models.pretrained import save_pretrained, save_weights
+from trainer.config.load import dump_yaml
+from trainer.config.schema import ExportConfig
+from trainer.config.yaml_text import parse_yaml, write_yaml
+from trainer.errors import CheckpointError
+from trainer.export import Trained, describe_run_model
+
+MODEL_CLASS = "models.circuit_diffusion.CircuitDiffusion"
+CONFIG_FILE = "config.yaml"
+GENQC_UNETS = ("genQC.models.unet_qc.QC_Cond_UNet", "genQC.models.unet_qc.QC_Compilation_UNet")
+_GENQC_PARTS = {"model.safetensors": "unet.", "rest.safetensors": ""}
+_TABLE = "emb_clr.weight"
+
+
+def write_pipeline(trained: Trained, settings: ExportConfig, folder: Path) -> dict[str, Any]:
+    """Write a trained model into an empty folder, all but `metadata.yaml`, and return what that says of its kind."""
+    model: Any = trained.model
+    config: CircuitDiffusionConfig = model.config
+    is_genqc = config.unet_class in GENQC_UNETS
+    save_pretrained(
+        model, folder, description=describe_run_model(trained), parts=_GENQC_PARTS if is_genqc else None
+    )
+    table = model.embedding_table.detach().to("cpu", torch.float32)
+    embedder = {_TABLE: table}
+    if is_genqc:
+        # genQC holds the vectors of the tokens in a second network, of which it uses nothing else.
+        whole = {name: tensor.detach().cpu().clone() for name, tensor in model.unet.state_dict().items()}
+        embedder = {**whole, **embedder}
+    save_weights(embedder, folder / "embedder.safetensors")
+    (folder / CONFIG_FILE).write_text(write_yaml(pipeline_config(model, is_genqc)), encoding="utf-8")
+    record = settings.record or parse_yaml(dump_yaml(trained.config))
+    (folder / "training_config.yaml").write_text(write_yaml(without_paths(record)), encoding="utf-8")
+    facts = {
+        "model_type": config.unet_class.rpartition(".")[2],
+        "format": "genqc" if is_genqc else "cellphase",
+    }
+    if is_genqc and config.text_encoder is None:
+        facts["prompts"] = "learned, in rest.safetensors; genQC's own text encoder gives others"
+    return facts
+
+
+def pipeline_config(model: CircuitDiffusion, is_genqc: bool) -> dict[str, Any]:
+    """Return `config.yaml`: the parts of the pipeline in genQC's layout, with our classes where the network is ours."""
+    config = model.config
+    params = {**config.unet_args, "clr_dim": config.embedding_width, "num_clrs": config.vocab_size}
+    params["cond_emb_size"] = config.prompt_width
+    compiles = model.needs_unitary
+    scheduler = str(config.scheduler.get("type", "DDIM")).removesuffix("Scheduler")
+    arguments = dict(config.scheduler.get("params") or {})
+    if is_genqc:
+        kind = "compilation_diffusion_pipeline.DiffusionPipeline_Compilation"
+        target = f"genQC.pipeline.{kind if compiles else 'diffusion_pipeline.DiffusionPipeline'}"
+        # Without save_path genQC looks beside config.yaml, and without save_type it loads no weights.
+        network: dict[str, Any] = {
+            "target": config.unet_class,
+            "save_path": None,
+            "save_type": "safetensors",
+            "params": params,
+        }
+        noise = {
+            "target": f"genQC.scheduler.scheduler_{scheduler.lower()}.{scheduler}Scheduler",
+            "params": {"device": "cpu", **arguments},
+        }
+        encoder = {
+            "target": "genQC.models.frozen_open_clip.CachedFrozenOpenCLIPEmbedder",
+            "save_path": None,
+            "save_type": None,
+            "params": _genqc_text_encoder(config),
+        }
+    else:
+        target = MODEL_CLASS
+        network = {"target": config.unet_class, "save_type": "safetensors", "params": params}
+        noise = {"target": f"models.noise_schedulers.{scheduler}Scheduler", "params": arguments}
+        encoder = {
+            "target": f"models.prompts.{type(model.prompts).__name__}",
+            "params": dict(config.text_encoder or {"num_tokens": config.prompt_tokens}),
+        }
+    embedder = network if is_genqc else {"save_type": "safetensors", "weights": _TABLE}
+    return without_paths(
+        {
+            "target": target,
+            "params": {
+                "scheduler": noise,
+                "model": network,
+                "text_encoder": encoder,
+                "embedder": embedder,
+                "device": "cpu",
+                "enable_guidance_train": config.enable_guidance_train,
+                "guidance_train_p": config.guidance_train_p,
+                "cached_text_enc": True,
+                "add_config": {
+                    "dataset": {
+                        "params": {
+                            "gate_pool": list(config.gate_pool),
+                            "num_of_qubits": config.num_qubits,
+                            "prompts": list(config.prompts),
+                        }
+                    }
+                },
+            },
+        }
+    )
+
+
+def _genqc_text_encoder(config: CircuitDiffusionConfig) -> dict[str, Any]:
+    encoder = config.encoder
+    return {
+        "arch": "ViT-B-32" if encoder is None else encoder.arch,
+        "version": None,
+        "max_length": 77 if encoder is None else encoder.num_tokens,
+        "freeze": True,
+        "layer": "penultimate" if encoder is None else encoder.layer,
+        "enable_cache_token_limit": False,
+    }
+
+
+def without_paths(value: Any) -> Any:
+    """Return plain values in which a whole path of this machine is its last name."""
+    if isinstance(value, Mapping):
+        return {key: without_paths(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_paths(inner) for inner in value]
+    if isinstance(value, str) and Path(value).expanduser().is_absolute():
+        return Path(value).name
+    return value
+
+
+def is_genqc_pipeline(folder: Path) -> bool:
+    """Tell whether a folder looks like a pipeline that genQC has saved."""
+    return (folder / CONFIG_FILE).is_file() and (folder / "model.safetensors").is_file()
+
+
+def read_genqc_pipeline(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights of a pipeline that genQC has saved, by our names, and the arguments of our configuration.
+
+    Raises:
+        CheckpointError: it is not one, is damaged, or is of a kind that has no counterpart here.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        params = content["params"]
+        network, dataset = params["model"], params["add_config"]["dataset"]["params"]
+        name = str(network["target"]).rpartition(".")[2]
+        arguments = dict(network["params"])
+        gate_pool = [str(gate) for gate in dataset["gate_pool"]]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        raise CheckpointError(
+            f"{path}: not the configuration of a saved pipeline (target, params.model and the gate pool in "
+            f"params.add_config.dataset.params): {type(error).__name__} {error}"
+        ) from None
+    unet_class = f"genQC.models.unet_qc.{name}"
+    if unet_class not in GENQC_UNETS:
+        raise CheckpointError(
+            f"{path}: its network is {network['target']}; a pipeline of {' or '.join(GENQC_UNETS)} can be gone on from"
+        )
+    try:
+        weights = {f"unet.{key}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
+        embedder = folder / "embedder.safetensors"
+        table = load_file(embedder)[_TABLE] if embedder.is_file() else weights[f"unet.{_TABLE}"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise CheckpointError(f"{folder}: its weights cannot be read ({error})") from None
+    weights["embedding_table"] = table.float()
+    scheduler = params.get("scheduler") or {}
+    noise = {key: value for key, value in dict(scheduler.get("params") or {}).items() if key != "device"}
+    return weights, {
+        "unet_class": unet_class,
+        "unet_args": {key: value for key, value in arguments.items() if key not in ("clr_dim", "num_clrs")},
+        "embedding_dim": arguments.get("clr_dim"),
+        "gate_pool": gate_pool,
+        "scheduler": {
+            "type": str(scheduler.get("target", "DDIMScheduler")).rpartition(".")[2],
+            "params": noise,
+        },
+    }
