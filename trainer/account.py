@@ -57,7 +57,7 @@ def build_account(
         resumed_from=resumed_from,
         notes=[
             f"loss: {module.route}",
-            facts_note,
+            *circuits_or(facts, facts_note),
             *genes,
             *(n for phase in phases for n in phase.notices),
             *(n for phase in phases for n in _schedule_notes(run, phase)),

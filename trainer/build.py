@@ -9,6 +9,7 @@ import inspect
 import random
 import secrets
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -362,7 +363,31 @@ def with_data_sizes(factory: Any, given: dict[str, Any], facts: DataFacts, where
             raise ConfigError(
                 f"{where}.{name}: {given[name]} was given, but the data needs {size}; leave it out to take the data's"
             )
-    return arguments
+    return arguments | _circuit_arguments(parameters.keys(), given, facts, where)
+
+
+def _circuit_arguments(
+    named: Collection[str], given: dict[str, Any], facts: DataFacts, where: str
+) -> dict[str, Any]:
+    """Return what a constructor that names it is to know of circuits: gates, prompts, and whether there are unitaries.
+
+    Raises:
+        ConfigError: the user gave something else than the data has.
+    """
+    if not facts.gate_pool:
+        return {}
+    of_data = {
+        "gate_pool": list(facts.gate_pool),
+        "prompts": list(facts.prompts),
+        "has_unitary": facts.has_unitary,
+    }
+    for name, value in of_data.items():
+        own = given.get(name)
+        if own is not None and (list(own) if isinstance(own, tuple) else own) != value:
+            raise ConfigError(
+                f"{where}.{name}: what was given is not what the data has; leave it out to take the data's"
+            )
+    return {name: value for name, value in of_data.items() if name in named}
 
 
 def fp8_arguments(config: RunConfig, factory: Any, where: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The phases of a run, opened: their loaders, lengths and batch arithmetic, and the facts of their data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,9 @@ from trainer.errors import ConfigError
 from trainer.phase_data import Cells, PhaseData, open_phase_data
 from trainer.schedule import learning_rate_factor, momentum
 
+_SIZES = (
+    "vocab_size", "n_bins", "max_length", "n_classes", "num_genes", "num_targets", "num_qubits", "num_prompts",
+)  # fmt: skip
 FP8_MULTIPLE = 16
 """What FP8 matrix products need their dimensions to be multiples of."""
 
@@ -30,11 +34,18 @@ class DataFacts:
     """The genes that token ids stand for (`data.genes.GeneSpace`), the same in every phase; None for foreign data."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Sizes by the name that a constructor may ask for: `vocab_size`, `n_bins`, `max_length`, `n_classes`, `num_genes`,
-    `num_targets`."""
+    `num_targets`, `num_qubits`, `num_prompts`."""
     label_names: tuple[str, ...] = ()
     """Names of the classes that labels stand for, by index, the same in every phase; empty without such labels."""
     tokenizer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """By phase the complete options of our tokenizer, with what was fitted to the training cells."""
+    """By phase the complete options of our tokenizer, with what was fitted to the training cells; of circuits what
+    their tokens and prompts stand for."""
+    gate_pool: tuple[str, ...] = ()
+    """Gates that the tokens of circuits stand for, the same in every phase; empty without circuits."""
+    prompts: tuple[str, ...] = ()
+    """Prompts of circuits by their index in batches, sorted, over all phases."""
+    has_unitary: bool = False
+    """Whether the circuits of every phase come with their unitaries."""
 
 
 @dataclass
@@ -117,6 +128,7 @@ def open_phases(config: RunConfig, ranks: Ranks, *, pin_memory: bool) -> tuple[l
     for data in opened:
         for cells in data.parts:
             technical_batches.attach_mapping(mapping, *cells.objects)
+    circuits = _common_circuits(config, opened)
     multiple = FP8_MULTIPLE if config.precision == "fp8" else 1
     facts = DataFacts(
         technical_batches=mapping,
@@ -129,6 +141,7 @@ def open_phases(config: RunConfig, ranks: Ranks, *, pin_memory: bool) -> tuple[l
             for phase, data in zip(config.datasets, opened, strict=True)
             if (options := data.training.facts().get("tokenizer_options")) is not None
         },
+        **circuits,
     )
     phases = [
         _build_phase(
@@ -189,6 +202,9 @@ class _LoaderBuilder:
         own_order = getattr(cells.rows, "training_order", None)
         order = None if own_order is None else own_order(self.seed, self.index)
         sizes = self.plan.global_batch_size, self.plan.micro_batch_size
+        by_batch = getattr(cells.rows, "batch_order", None)
+        if by_batch is not None:
+            order = by_batch(self.seed, self.index, sizes[0])
         return self._steps(cells, cells.shuffle, *sizes, order)
 
     def validation(self, cells: Cells) -> StepLoader | StreamLoader:
@@ -312,12 +328,56 @@ def _common_label_names(config: RunConfig, opened: list[PhaseData]) -> tuple[str
     return names
 
 
+def _common_circuits(config: RunConfig, opened: list[PhaseData]) -> dict[str, Any]:
+    """Return what `DataFacts` holds of circuits, and let every phase count the run's prompts.
+
+    Raises:
+        ConfigError: two phases have different gate pools.
+    """
+    pool, owner, prompts, has_unitary = None, "", set(), []
+    for phase, data in zip(config.datasets, opened, strict=True):
+        facts = data.training.facts()
+        found = facts.get("gate_pool")
+        if found is None:
+            continue
+        if pool is not None and found != pool:
+            raise ConfigError(
+                f"datasets '{owner}' and '{phase.name}' have different gate pools ({', '.join(pool)} and "
+                f"{', '.join(found)}), so one token would mean two gates; give them data with the same gates in the "
+                "same order"
+            )
+        pool, owner = found, phase.name
+        for cells in data.parts:
+            prompts.update(cells.facts()["prompts"])
+        has_unitary.append(bool(facts["has_unitary"]))
+    if pool is None:
+        return {}
+    merged = tuple(sorted(prompts))
+    for data in opened:
+        for cells in data.parts:
+            if hasattr(cells.rows, "set_prompts"):
+                cells.rows.set_prompts(merged)
+    return {"gate_pool": tuple(pool), "prompts": merged, "has_unitary": all(has_unitary)}
+
+
+def saved_circuits(tokenizer_options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what `DataFacts` holds of circuits, out of the tokenizer options that a checkpoint keeps."""
+    kept = [options for options in tokenizer_options.values() if "gate_pool" in options]
+    if not kept:
+        return {}
+    return {
+        "gate_pool": tuple(kept[0]["gate_pool"]),
+        "prompts": tuple(kept[0]["prompts"]),  # the run's, the same in every phase
+        "has_unitary": all(options["has_unitary"] for options in kept),
+    }
+
+
 def _largest_sizes(opened: list[PhaseData]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for data in opened:
         for cells in data.parts:
             facts = cells.facts()
-            for key in ("vocab_size", "n_bins", "max_length", "n_classes", "num_genes", "num_targets"):
+            for key in _SIZES:
                 if facts.get(key) is not None:
                     sizes[key] = max(sizes.get(key, 0), int(facts[key]))
     return sizes
