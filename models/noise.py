@@ -25,6 +25,10 @@ class Purpose(IntEnum):
     UNMASK = 6
     CELL = 7
     ITEM = 8
+    NOISE = 9
+    PERTURBATION = 10
+    PROMPT = 11
+    UNITARY = 12
 
 
 def fold(seeds: Tensor, *keys: int | Tensor) -> Tensor:
@@ -48,6 +52,11 @@ def uniforms(seeds: Tensor, count: int) -> Tensor:
     """Draw `count` float32 strictly between 0 and 1 for each seed: [..., count] of 23 random bits."""
     # The lowest bit is always set: neither 0 nor, by rounding, 1 can come out.
     return (_shifted(hashes(seeds, count), 9).float() + 0.5) * 2.0**-23
+
+
+def normals(seeds: Tensor, count: int) -> Tensor:
+    """Draw `count` standard normal float32 for each seed: [..., count], none larger than 5.3."""
+    return torch.erfinv(2 * uniforms(seeds, count) - 1) * 2**0.5
 
 
 def hashes(seeds: Tensor, count: int) -> Tensor:
