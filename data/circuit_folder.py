@@ -272,9 +272,9 @@ def _measure(
                 f"tokens are {-num_gates} to {num_gates}" + ("" if pad is None else f", and {pad} pads")
             )
         is_own = ~is_pad
-        qubits[part] = np.maximum(_last(is_own.any(axis=2)), 1)
-        extents[part] = np.maximum(_last(is_own.any(axis=1)), 1)
-        lengths[part] = np.maximum(_last((is_own & (x != 0)).any(axis=1)), 1)
+        qubits[part] = np.maximum(_last(is_own, 1), 1)
+        extents[part] = np.maximum(_last(is_own, 2), 1)
+        lengths[part] = np.maximum(_last(is_own & (x != 0), 2), 1)
         if pad is not None:
             inside = np.arange(num_qubits)[:, None] < qubits[part, None, None]
             inside = inside & (np.arange(num_columns) < extents[part, None, None])
@@ -284,10 +284,10 @@ def _measure(
     return qubits, extents, lengths
 
 
-def _last(flags: NDArray[np.bool_]) -> NDArray[np.intp]:
-    """Return one more than the place of the last true flag of each row, 0 without one."""
-    size = flags.shape[1]
-    return np.where(flags.any(axis=1), size - np.argmax(flags[:, ::-1], axis=1), 0)
+def _last(flags: NDArray[np.bool_], dimension: int) -> NDArray[np.intp]:
+    """Return for each circuit's flags [B, qubits, columns] one more than the last true place on a dimension, or 0."""
+    found = np.asarray(flags.any(axis=3 - dimension))
+    return np.where(found.any(axis=1), found.shape[1] - np.argmax(found[:, ::-1], axis=1), 0)
 
 
 def _check_recorded_sizes(
