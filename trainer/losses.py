@@ -61,6 +61,7 @@ class LossModule(nn.Module):
         total_steps: int | None,
         announced: float | None = None,
         encode: bool = False,
+        num_steps: int | None = None,
     ) -> Any:
         """Compute the loss of one micro-batch as a sum over what `weight` counts, a `LossOutput`.
 
@@ -69,10 +70,12 @@ class LossModule(nn.Module):
             phase_step: optimizer steps taken in the phase.
             total_steps: that the phase takes; None where nothing tells.
             announced: what `weight` said of the batch before it went to the device; None: it is asked again.
-        num_steps: int | None = None,
             encode: return the model's embeddings of the cells [B, D] instead. Within this forward pass the hooks of
                 DDP and ZeRO run.
+            num_steps: draw sets of cells in so many steps instead, as `draw_tokens` does.
         """
+        if num_steps is not None:
+            return draw_tokens(self.model, batch, num_steps)
         if encode:
             embed: Any = self.model.encode
             return embed(batch)
@@ -80,10 +83,7 @@ class LossModule(nn.Module):
         return self._normalise(result, batch, announced)
 
     def _normalise(self, result: Any, batch: dict[str, Any], announced: float | None) -> LossOutput:
-            num_steps: draw sets of cells in so many steps instead, as `draw_tokens` does.
         metrics: dict[str, Tensor] = {}
-        if num_steps is not None:
-            return draw_tokens(self.model, batch, num_steps)
         if isinstance(result, LossOutput):
             if self._weigh is None:
                 raise ConfigError(
@@ -129,14 +129,6 @@ def build_loss(settings: LossConfig | None) -> Any:
     return resolve(settings.loss_class, "loss.loss_class")(**settings.loss_args)
 
 
-def _find_loss(model: nn.Module, loss: Any) -> tuple[str, Callable[..., Any], Any]:
-    """Return the route's name, a function (batch, phase_step, total_steps) -> result, and who knows the weight."""
-    if loss is not None:
-        return _configured(model, loss)
-    diffusion = getattr(model, "diffusion", None)
-    if callable(getattr(diffusion, "compute_loss", None)):
-        return "model.diffusion.compute_loss", _diffusion(model, diffusion), diffusion
-    compute = getattr(model, "compute_loss", None)
 def draw_tokens(model: nn.Module, batch: dict[str, Any], num_steps: int) -> Tensor:
     """Draw sets of cells [B, S, N] from nothing but masks.
 
@@ -160,6 +152,14 @@ def draw_tokens(model: nn.Module, batch: dict[str, Any], num_steps: int) -> Tens
     )
 
 
+def _find_loss(model: nn.Module, loss: Any) -> tuple[str, Callable[..., Any], Any]:
+    """Return the route's name, a function (batch, phase_step, total_steps) -> result, and who knows the weight."""
+    if loss is not None:
+        return _configured(model, loss)
+    diffusion = getattr(model, "diffusion", None)
+    if callable(getattr(diffusion, "compute_loss", None)):
+        return "model.diffusion.compute_loss", _diffusion(model, diffusion), diffusion
+    compute = getattr(model, "compute_loss", None)
     if callable(compute):
         return "model.compute_loss", lambda batch, step, total: compute(batch), model
     criterion = getattr(model, "criterion", None)
