@@ -75,7 +75,8 @@ class GeneColumns:
         """Return the sum [cells] of each cell's stored values over the columns."""
         kept = slice(None) if self._is_whole else self._column[cells.genes] >= 0
         row = row_numbers(cells.offsets)[kept]
-        return np.bincount(row, weights=cells.counts[kept].astype(np.float64), minlength=len(cells))
+        weights = cells.counts[kept].astype(np.float64)
+        return np.bincount(row, weights=weights, minlength=len(cells)).astype(np.float64)
 
     def dense(self, cells: RaggedBatch, values: NDArray[Any], fill: Any, dtype: Any) -> NDArray[Any]:
         """Lay the values [nnz] of the cells' genes out as [cells, columns], `fill` where there is none."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -109,6 +109,10 @@ class PerturbedCorpus:
         return rows[parts == Part.TRAINING], rows[parts == Part.VALIDATION], absent
 
 
+Rule = Literal["asked", "real", "default"]
+"""What a number of cells is: one that was asked for, that of the real cells, or a default where there are none."""
+
+
 class Wanted(NamedTuple):
     """Ask for the cells of one perturbation."""
 
@@ -130,8 +134,8 @@ class Request:
     """Pairs of cell type and technical batch (see `ControlCells`) that get cells."""
     sizes: NDArray[np.int64]
     """Cells of each pair."""
-    num_real: int
-    """Real cells that there are of it."""
+    rule: Rule
+    """What its number of cells was taken from."""
 
     @property
     def num_cells(self) -> int:
@@ -281,11 +285,13 @@ def make_requests(
                     f"contexts with controls: {listed([corpus.cell_types[code] for code in with_controls])}"
                 )
             num_real = 0 if own is None else int(sizes.sum())
-            count = each.num_cells or cells_per_perturbation or num_real or default_cells
+            asked = each.num_cells or cells_per_perturbation
+            count = asked or num_real or default_cells
+            rule: Rule = "asked" if asked else "real" if num_real else "default"
             sizes = _divided(count, sizes)
             pairs = controls.pair(np.full(len(batches), cell_type), batches)[sizes > 0]
             controls.check(pairs, match, (list(corpus.cell_types), list(corpus.technical_batches)))
-            requests.append(Request(each.target, indices, cell_type, pairs, sizes[sizes > 0], num_real))
+            requests.append(Request(each.target, indices, cell_type, pairs, sizes[sizes > 0], rule))
     names = [(request.target, request.cell_type) for request in requests]
     repeated = (
         [name for name in dict.fromkeys(names) if names.count(name) > 1]

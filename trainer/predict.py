@@ -34,7 +34,7 @@ from trainer.embedding import join_ranks
 from trainer.errors import UserError
 from trainer.exits import run_command
 from trainer.perturbation_model import PerturbationModel, open_perturbation_model
-from trainer.predicted_cells import PredictedCells, add_corpus_cells, cell_labels, check_free, gene_table
+from trainer.predicted_cells import check_free, write_corpus_cells, write_predicted_cells
 from trainer.prediction import (
     DEFAULT_BATCH_SIZE,
     DEFAULT_STEPS,
@@ -176,7 +176,7 @@ class _Plan:
         space = "counts" if decoder.space == "counts" else "log-normalised values"
         return (
             f"predicting {counted(sets.num_cells, 'cell')} as {space}: {counted(len(targets), 'target')} ({self.what}) "
-            f"in {counted(len(self.cell_types), 'context')}, {self.cells}; {counted(len(sets), 'set')} of up to "
+            f"in {counted(len(self.cell_types), 'context')}: {self.cells}; {counted(len(sets), 'set')} of up to "
             f"{self.corpus.settings.set_size}"
         )
 
@@ -276,7 +276,7 @@ def _plan(arguments: argparse.Namespace, corpus: PerturbedCorpus) -> _Plan:
         corpus,
         requests,
         what,
-        cells=_about_cells(arguments, requests, default),
+        cells=_about_cells(requests),
         real_rows=real_rows,
         training_rows=training_rows if arguments.train is not None else None,
         has_context=has_context,
@@ -292,14 +292,16 @@ def _contexts(text: str | None, corpus: PerturbedCorpus) -> list[int] | None:
     return [corpus.cell_types.index(name) for name in dict.fromkeys(names)]
 
 
-def _about_cells(arguments: argparse.Namespace, requests: Sequence[Request], default: int) -> str:
+def _about_cells(requests: Sequence[Request]) -> str:
     """Say how the numbers of cells were found."""
-    if arguments.cells_per_perturbation is not None:
-        return f"{arguments.cells_per_perturbation} cells each unless --targets says otherwise"
-    without = sum(request.num_real == 0 for request in requests)
-    if not without:
-        return "as many cells as the real ones"
-    return f"as many cells as the real ones, {default} for each of the {without} without (unless --targets says otherwise)"
+    meaning = {"asked": "as asked", "real": "as many as the real ones", "default": "the default"}
+    parts = []
+    for rule, text in meaning.items():
+        sizes = [request.num_cells for request in requests if request.rule == rule]
+        if sizes:
+            low, high = min(sizes), max(sizes)
+            parts.append(f"{len(sizes)} with {low if low == high else f'{low} to {high}'} cells ({text})")
+    return ", ".join(parts)
 
 
 def _read_targets(text: str, corpus: PerturbedCorpus) -> tuple[list[Wanted], bool]:
@@ -360,69 +362,47 @@ def _write_all(
         for _ in blocks:
             pass
         return
-    var = gene_table(corpus.columns.space, corpus.targets.names)
-    about = {
-        "kind": decoder.space,
-        "target_sum": decoder.target_sum,
-        "gene_space": corpus.columns.space.sha256,
-        "control_label": corpus.control_label,
-        "preset": arguments.preset,
-    }
+    shared = {"overwrite": arguments.overwrite, "has_context": plan.has_context}
+    about = {"preset": arguments.preset, "data": Path(arguments.data).name}
     others = (
         (arguments.real, "real", plan.real_rows, plan.cell_types),
         (arguments.train, "training", plan.training_rows, None),
     )
-    for path, part, rows, cell_types in others:
-        if path is None or rows is None:
-            continue
-        with PredictedCells(path, var, overwrite=arguments.overwrite) as cells:
-            everything = np.concatenate([rows, corpus.control_rows(cell_types)])
-            add_corpus_cells(cells, corpus, everything, decoder, has_context=plan.has_context)
-            cells.finish({**about, "part": part, "data": Path(arguments.data).name})
-        notice(f"wrote {path}: {cells.num_cells:,} {part} cells and controls")
-    with PredictedCells(arguments.output, var, overwrite=arguments.overwrite) as cells:
-        num_capped = _add_predicted(cells, plan, sets, blocks)
-        if not arguments.no_controls:
-            rows = corpus.control_rows(plan.cell_types)
-            add_corpus_cells(cells, corpus, rows, decoder, has_context=plan.has_context)
-        cells.finish(
-            {
-                **about,
-                "part": "predicted",
-                "model": opened.path.name,
-                "phase": opened.settings.phase,
-                "num_steps": arguments.num_steps,
-                "seed": arguments.seed,
-            }
-        )
+    for path, part, rows, types in others:
+        if path is not None and rows is not None:
+            told = {**about, "part": part}
+            written = write_corpus_cells(path, corpus, rows, decoder, told, control_types=types, **shared)
+            notice(f"wrote {path}: {len(rows):,} {part} cells and {written.num_cells - len(rows):,} controls")
+    about |= {
+        "model": opened.path.name,
+        "phase": opened.settings.phase,
+        "num_steps": arguments.num_steps,
+        "seed": arguments.seed,
+    }
+    progress, has_controls = _Progress(sets.num_cells), not arguments.no_controls
+    cells, num_capped = write_predicted_cells(
+        arguments.output, sets, decoder, blocks, about, has_controls=has_controls, on_cells=progress, **shared
+    )
     if num_capped:
         notice(
             f"{counted(num_capped, 'cell')} had more than {MAX_TOTAL:,.0f} counts and were scaled down to that"
         )
-    beside = "no controls" if arguments.no_controls else f"{cells.num_cells - sets.num_cells:,} controls"
+    beside = f"{cells.num_cells - sets.num_cells:,} controls" if has_controls else "no controls"
     notice(
         f"wrote {arguments.output}: {sets.num_cells:,} predicted cells, {beside}, {cells.num_values:,} values"
     )
 
 
-def _add_predicted(cells: PredictedCells, plan: _Plan, sets: PredictionSets, blocks: Iterator[Block]) -> int:
-    """Write predicted cells as they come, and return how many were scaled down."""
-    requests, batches = sets.requests_of_cells(), sets.technical_batches_of_cells()
-    targets = np.array([request.target for request in plan.requests])
-    cell_types = np.array([request.cell_type for request in plan.requests], np.int64)
-    num_capped, said = 0, time.monotonic()
-    for block in blocks:
-        part = slice(block.first, block.first + len(block.rows.offsets) - 1)
-        own = requests[part]
-        labels = cell_labels(
-            plan.corpus, targets[own], cell_types[own], batches[part], has_context=plan.has_context
-        )
-        cells.add(block.rows, labels)
-        num_capped += block.rows.num_capped
-        if time.monotonic() - said > _SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            notice(f"predicted {cells.num_cells:,} of {sets.num_cells:,} cells")
-    return num_capped
+class _Progress:
+    """Say now and then how many cells have been predicted."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._said = total, time.monotonic()
+
+    def __call__(self, count: int) -> None:
+        if time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            notice(f"predicted {count:,} of {self._total:,} cells")
 
 
 if __name__ == "__main__":

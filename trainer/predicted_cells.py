@@ -3,7 +3,7 @@
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,11 +14,11 @@ import pandas as pd
 from anndata.io import write_elem
 from numpy.typing import NDArray
 
-from data.genes import GeneSpace
 from data.predicted_values import PredictedRows, ValueDecoder
-from data.prediction_sets import PerturbedCorpus
+from data.prediction_sets import PerturbedCorpus, PredictionSets
 from trainer.atomicfile import sync_folder
 from trainer.errors import UserError
+from trainer.prediction import Block
 
 UNS_KEY = "cellphase"
 _CELLS_AT_ONCE = 1024
@@ -127,11 +127,12 @@ def check_free(path: Path, overwrite: bool) -> None:
         raise UserError(f"{path} exists; name another file, or give --overwrite to replace it")
 
 
-def gene_table(space: GeneSpace, targets: Sequence[str]) -> pd.DataFrame:
+def gene_table(corpus: PerturbedCorpus) -> pd.DataFrame:
     """Return var: genes by the kind of name that targets are called by, with `gene_id` where that is not the id.
 
     The programs that score leave a target's own gene out by its name.
     """
+    space, targets = corpus.columns.space, corpus.targets.names
     if space.key == "symbol":
         return pd.DataFrame(index=pd.Index(space.ids))
     known, ids = {symbol for symbol in space.symbols if symbol}, set(space.ids)
@@ -144,13 +145,99 @@ def gene_table(space: GeneSpace, targets: Sequence[str]) -> pd.DataFrame:
     return pd.DataFrame({"gene_id": list(space.ids)}, index=pd.Index(names))
 
 
-def add_corpus_cells(
+def write_predicted_cells(
+    path: str | Path,
+    sets: PredictionSets,
+    decoder: ValueDecoder,
+    blocks: Iterable[Block],
+    about: Mapping[str, Any],
+    *,
+    has_controls: bool = True,
+    has_context: bool = False,
+    overwrite: bool = False,
+    on_cells: Callable[[int], None] | None = None,
+) -> tuple[PredictedCells, int]:
+    """Write predicted cells as they come, then real controls of their contexts, on rank 0.
+
+    Args:
+        path: the file.
+        sets: what is predicted.
+        decoder: what the values are.
+        blocks: of `trainer.prediction.predicted_blocks`.
+        about: added to what `uns["cellphase"]` says.
+        has_controls: append the controls.
+        has_context: repeat the cell type as obs column `context`.
+        overwrite: replace a file.
+        on_cells: told how many cells have been written, after each block.
+
+    Returns:
+        What was written, and how many cells had more counts than are allowed.
+    """
+    corpus, requests = sets.corpus, sets.requests
+    of_cells, batches = sets.requests_of_cells(), sets.technical_batches_of_cells()
+    targets = np.array([request.target for request in requests])
+    cell_types = np.array([request.cell_type for request in requests], np.int64)
+    num_capped = 0
+    with PredictedCells(path, gene_table(corpus), overwrite=overwrite) as cells:
+        for block in blocks:
+            part = slice(block.first, block.first + len(block.rows.offsets) - 1)
+            own = of_cells[part]
+            labels = _labels(corpus, targets[own], cell_types[own], batches[part], has_context)
+            cells.add(block.rows, labels)
+            num_capped += block.rows.num_capped
+            if on_cells is not None:
+                on_cells(cells.num_cells)
+        if has_controls:
+            _add_corpus_cells(cells, corpus, corpus.control_rows(cell_types), decoder, has_context)
+        cells.finish({**_about(corpus, decoder), "part": "predicted", **about})
+    return cells, num_capped
+
+
+def write_corpus_cells(
+    path: str | Path,
+    corpus: PerturbedCorpus,
+    rows: NDArray[np.int64],
+    decoder: ValueDecoder,
+    about: Mapping[str, Any],
+    *,
+    control_types: Iterable[int] | None = None,
+    has_context: bool = False,
+    overwrite: bool = False,
+) -> PredictedCells:
+    """Write real cells of a corpus in the genes and values of predicted ones, then controls of some cell types.
+
+    Args:
+        path: the file.
+        corpus: where the cells are.
+        rows: of the perturbed ones.
+        decoder: what the values are.
+        about: added to what `uns["cellphase"]` says.
+        control_types: cell types whose controls are appended; None: all.
+        has_context: repeat the cell type as obs column `context`.
+        overwrite: replace a file.
+    """
+    with PredictedCells(path, gene_table(corpus), overwrite=overwrite) as cells:
+        for part in (rows, corpus.control_rows(control_types)):
+            _add_corpus_cells(cells, corpus, part, decoder, has_context)
+        cells.finish({**_about(corpus, decoder), "part": "real", **about})
+    return cells
+
+
+def _about(corpus: PerturbedCorpus, decoder: ValueDecoder) -> dict[str, Any]:
+    return {
+        "kind": decoder.space,
+        "target_sum": decoder.target_sum,
+        "gene_space": corpus.columns.space.sha256,
+        "control_label": corpus.control_label,
+    }
+
+
+def _add_corpus_cells(
     cells: PredictedCells,
     corpus: PerturbedCorpus,
     rows: NDArray[np.int64],
     decoder: ValueDecoder,
-    *,
-    has_context: bool = False,
+    has_context: bool,
 ) -> None:
     """Append real cells of a corpus, in the genes and values of the predicted ones."""
     for start in range(0, len(rows), _CELLS_AT_ONCE):
@@ -163,23 +250,17 @@ def add_corpus_cells(
             scale = decoder.target_sum / np.where(totals > 0, totals, 1)
             values = np.log1p(values * np.repeat(scale, np.diff(offsets))).astype(np.float32)
         found = corpus.labels
-        labels = cell_labels(
-            corpus,
-            np.array(corpus.targets.names)[found.perturbation[part]],
-            found.cell_type[part],
-            found.technical_batch[part],
-            has_context=has_context,
-        )
+        targets = np.array(corpus.targets.names)[found.perturbation[part]]
+        labels = _labels(corpus, targets, found.cell_type[part], found.technical_batch[part], has_context)
         cells.add(PredictedRows(offsets, columns, values), labels)
 
 
-def cell_labels(
+def _labels(
     corpus: PerturbedCorpus,
     targets: NDArray[np.str_],
     cell_types: NDArray[np.integer],
     technical_batches: NDArray[np.integer],
-    *,
-    has_context: bool = False,
+    has_context: bool,
 ) -> dict[str, NDArray[np.str_]]:
     """Return the obs columns of cells: those that the corpus knows."""
     labels = {"target_gene": np.asarray(targets)}
