@@ -21,10 +21,15 @@ COMMANDS = {
     "convert": Command("trainer.convert_h5ad", "convert h5ad files into a corpus"),
     "plan": Command("trainer.plan", "say what a run will take, without a GPU and without training"),
     "doctor": Command("trainer.doctor", "find out whether a run can start on this machine"),
+    "sample": Command("trainer.sample", "draw quantum circuits from a trained model"),
     "embed": Command("trainer.embed", "write the embeddings of an h5ad file's cells into a copy of it"),
+    "score": Command(
+        "trainer.score", "check predicted cells and score them as the Virtual Cell Challenge does"
+    ),
     "benchmark": Command("trainer.benchmark", "score a model's embeddings beside baselines"),
     "predict": Command("trainer.predict", "predict perturbed cells from control cells"),
     "export": Command("trainer.export", "write a checkpoint's model as a folder that from_pretrained loads"),
+    "models": Command("trainer.registry", "list, load or delete saved models"),
 }
 
 

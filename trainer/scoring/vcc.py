@@ -130,6 +130,10 @@ def score_files(
     raise_problems(predicted_file.path, f"what {options.preset.name} can score", problems)
 
     notes: list[str] = []
+    labels = set(real_file.labels[PERTURBATION_COLUMN].tolist()) - {options.control_label}
+    if options.preset.kind == "counts" and not labels & set(real_file.genes):
+        options = replace(options, has_target_genes=False)
+        notes.append("no perturbation is named after a gene, so no gene is left out as a target")
     context_key = used_context(predicted_file, real_file, options)
     target_sum = shared_target_sum(predicted_file, real_file, options, notes)
     identity = _identity(real_file, train, options, target_sum, version)
@@ -241,8 +245,8 @@ def _run(
             _take_reused(Path(known["folder"]), context, baselines)
         else:
             if CEILING in baselines:
-                calls.append(
-                    programs.split_in_halves(name(CEILING), context.real, output(CEILING), cache, options)
+                calls += programs.split_in_halves(
+                    name(CEILING), context.real, output(CEILING), cache, options
                 )
             if MEAN_RESPONSE in baselines and not train:
                 place = output(MEAN_RESPONSE)
@@ -282,7 +286,7 @@ def _rows(
 ) -> list[Row]:
     """Return every figure, the mean over contexts; what some context has no figure of is left out and noted."""
     preset = options.preset
-    notes += [f"{name}: no figures: {error}" for name, error in failed.items()]
+    notes += [f"{name} failed: {_first_sentence(error)}" for name, error in failed.items()]
     found: dict[tuple[str, str, str], list[float]] = {}
     spreads: dict[tuple[str, str, str], list[float]] = {}
     for context in contexts:
@@ -327,6 +331,10 @@ def _rows(
 
 
 _CEILING_FILES = ("anchor_agg.parquet", "agg_ceiling_results.csv")
+
+
+def _first_sentence(text: str) -> str:
+    return re.split(r"(?<=[a-z)])\. ", " ".join(text.split()))[0]
 
 
 def _rescaled_path(context: _Context, arm: str) -> Path:

@@ -101,6 +101,8 @@ class ScoreOptions:
     """Of baselines and of the split into halves."""
     threads: int = 1
     """Of the programs."""
+    has_target_genes: bool = True
+    """Whether perturbations are named after genes, which the programs then leave out of their own scores."""
 
 
 def preset_named(name: str) -> Preset:

@@ -19,6 +19,18 @@ from trainer.errors import UserError
 from trainer.scoring.vcc_options import PERTURBATION_COLUMN, Preset, ScoreOptions
 
 _LINES_SHOWN = 25
+_NEED_GENES = (
+    "de_wilcoxon_lfc_nmae",
+    "de_wilcoxon_direction_fidelity_yield_raw",
+    "de_wilcoxon_direction_reach_raw",
+)
+"""The metrics of 2026 that have no value without significant genes; the first needs ten of a perturbation."""
+_NOT_SCORED = (
+    "expr_mse_unbiased",
+    "expr_mse_unbiased_capped",
+    "expr_distance_unbiased",
+    "expr_real_mass_ratio",
+)
 _AGGREGATE, _OWN = "agg_results.csv", "baseline_agg.csv"
 """Means over perturbations: of cells that were given, and of cell-eval2's own baseline."""
 _MAINS = {"cell-eval": "cell_eval.__main__:main", "cell-eval2": "cell_eval2.cli:main"}
@@ -33,6 +45,8 @@ class Call:
     arguments: tuple[str, ...]
     is_needed: bool = True
     """Whether there is no score without it."""
+    instead_of: str | None = None
+    """The name of the call whose failure it makes up for; it is left out where that one succeeds."""
 
 
 def installed_version(preset: Preset) -> str:
@@ -71,18 +85,29 @@ def score_prediction(
     return Call(name, (*files, *_cell_eval2(options), *(["--cache-real", str(known)] if known else [])))
 
 
-def split_in_halves(name: str, real: Path, output: Path, known: Path | None, options: ScoreOptions) -> Call:
-    """Return the call that scores one half of the real cells against the other."""
+def split_in_halves(
+    name: str, real: Path, output: Path, known: Path | None, options: ScoreOptions
+) -> list[Call]:
+    """Return the calls that score one half of the real cells against the other.
+
+    cell-eval2 gives no ceiling at all where one metric has no value, as those of significant genes do where few cells
+    leave none significant. Further calls do without them.
+    """
     files = ["run", "-ar", str(real), "-o", str(output)]
     if options.preset.program == "cell-eval":
         seeded = ["--ceiling", "--ceiling-seed", str(options.seed)]
-        return Call(name, (*files, *_cell_eval(options), *seeded), is_needed=False)
+        return [Call(name, (*files, *_cell_eval(options), *seeded), is_needed=False)]
     seeded = ["--anchor", "--anchor-base-seed", str(options.seed)]
-    return Call(
-        name,
-        (*files, *_cell_eval2(options), *seeded, *(["--cache-real", str(known)] if known else [])),
-        is_needed=False,
-    )
+    arguments = (*files, *_cell_eval2(options), *seeded, *(["--cache-real", str(known)] if known else []))
+    calls = [Call(name, arguments, is_needed=False)]
+    for number, left_out in enumerate((_NEED_GENES[:1], _NEED_GENES), start=2):
+        metrics = [metric for metric in (*options.preset.metrics, *_NOT_SCORED) if metric not in left_out]
+        fewer = ("--set", f"metrics=[{', '.join(metrics)}]")
+        again = Call(
+            f"{name}, try {number}", (*arguments, *fewer), is_needed=False, instead_of=calls[-1].name
+        )
+        calls.append(again)
+    return calls
 
 
 def own_baseline(name: str, real: Path, cells: Path, output: Path, options: ScoreOptions) -> Call:
@@ -150,6 +175,7 @@ def run_calls(
                 "arguments": call.arguments,
                 "log": str(logs[call.name]),
                 "is_needed": call.is_needed,
+                "instead_of": call.instead_of,
             }
             for call in calls
         ],
@@ -257,7 +283,8 @@ def _cell_eval(options: ScoreOptions) -> list[str]:
 
 def _cell_eval2(options: ScoreOptions) -> list[str]:
     engine = ["--set", "de.backend=pdex", "--set", "device=cpu", "--set", f"num_threads={options.threads}"]
-    return ["--preset", options.preset.name, *_columns(options, "--control"), *engine]
+    targets = [] if options.has_target_genes else ["--no-target-genes"]
+    return ["--preset", options.preset.name, *_columns(options, "--control"), *engine, *targets]
 
 
 def _columns(options: ScoreOptions, control_flag: str) -> list[str]:
