@@ -76,7 +76,7 @@ class DDPMScheduler:
         num_train_timesteps: int = 1000,
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
-        beta_schedule: BetaSchedule = "linear",
+        beta_schedule: str = "linear",
         input_perturbation: float | None = 0.1,
         prediction_type: str = "epsilon",
         enable_zero_terminal_snr: bool = True,
@@ -326,9 +326,7 @@ def make_scheduler(settings: Mapping[str, Any]) -> DDPMScheduler:
         raise ModelError(f"scheduler: a parameter of {name} is of the wrong kind ({error})") from error
 
 
-def _betas(
-    schedule: BetaSchedule, total: int, start: float, end: float, largest: float
-) -> NDArray[np.float64]:
+def _betas(schedule: str, total: int, start: float, end: float, largest: float) -> NDArray[np.float64]:
     """Return the betas [T]; `largest` bounds those of the cosine schedules."""
     if schedule == "linear":
         return np.linspace(start, end, total)
