@@ -420,11 +420,12 @@ def test_sections_interpolated_into_each_other_are_told(folder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("general: {dataset: x}\n", r"general\.output_path: is required"),
+        ("training: {general: {}}\n", r"training\.general\.dataset: is required"),
         (
-            "general: {dataset: x}\n",
-            r"`general` makes this a circuits config, which this version does not run",
+            "general: {}\ntraining: {general: {}}\n",
+            r"`general` and `training\.general` both begin a circuits config; keep one of the two",
         ),
-        ("training: {general: {}}\n", r"`training\.general` makes this a circuits config"),
         (
             "datasets: []\ndata: {}\ntokenizer: {}\n",
             r"`datasets` makes this a phases config and `data`, `tokenizer` a cells config; keep one",

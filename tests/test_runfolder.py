@@ -312,7 +312,8 @@ def test_the_exit_status_is_written_whole(tmp_path: Path) -> None:
     write_exit_status(tmp_path, 1, "first")
     write_exit_status(tmp_path, 75, "preempted")
     status = json.loads((tmp_path / "exit_status.json").read_text())
-    assert status.pop("time").startswith("20")
+    started, ended = (datetime.fromisoformat(status.pop(key)) for key in ("started", "time"))
+    assert status.pop("duration_seconds") == pytest.approx((ended - started).total_seconds(), abs=0.1)
     assert status == {"exit_code": 75, "reason": "preempted"}
     assert os.listdir(tmp_path) == ["exit_status.json"]
 

@@ -23,6 +23,11 @@ FROM_DATA = (
     "n_bins",
     "num_genes",
     "num_targets",
+    "num_qubits",
+    "num_prompts",
+    "gate_pool",
+    "prompts",
+    "has_unitary",
 )
 """Arguments of a model or its config class that follow from the data where they are left out."""
 

@@ -1,4 +1,4 @@
-"""Saved pipelines of circuit diffusion: what they hold, how they are written, and how genQC's are read.
+"""Saved pipelines of circuit diffusion: what they hold and how they are written.
 
 A pipeline of ours is an exported folder (`config.json`, `model.safetensors`) with `config.yaml`, which says in words
 how it is put together, `embedder.safetensors`, the vectors of the tokens, and `training_config.yaml`. With one of
@@ -12,24 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from models.circuit_diffusion import CircuitDiffusion, CircuitDiffusionConfig
 from models.pretrained import save_pretrained, save_weights
+from trainer.circuit_weights import CONFIG_FILE, GENQC_UNETS, TABLE
 from trainer.config.load import dump_yaml
 from trainer.config.schema import ExportConfig
 from trainer.config.yaml_text import parse_yaml, write_yaml
-from trainer.errors import CheckpointError
 from trainer.export import Trained, describe_run_model
 
 MODEL_CLASS = "models.circuit_diffusion.CircuitDiffusion"
-CONFIG_FILE = "config.yaml"
-GENQC_UNETS = ("genQC.models.unet_qc.QC_Cond_UNet", "genQC.models.unet_qc.QC_Compilation_UNet")
 _GENQC_PARTS = {"model.safetensors": "unet.", "rest.safetensors": ""}
-_TABLE = "emb_clr.weight"
 
 
 def write_pipeline(trained: Trained, settings: ExportConfig, folder: Path) -> dict[str, Any]:
@@ -41,7 +34,7 @@ def write_pipeline(trained: Trained, settings: ExportConfig, folder: Path) -> di
         model, folder, description=describe_run_model(trained), parts=_GENQC_PARTS if is_genqc else None
     )
     table = model.embedding_table.detach().to("cpu", torch.float32)
-    embedder = {_TABLE: table}
+    embedder = {TABLE: table}
     if is_genqc:
         # genQC holds the vectors of the tokens in a second network, of which it uses nothing else.
         whole = {name: tensor.detach().cpu().clone() for name, tensor in model.unet.state_dict().items()}
@@ -50,8 +43,10 @@ def write_pipeline(trained: Trained, settings: ExportConfig, folder: Path) -> di
     (folder / CONFIG_FILE).write_text(write_yaml(pipeline_config(model, is_genqc)), encoding="utf-8")
     record = settings.record or parse_yaml(dump_yaml(trained.config))
     (folder / "training_config.yaml").write_text(write_yaml(without_paths(record)), encoding="utf-8")
+    named = settings.record.get("model") or {}
     facts = {
-        "model_type": config.unet_class.rpartition(".")[2],
+        "model_type": named.get("type") or config.unet_class.rpartition(".")[2],
+        "network": config.unet_class,
         "format": "genqc" if is_genqc else "cellphase",
     }
     if is_genqc and config.text_encoder is None:
@@ -95,7 +90,7 @@ def pipeline_config(model: CircuitDiffusion, is_genqc: bool) -> dict[str, Any]:
             "target": f"models.prompts.{type(model.prompts).__name__}",
             "params": dict(config.text_encoder or {"num_tokens": config.prompt_tokens}),
         }
-    embedder = network if is_genqc else {"save_type": "safetensors", "weights": _TABLE}
+    embedder = network if is_genqc else {"save_type": "safetensors", "weights": TABLE}
     return without_paths(
         {
             "target": target,
@@ -143,53 +138,3 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, str) and Path(value).expanduser().is_absolute():
         return Path(value).name
     return value
-
-
-def is_genqc_pipeline(folder: Path) -> bool:
-    """Tell whether a folder looks like a pipeline that genQC has saved."""
-    return (folder / CONFIG_FILE).is_file() and (folder / "model.safetensors").is_file()
-
-
-def read_genqc_pipeline(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the weights of a pipeline that genQC has saved, by our names, and the arguments of our configuration.
-
-    Raises:
-        CheckpointError: it is not one, is damaged, or is of a kind that has no counterpart here.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        params = content["params"]
-        network, dataset = params["model"], params["add_config"]["dataset"]["params"]
-        name = str(network["target"]).rpartition(".")[2]
-        arguments = dict(network["params"])
-        gate_pool = [str(gate) for gate in dataset["gate_pool"]]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
-        raise CheckpointError(
-            f"{path}: not the configuration of a saved pipeline (target, params.model and the gate pool in "
-            f"params.add_config.dataset.params): {type(error).__name__} {error}"
-        ) from None
-    unet_class = f"genQC.models.unet_qc.{name}"
-    if unet_class not in GENQC_UNETS:
-        raise CheckpointError(
-            f"{path}: its network is {network['target']}; a pipeline of {' or '.join(GENQC_UNETS)} can be gone on from"
-        )
-    try:
-        weights = {f"unet.{key}": tensor for key, tensor in load_file(folder / "model.safetensors").items()}
-        embedder = folder / "embedder.safetensors"
-        table = load_file(embedder)[_TABLE] if embedder.is_file() else weights[f"unet.{_TABLE}"]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise CheckpointError(f"{folder}: its weights cannot be read ({error})") from None
-    weights["embedding_table"] = table.float()
-    scheduler = params.get("scheduler") or {}
-    noise = {key: value for key, value in dict(scheduler.get("params") or {}).items() if key != "device"}
-    return weights, {
-        "unet_class": unet_class,
-        "unet_args": {key: value for key, value in arguments.items() if key not in ("clr_dim", "num_clrs")},
-        "embedding_dim": arguments.get("clr_dim"),
-        "gate_pool": gate_pool,
-        "scheduler": {
-            "type": str(scheduler.get("target", "DDIMScheduler")).rpartition(".")[2],
-            "params": noise,
-        },
-    }

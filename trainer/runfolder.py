@@ -33,6 +33,8 @@ from trainer.errors import CheckpointError, UserError
 _WEIGHTS_FILE_SUFFIXES = (".pt", ".pth", ".ckpt")
 _MOST_LISTED = 8
 
+_STARTED = datetime.now(UTC)
+
 SAME_FOLDER_SECONDS = 10.0
 """How long a rank waits to see what rank 0 has made in the run folder."""
 
@@ -137,8 +139,18 @@ def adopt(run_folder: str | Path, checkpoint: str | Path) -> list[Path]:
 
 
 def write_exit_status(run_folder: str | Path, code: int, reason: str) -> None:
-    """Write `exit_status.json`, from which launch scripts learn what launchers' exit codes do not tell."""
-    status = {"exit_code": code, "reason": reason, "time": datetime.now(UTC).isoformat()}
+    """Write `exit_status.json`: how a run ended, and when its process began, for scripts and for people.
+
+    Launch scripts learn from it what launchers' exit codes do not tell.
+    """
+    now = datetime.now(UTC)
+    status = {
+        "exit_code": code,
+        "reason": reason,
+        "started": _STARTED.isoformat(),
+        "time": now.isoformat(),
+        "duration_seconds": round((now - _STARTED).total_seconds(), 1),
+    }
     replace_text(Path(run_folder) / "exit_status.json", json.dumps(status) + "\n")
 
 

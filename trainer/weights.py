@@ -15,16 +15,18 @@ from torch import Tensor, nn
 
 from data.labels import read_labels
 from data.loader import DrawKey
+from models.circuit_diffusion import CircuitDiffusion
 from models.errors import ModelError
 from models.fine_tuned import BACKBONES
 from models.lora import plain_name
 from models.pretrained import CONFIG_FILE as EXPORTED_CONFIG
 from models.pretrained import read_folder
 from trainer.checkpoint import list_checkpoints, open_checkpoint
+from trainer.circuit_weights import is_genqc_pipeline, load_circuit_weights, read_genqc_pipeline
 from trainer.config.load import load_run_config
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.phases import DataFacts, Phase
+from trainer.phases import DataFacts, Phase, saved_circuits
 from trainer.reference_checkpoint import load_reference_checkpoint
 from trainer.run import Run
 from trainer.run_state import check_gene_space, load_weights
@@ -131,6 +133,9 @@ def load_initial_weights(path: Path, model: nn.Module, facts: DataFacts) -> list
         check_gene_space(source.genes, facts, f"init_from: {path}")
     if callable(getattr(model, "pretrained_names", None)):
         said = load_backbone(source, model, facts, f"init_from: {path}")
+    elif isinstance(model, CircuitDiffusion):
+        said = load_circuit_weights(source.weights, source.config_args, model, f"init_from: {path}")
+        said = [f"{'averages of the ' if source.is_averaged else ''}weights taken from {path}", *said]
     else:
         load_weights(model, source.weights, f"init_from: {path}")
         said = [f"{'averages of the ' if source.is_averaged else ''}weights taken from {path}"]
@@ -155,6 +160,9 @@ def read_source(path: Path) -> Source:
         genes = path / "genes.json"
         text = genes.read_text(encoding="utf-8") if genes.is_file() else None
         return Source(weights, text, description.model_class, description.config_args)
+    if path.is_dir() and is_genqc_pipeline(path):
+        weights, args = read_genqc_pipeline(path)
+        return Source(weights, config_args=args)
     if path.is_dir():
         folder = path if (path / "manifest.json").is_file() else None
         complete = list_checkpoints(path) if folder is None else []
@@ -166,8 +174,9 @@ def read_source(path: Path) -> Source:
         saved = open_checkpoint(folder if folder is not None else complete[-1])
         genes = saved.text("genes.json") if saved.has("genes.json") else None
         settings = load_run_config(saved.folder / "config.yaml").model
-        model = (settings.model_class, settings.config_args)
-        return Source(full_weights(saved), genes, *model, is_averaged=has_averages(saved))
+        kept = saved.shared("run_state.safetensors").get("tokenizer_options", {})
+        args = {**settings.config_args, **saved_circuits(kept)}
+        return Source(full_weights(saved), genes, settings.model_class, args, is_averaged=has_averages(saved))
     if not path.is_file():
         raise CheckpointError(f"init_from: {path} does not exist")
     if path.suffix == ".safetensors":
