@@ -236,7 +236,7 @@ def _read_column(column: NDArray[Any], pool: Sequence[str]) -> Gate | tuple[str,
         is_padding = outside == [len(pool) + 1]
         return ("padding beside a gate" if is_padding else "token outside the gate pool"), shown
     if len(used) > 1:
-        return "several gates", " and ".join(pool[token - 1] for token in used)
+        return "several gates", ", ".join(pool[token - 1] for token in used)
     token, name = used[0], pool[used[0] - 1]
     controls, targets = np.flatnonzero(column == -token).tolist(), np.flatnonzero(column == token).tolist()
     if not targets:

@@ -36,6 +36,13 @@ class Task:
         """Return the only gates that are allowed, if the prompt names them."""
         return gates_of_prompt(self.prompt)
 
+    @property
+    def num_qubits(self) -> int | None:
+        """Return on how many qubits that is, where it says."""
+        if self.unitary is not None:
+            return len(self.unitary).bit_length() - 1
+        return None if self.srv is None else len(self.srv)
+
 
 @dataclass(frozen=True)
 class Judged:

@@ -1,12 +1,15 @@
 """Tests of circuits as gates, of what they compute, of their drawings, and of the command that draws new ones."""
 
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
 from launching import ROOT
+from safetensors.numpy import load_file, save_file
 
 from data.circuit_drawing import draw_picture, draw_text
+from data.circuit_folder import open_circuit_sets
 from data.circuit_gates import (
     GATES,
     Circuit,
@@ -28,6 +31,9 @@ from data.circuit_states import (
     unitary,
 )
 from data.errors import DataError
+from data.known_circuits import read_circuit, read_known_circuits
+from models.circuit_diffusion import CircuitDiffusion, CircuitDiffusionConfig
+from trainer import circuit_sampling, sample
 
 SAMPLES = ROOT / "data" / "samples" / "circuits"
 POOL = ["h", "cx", "z", "x", "ccx", "swap"]
@@ -280,6 +286,56 @@ def test_circuits_are_drawn_as_a_picture(tmp_path):
         draw_picture([], tmp_path / "none.png")
 
 
+SRV_PROMPTS = [f"Generate SRV: {srv}" for srv in ("[1, 1, 1]", "[1, 2, 2]", "[2, 2, 2]")]
+GHZ_PROMPT = SRV_PROMPTS[2]
+DATA_SETS = ("srv_3q", "srv_mixed/3q", "srv_mixed/4q", "unitary_3q")
+
+
+def opened(name):
+    """Return a bundled data set, and its circuits as gates."""
+    ((found,), _, _) = open_circuit_sets(SAMPLES / name)
+    return found, [read_circuit(found, row) for row in range(len(found))]
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_all_bundled_circuits_come_back_from_their_gates(name):
+    found, circuits = opened(name)
+    stored = found.tokens.rows(slice(None))
+    assert all(
+        (encode(c, POOL, stored.shape[2]) == grid).all() for c, grid in zip(circuits, stored, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", DATA_SETS[:3])
+def test_the_labels_of_all_bundled_circuits_are_reproduced(name):
+    found, circuits = opened(name)
+    labels = [found.prompts[index] for index in found.prompt_idx]
+    assert len(labels) > 580
+    assert [f"Generate SRV: {schmidt_rank_vector(circuit)}" for circuit in circuits] == labels
+
+
+def test_the_unitaries_of_all_bundled_circuits_are_reproduced():
+    found, circuits = opened("unitary_3q")
+    assert found.unitaries is not None
+    stored = found.unitaries.rows(slice(None))
+    parts = [[matrix.real, matrix.imag] for matrix in map(unitary, circuits)]
+    assert len(parts) == 594 and np.abs(np.array(parts) - stored).max() < 1e-7
+
+
+def test_compiled_circuits_of_the_data_use_the_gates_of_their_prompts():
+    found, circuits = opened("unitary_3q")
+    for circuit, index in zip(circuits, found.prompt_idx, strict=True):
+        task = Task(found.prompts[index], unitary(circuit))
+        assert judge(task, circuit).is_right, (task.prompt, circuit)
+
+
+def test_known_circuits_are_those_of_all_sets_of_a_folder():
+    known = read_known_circuits(SAMPLES / "srv_mixed")
+    assert len(known.circuits) == 583 + 596
+    assert known.share("Generate SRV: [1, 1, 1]") == pytest.approx(518 / 1179)
+    assert {circuit.num_qubits for circuit in known.circuits} == {3, 4}
+
+
 def figures(task, circuits, **options):
     judged = [judge(task, circuit) for circuit in circuits]
     options = {"num_qubits": 3, "gate_pool": POOL, "num_random": 300, **options}
@@ -312,3 +368,251 @@ def test_compiled_circuits_must_compute_the_unitary_with_allowed_gates_alone():
 def test_a_prompt_that_asks_for_nothing_computable_has_no_right_share():
     found = figures(Task("a circuit, please"), [GHZ])
     assert (found.valid, found.right, found.random_right, found.distinct_right) == (1.0, None, None, None)
+
+
+def untrained(folder, **options):
+    """Save a small model at random initialisation and return its folder."""
+    sizes = {"model_features": [32], "num_heads": 2, "t_emb_size": 32, "cond_emb_size": 32}
+    config = CircuitDiffusionConfig(
+        vocab_size=len(POOL) + 2,
+        num_qubits=3,
+        gate_pool=tuple(POOL),
+        **{"prompts": tuple(SRV_PROMPTS), "unet_args": sizes, "max_length": 8, **options},
+    )
+    CircuitDiffusion(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def srv_model(tmp_path_factory):
+    return untrained(tmp_path_factory.mktemp("srv") / "model")
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory):
+    prompts = open_circuit_sets(SAMPLES / "unitary_3q")[0][0].prompts
+    return untrained(
+        tmp_path_factory.mktemp("unitary") / "model",
+        prompts=tuple(prompts),
+        has_unitary=True,
+        unet_class="models.circuit_unet.CircuitCompilationUNet",
+    )
+
+
+def draw(model, output, *options, prompts=(GHZ_PROMPT,), code=0):
+    """Run the command with few and cheap draws."""
+    asked = [part for prompt in prompts for part in ("--prompt", prompt)]
+    fixed = ["--num", "6", "--num-steps", "3", "--num-random", "50", "--device", "cpu"]
+    paths = ["--model", str(model), "--output", str(output)]
+    assert sample.main([*paths, *asked, *fixed, *map(str, options)]) == code
+    return output
+
+
+def tokens_of(output, index=0):
+    return load_file(output / "tokens.safetensors")[str(index)]
+
+
+@pytest.fixture
+def known_draws(monkeypatch):
+    """Let the model draw two GHZ circuits, one of a pair, and one grid that is none."""
+    circuits = [GHZ, GHZ, Circuit(3, (H0, CX01))]
+    grids = [encode(circuit, POOL, 8) for circuit in circuits] + [np.full((3, 8), 7, np.int32)]
+    grids[3][:, 0] = [-2, 0, 0]
+    monkeypatch.setattr(circuit_sampling, "draw_tokens", lambda *_, **__: np.stack(grids))
+
+
+def test_what_is_drawn_is_printed_beside_random_circuits_and_the_data(
+    srv_model, tmp_path, known_draws, capsys
+):
+    draw(srv_model, tmp_path / "out", "--dataset", SAMPLES / "srv_3q")
+    lines = capsys.readouterr().out.splitlines()
+    headers, values = (line.replace(" %", "%").split("  ") for line in (lines[0], lines[2]))
+    found = dict(
+        zip([h.strip() for h in headers if h.strip()], [v.strip() for v in values if v.strip()], strict=True)
+    )
+    assert found.pop("random").endswith("%")
+    assert found == {
+        "prompt": GHZ_PROMPT,
+        "circuits": "4",
+        "valid": "75.0%",
+        "right": "50.0%",
+        "in dataset": "3.1%",
+        "distinct": "2",
+        "distinct right": "1",
+        "new": found["new"],
+        "new right": found["new right"],
+    }
+    assert f"{GHZ_PROMPT}: columns that are no gate: 1 controls without a target" in lines
+
+
+def test_what_is_drawn_is_written_as_tokens_gates_figures_and_drawings(srv_model, tmp_path, known_draws):
+    output = draw(srv_model, tmp_path / "out", "--draw", 2, "--qasm")
+    (told,) = json.loads((output / "circuits.json").read_text())
+    assert [circuit["valid"] for circuit in told["circuits"]] == [True, True, True, False]
+    assert told["circuits"][0]["gates"] == [gate.to_json() for gate in GHZ.gates]
+    assert told["circuits"][2]["srv"] == [2, 2, 1] and told["circuits"][2]["right"] is False
+    assert told["circuits"][3]["faults"] == ["column 0: controls without a target (cx with 1 control)"]
+    (scores,) = json.loads((output / "scores.json").read_text())["prompts"]
+    assert (scores["right"], scores["num_qubits"], scores["length"]) == (0.5, 3, 8)
+    assert decode(tokens_of(output)[0], POOL) == GHZ
+    assert (output / "drawing_0.png").read_bytes()[1:4] == b"PNG"
+    assert (output / "drawing_0.txt").read_text().split("\n\n")[1:] == [
+        f"0: SRV [2, 2, 2], as asked\n{draw_text(GHZ)}",
+        f"1: SRV [2, 2, 2], as asked\n{draw_text(GHZ)}\n",
+    ]
+    assert (output / "qasm" / "0_2.qasm").read_text() == to_qasm(Circuit(3, (H0, CX01)))
+    assert sorted(file.name for file in (output / "qasm").iterdir()) == ["0_0.qasm", "0_1.qasm", "0_2.qasm"]
+
+
+@pytest.mark.parametrize(("form", "kept"), [("png", "png"), ("text", "txt")])
+def test_only_the_asked_form_is_drawn(srv_model, tmp_path, known_draws, form, kept):
+    output = draw(srv_model, tmp_path / "out", "--format", form)
+    assert [file.suffix for file in output.glob("drawing_*")] == [f".{kept}"]
+
+
+def test_a_seed_draws_the_same_circuits_whatever_the_batch_size(srv_model, tmp_path):
+    first, again, other = (
+        tokens_of(draw(srv_model, tmp_path / f"{number}", "--batch-size", size, "--seed", seed))
+        for number, (size, seed) in enumerate([(6, 1), (4, 1), (6, 2)])
+    )
+    assert (first == again).all() and (first != other).any()
+    assert len({grid.tobytes() for grid in first}) == 6
+
+
+def test_another_prompt_beside_it_does_not_change_what_is_drawn(srv_model, tmp_path):
+    alone = tokens_of(draw(srv_model, tmp_path / "alone"))
+    both = draw(srv_model, tmp_path / "both", prompts=(SRV_PROMPTS[1], GHZ_PROMPT))
+    assert (tokens_of(both, 1) == alone).all() and (tokens_of(both, 0) != alone).any()
+
+
+def test_more_circuits_begin_with_those_of_fewer(srv_model, tmp_path):
+    few, many = (tokens_of(draw(srv_model, tmp_path / str(num), "--num", num)) for num in (2, 6))
+    assert (many[:2] == few).all()
+
+
+def test_a_circuit_of_the_data_is_compiled_anew(compiler, tmp_path, monkeypatch):
+    found, circuits = opened("unitary_3q")
+    grid = encode(circuits[5], POOL, 8)
+    seen = {}
+
+    def drawn(*_, **options):
+        seen.update(options)
+        return np.stack([grid, encode(Circuit(3, ()), POOL, 8)])
+
+    monkeypatch.setattr(circuit_sampling, "draw_tokens", drawn)
+    dataset = ("--dataset", SAMPLES / "unitary_3q", "--circuit-of-dataset", 5)
+    output = draw(compiler, tmp_path / "out", *dataset, prompts=())
+    (scores,) = json.loads((output / "scores.json").read_text())["prompts"]
+    assert scores["prompt"] == found.prompts[found.prompt_idx[5]]
+    assert is_same(seen["unitary"], unitary(circuits[5]))
+    (told,) = json.loads((output / "circuits.json").read_text())
+    assert [each["right"] for each in told["circuits"]] == [True, False]
+    assert told["circuits"][0]["fidelity"] == pytest.approx(1)
+    assert scores["fidelity"] == pytest.approx((1 + told["circuits"][1]["fidelity"]) / 2)
+
+
+def test_a_unitary_of_a_file_is_compiled_on_its_qubits(compiler, tmp_path):
+    matrix = unitary(Circuit(2, (CX01,)))
+    save_file({"U": np.stack([matrix.real, matrix.imag]).astype(np.float32)}, tmp_path / "u.safetensors")
+    prompt = "Compile using: ['h', 'cx', 'z', 'x', 'ccx', 'swap']"
+    output = draw(compiler, tmp_path / "out", "--unitary", tmp_path / "u.safetensors", prompts=(prompt,))
+    assert tokens_of(output).shape == (6, 2, 8)
+    (scores,) = json.loads((output / "scores.json").read_text())["prompts"]
+    assert 0 < scores["random_fidelity"] < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "prompts", "message"),
+    [
+        (
+            (),
+            ("Generate SRV: [2, 1, 2]",),
+            "'Generate SRV: [2, 1, 2]': the model was not trained on it; it knows\n",
+        ),
+        ((), (), f"--prompt is missing; the model knows\n  {SRV_PROMPTS[0]}\n"),
+        (("--num-qubits", 2), (GHZ_PROMPT,), f"--num-qubits 2: what is asked for by '{GHZ_PROMPT}' has 3"),
+        (("--num", 0), (GHZ_PROMPT,), "--num 0: it must be at least 1"),
+        (("--batch-size", 0), (GHZ_PROMPT,), "--batch-size 0: it must be at least 1"),
+        (("--num-steps", 1001), (GHZ_PROMPT,), "num_steps is 1001"),
+        (("--guidance", -1), (GHZ_PROMPT,), "--guidance -1: it must be a number of at least 0"),
+        (("--guidance", "nan"), (GHZ_PROMPT,), "--guidance nan: it must be a number"),
+        (("--circuit-of-dataset", 0), (GHZ_PROMPT,), "--circuit-of-dataset names a circuit of --dataset"),
+        (("--dataset", "/nowhere"), (GHZ_PROMPT,), "/nowhere: there is no such folder"),
+        (
+            ("--dataset", SAMPLES / "srv_3q", "--circuit-of-dataset", 588),
+            (GHZ_PROMPT,),
+            "--circuit-of-dataset 588: the data set has circuits 0 to 587",
+        ),
+        (
+            ("--dataset", SAMPLES / "srv_3q", "--circuit-of-dataset", 0),
+            (GHZ_PROMPT,),
+            "--circuit-of-dataset: the model was trained without unitaries",
+        ),
+    ],
+)
+def test_a_mistake_is_told_and_nothing_is_written(srv_model, tmp_path, capsys, options, prompts, message):
+    output = draw(srv_model, tmp_path / "out", *options, prompts=prompts, code=2)
+    assert message in capsys.readouterr().err
+    assert not output.exists() and not list(tmp_path.glob(".*"))
+
+
+def test_a_model_that_compiles_asks_for_a_unitary(compiler, tmp_path, capsys):
+    draw(compiler, tmp_path / "out", code=2)
+    assert (
+        "the model compiles unitaries, and none is given: name one with --unitary" in capsys.readouterr().err
+    )
+
+
+def test_a_file_without_a_unitary_is_refused(compiler, tmp_path, capsys):
+    file = tmp_path / "u.safetensors"
+    file.write_bytes(b"no")
+    draw(compiler, tmp_path / "out", "--unitary", file, code=2)
+    save_file({"a": np.zeros(2), "b": np.zeros(2)}, file)
+    draw(compiler, tmp_path / "out", "--unitary", file, code=2)
+    told = capsys.readouterr().err
+    assert "u.safetensors: not a readable safetensors file" in told
+    assert "it holds a, b; name the matrix `unitary`" in told
+
+
+def test_lengths_that_the_model_cannot_draw_are_refused(tmp_path, capsys):
+    model = untrained(
+        tmp_path / "model",
+        unet_args={"model_features": [32, 32], "num_heads": 2, "cond_emb_size": 32},
+        max_length=None,
+    )
+    draw(model, tmp_path / "out", "--length", 7, code=2)
+    draw(model, tmp_path / "out", code=2)
+    told = capsys.readouterr().err
+    assert "--length 7: the model draws multiples of 2 columns" in told and "--length is missing" in told
+
+
+def test_a_model_trained_without_guidance_is_drawn_from_without(tmp_path, capsys):
+    model = untrained(tmp_path / "model", enable_guidance_train=False)
+    draw(model, tmp_path / "plain")
+    draw(model, tmp_path / "guided", "--guidance", 3, code=2)
+    assert "--guidance 3: the model was trained with every prompt" in capsys.readouterr().err
+
+
+def test_only_folders_of_this_command_are_replaced(srv_model, tmp_path, capsys):
+    output = draw(srv_model, tmp_path / "out")
+    draw(srv_model, output, code=2)
+    draw(srv_model, output, "--overwrite", "--num", 2)
+    assert len(tokens_of(output)) == 2
+    (tmp_path / "mine").mkdir()
+    draw(srv_model, tmp_path / "mine", "--overwrite", code=2)
+    told = capsys.readouterr().err
+    assert "out exists; name another folder, or give --overwrite" in told
+    assert "mine was not written by this command, so it is not replaced" in told
+
+
+def test_a_folder_without_a_circuit_model_is_refused(tmp_path, capsys):
+    from models.encoder import EncoderConfig, MaskedCellEncoder
+    from models.pretrained import save_pretrained
+
+    sizes = {"hidden_dim": 8, "num_layers": 1, "num_heads": 1, "ffn_dim": 8}
+    save_pretrained(MaskedCellEncoder(EncoderConfig(vocab_size=8, n_bins=3, **sizes)), tmp_path / "cells")
+    draw(tmp_path / "cells", tmp_path / "out", code=2)
+    draw(tmp_path / "missing", tmp_path / "out", code=2)
+    told = capsys.readouterr().err
+    assert "it holds a MaskedCellEncoder, which draws no circuits" in told
+    assert "missing: there is no such folder" in told
