@@ -12,13 +12,13 @@ from running import newest_run, records, toy, train, train_ranks
 
 from data.loader import cell_loader
 from data.synthetic import make_synthetic_counts
-from trainer import benchmarking
+from trainer import benchmarking, scoring_queue
 from trainer.benchmark import main, read_benchmarks
-from trainer.benchmarking import BenchmarkQueue
 from trainer.checkpoint import open_checkpoint
 from trainer.errors import ConfigError, UserError
 from trainer.scoring.cells import load_cells
 from trainer.scoring.specs import EmbeddingQualitySpec, LinearProbeSpec
+from trainer.scoring_queue import ScoringQueue
 
 NUM_CELLS, NUM_GENES = 120, 40
 TOKENIZER = {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": 5, "max_genes": 24}
@@ -91,11 +91,10 @@ def test_held_out_cells_are_scored_at_the_start_and_every_so_many_epochs(tmp_pat
 def test_the_cells_that_are_scored_are_those_that_are_held_out(tmp_path, place, monkeypatch):
     seen = {}
 
-    def keep(self, phase, where, rows, embedding):
+    def keep(queue, name, phase, where, rows, embedding):
         seen[where["epoch"]] = rows, embedding, benchmarking.cells_of(phase, rows)
 
-    monkeypatch.setattr(BenchmarkQueue, "submit", keep)
-    monkeypatch.setattr(BenchmarkQueue, "has", lambda self, phase, epoch: epoch in seen)
+    monkeypatch.setattr(benchmarking, "submit", keep)
     specs = [PROBE, {"name": "embedding_quality", "batch_key": "technical_batch"}]
     train(tmp_path, config(place, specs, epochs=1))
     source = cell_loader(place / "corpus", tokenizer=TOKENIZER, val_fraction=0.4)
@@ -111,7 +110,7 @@ def test_the_cells_that_are_scored_are_those_that_are_held_out(tmp_path, place, 
 
 
 def test_benchmarks_change_nothing_in_the_training(tmp_path, place, monkeypatch):
-    monkeypatch.setattr(BenchmarkQueue, "submit", lambda *arguments: None)
+    monkeypatch.setattr(benchmarking, "submit", lambda *arguments: None)
     without = config(place)
     del without["datasets"][0]["benchmarks"]
     one, two = train(tmp_path / "with", config(place)), train(tmp_path / "without", without)
@@ -124,8 +123,8 @@ def test_benchmarks_change_nothing_in_the_training(tmp_path, place, monkeypatch)
 def test_what_was_not_scored_before_a_stop_is_scored_once_after_it(tmp_path, place, monkeypatch):
     whole = results_of(train(tmp_path / "whole", config(place, epochs=1)))
     with monkeypatch.context() as stopped:
-        stopped.setattr(BenchmarkQueue, "poll", lambda self: None)
-        stopped.setattr(BenchmarkQueue, "close", lambda self, wait: None)
+        stopped.setattr(ScoringQueue, "poll", lambda self: None)
+        stopped.setattr(ScoringQueue, "close", lambda self, wait: None)
         folder = train(tmp_path / "cut", config(place, epochs=1))
     assert results_of(folder) == []
     assert len(list((folder / "benchmarks").glob("*.request.json"))) == 2
@@ -146,7 +145,7 @@ def test_a_result_that_came_after_the_checkpoint_is_neither_lost_nor_scored_agai
     metrics.write_text(
         "\n".join([*(line for line in lines if line not in late), json.dumps(step), *late, ""])
     )
-    monkeypatch.setattr(benchmarking.subprocess, "Popen", lambda *a, **k: pytest.fail("scored again"))
+    monkeypatch.setattr(scoring_queue.subprocess, "Popen", lambda *a, **k: pytest.fail("scored again"))
     train(tmp_path, config(place, epochs=1), resume_from=str(folder))
     assert results_of(folder) == before and records(folder)[-1]["global_step"] < 99
 
@@ -291,8 +290,8 @@ def test_a_column_that_the_file_lacks_is_found_before_anything_is_computed(tmp_p
 
 
 def test_the_held_out_cells_file_is_readable(tmp_path, place, monkeypatch):
-    monkeypatch.setattr(BenchmarkQueue, "poll", lambda self: None)
-    monkeypatch.setattr(BenchmarkQueue, "close", lambda self, wait: None)
+    monkeypatch.setattr(ScoringQueue, "poll", lambda self: None)
+    monkeypatch.setattr(ScoringQueue, "close", lambda self, wait: None)
     folder = train(tmp_path, config(place, epochs=1))
     cells = load_cells(next((folder / "benchmarks").glob("*.npz")))
     assert set(cells.obs) == {"cell_type"} and cells.expression.shape == (48, NUM_GENES)

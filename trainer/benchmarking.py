@@ -1,16 +1,8 @@
 """Benchmarks of a phase's held-out cells between its epochs.
 
-All ranks embed their share of the cells, without masking. Rank 0 leaves the embeddings in the run folder's
-`benchmarks/`, where a process of its own scores them while training goes on; a result is recorded when it is there, at
-the latest at the end of the run. A request lies on disk until it is scored, so that a resumed run finds it.
+All ranks embed their share of the cells, without masking. Rank 0 leaves the embeddings to `trainer/scoring_queue.py`.
 """
 
-import json
-import os
-import secrets
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,23 +12,16 @@ from scipy import sparse
 
 from data.hashing import DrawKey
 from data.manifest import UNLABELLED
-from trainer.atomicfile import replace_text
-from trainer.console import notice, warn_once
 from trainer.errors import ConfigError, UserError
 from trainer.losses import move_to_device
-from trainer.metrics_file import read_metrics
 from trainer.phases import Phase
 from trainer.run import Run, is_due, leave, position, stop_request
 from trainer.scoring.cells import Cells, check_labels, save_cells
 from trainer.scoring.specs import Spec, parse_specs
+from trainer.scoring_queue import BENCHMARK, ScoringQueue
 
-FOLDER = "benchmarks"
-AT_START = "at_start"
-"""The network as it was at the run's first step: at random initialisation, unless it began with other weights."""
-_MODEL = "model"
 _EPOCH = -1
 _TARGET_SUM = 1e4
-_HEADLINES = {"linear_probe": "accuracy", "embedding_quality": "bio_conservation", "perturbation": "pearson"}
 
 
 def benchmark_if_due(run: Run, phase: Phase) -> None:
@@ -49,14 +34,14 @@ def benchmark_if_due(run: Run, phase: Phase) -> None:
         return
     if not (is_due(progress.epoch, settings.every_epochs) or progress.global_step == 0):
         return
-    queue = run.benchmarks
-    if run.ranks.broadcast(queue is not None and queue.has(phase, progress.epoch)):
+    queue, name = run.scores, f"phase{phase.index}_epoch{progress.epoch}"
+    if run.ranks.broadcast(queue is not None and queue.has(name)):
         return
     rows = held_out_rows(phase)
     embedding = _embed(run, phase, rows)
     if queue is not None:
         assert embedding is not None
-        queue.submit(phase, position(progress, phase), rows, embedding)
+        submit(queue, name, phase, position(progress, phase), rows, embedding)
 
 
 def check_benchmarks(run: Run) -> None:
@@ -118,178 +103,30 @@ def _embed(run: Run, phase: Phase, rows: NDArray[np.int64]) -> NDArray[np.float3
     return np.concatenate(parts) if ranks.is_main else None
 
 
-class BenchmarkQueue:
-    """What rank 0 has to score: at most one process at a time, in the order in which it was asked for."""
-
-    def __init__(self, run: Run, folder: Path) -> None:
-        """Take the run, at the checkpoint that it goes on from, and its folder."""
-        self._run = run
-        self._folder = folder / FOLDER
-        self._metrics = folder / "metrics.jsonl"
-        self._worker: tuple[subprocess.Popen[bytes], Path] | None = None
-        self._waiting: list[Path] = []
-        # A resumed run may hold other cells out: what it describes does not replace what is still being scored.
-        self._token = secrets.token_hex(4)
-        self._described: set[int] = set()
-        self._folder.mkdir(exist_ok=True)
-        self.rewind(run.progress.global_step)
-
-    def has(self, phase: Phase, epoch: int) -> bool:
-        """Tell whether a benchmark has been asked for, or scored."""
-        name = _name(phase.index, epoch)
-        return any(
-            (self._folder / f"{name}{suffix}").exists() for suffix in (".request.json", ".result.json")
-        )
-
-    def submit(
-        self,
-        phase: Phase,
-        where: dict[str, Any],
-        rows: NDArray[np.int64],
-        embedding: NDArray[np.float32],
-    ) -> None:
-        """Leave embeddings to be scored; the request counts from when it is complete."""
-        assert phase.config.benchmarks is not None
-        name = _name(phase.index, where["epoch"])
-        cells = f"phase{phase.index}.{self._token}.cells.npz"
-        if phase.index not in self._described:
-            save_cells(self._folder / cells, cells_of(phase, rows))
-            self._described.add(phase.index)
-        np.save(self._folder / f"{name}.npy", embedding, allow_pickle=False)
-        request = {
-            **where,
-            "specs": phase.config.benchmarks.tables(),
-            "cells": cells,
-            "embedding": f"{name}.npy",
-            "baselines": f"phase{phase.index}.{self._token}.baselines",
-            "result": f"{name}.result.json",
-        }
-        path = self._folder / f"{name}.request.json"
-        replace_text(path, json.dumps(request, indent=2) + "\n")
-        self._waiting.append(path)
-        self.poll()
-
-    def poll(self) -> None:
-        """Record what has been scored, and start on what comes next."""
-        if self._worker is not None:
-            process, request = self._worker
-            if process.poll() is None:
-                return
-            self._worker = None
-            self._finish(request, process.returncode)
-        if self._waiting:
-            request = self._waiting.pop(0)
-            with open(request.with_name("worker.log"), "ab") as log:
-                search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "trainer.scoring.worker", str(request)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, "PYTHONPATH": search_path},
-                )
-            self._worker = process, request
-
-    def close(self, *, wait: bool) -> None:
-        """Wait for what is still to be scored, or leave it to the next start of the run."""
-        if wait and (self._worker or self._waiting):
-            notice("waiting for the last benchmarks")
-        while self._worker is not None or (wait and self._waiting):
-            process = None if self._worker is None else self._worker[0]
-            if process is not None and not wait:
-                process.kill()
-                process.wait()
-                return
-            if process is not None:
-                process.wait()
-            self.poll()
-        if wait:
-            for path in [*self._folder.glob("*.npz"), *self._folder.glob("*.baselines")]:
-                path.unlink()
-
-    def rewind(self, step: int) -> None:
-        """Forget what came after a step that the run goes back to, and make up for what is not recorded."""
-        self.close(wait=False)
-        self._worker, self._waiting = None, []
-        recorded = set()
-        if self._metrics.exists():
-            recorded = {
-                (record["phase"], record["epoch"], record["global_step"])
-                for record in read_metrics(self._metrics)
-                if record["kind"] == "benchmark"
-            }
-        for path in sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime):
-            kind = path.suffixes[0] if len(path.suffixes) > 1 else ""
-            if kind not in (".request", ".result"):
-                continue
-            told = json.loads(path.read_text())
-            if told["global_step"] > step:
-                path.unlink()
-            elif kind == ".request":
-                self._waiting.append(path)
-            elif (told["phase"], told["epoch"], told["global_step"]) not in recorded:
-                self._record(told)
-        self._waiting = [path for path in self._waiting if not _result_of(path).exists()]
-        self.poll()
-
-    def _finish(self, request: Path, exit_code: int) -> None:
-        result = _result_of(request)
-        if result.exists():
-            told = json.loads(result.read_text())
-        else:
-            asked = json.loads(request.read_text())
-            told = {key: asked[key] for key in ("global_step", "phase", "phase_step", "epoch")}
-            told["error"] = f"the process ended with exit code {exit_code} and left no result"
-            replace_text(result, json.dumps(told, indent=2) + "\n")
-        self._record(told)
-        request.unlink(missing_ok=True)
-        request.with_name(request.name.replace(".request.json", ".npy")).unlink(missing_ok=True)
-
-    def _record(self, told: dict[str, Any]) -> None:
-        record = {
-            "kind": "benchmark",
-            **{k: told[k] for k in ("global_step", "phase", "phase_step", "epoch")},
-        }
-        if "error" in told:
-            warn_once(
-                f"the benchmark of phase '{told['phase']}' after epoch {told['epoch']} failed, and training goes on: "
-                f"{told['error']} (see {self._folder / 'worker.log'})"
-            )
-            self._run.recorder.benchmarked({**record, "has_failed": True}, "")
-            return
-        figures = {(row["benchmark"], row["metric"], row["representation"]): row for row in told["rows"]}
-        for (benchmark, metric, representation), row in figures.items():
-            name = f"{benchmark}/{metric}"
-            record[name if representation == _MODEL else f"{name}/{representation}"] = row["value"]
-            if representation == _MODEL and row["spread"] is not None:
-                record[f"{name}_spread"] = row["spread"]
-        if told["global_step"] > 0:
-            record |= self._at_start(told["phase"])
-        self._run.recorder.benchmarked(record, _headline(told["rows"]))
-
-    def _at_start(self, phase: str) -> dict[str, float]:
-        """Return the figures of the network as it was at the run's first step, where this phase began it."""
-        for path in self._folder.glob("*_epoch0.result.json"):
-            told = json.loads(path.read_text())
-            if told["phase"] == phase and told["global_step"] == 0 and "rows" in told:
-                return {
-                    f"{row['benchmark']}/{row['metric']}/{AT_START}": row["value"]
-                    for row in told["rows"]
-                    if row["representation"] == _MODEL
-                }
-        return {}
-
-
-def start_benchmarks(run: Run, folder: Path) -> None:
-    """Begin to score benchmarks on rank 0 of a run that asks for any, with what an earlier process left undone."""
-    if any(phase.config.benchmarks is not None for phase in run.phases):
-        run.benchmarks = BenchmarkQueue(run, folder)
-
-
-def finish_benchmarks(run: Run, *, wait: bool) -> None:
-    """End a run's benchmarks; a run that is done waits for them, one that goes on later makes up for them then."""
-    if run.benchmarks is not None:
-        run.benchmarks.close(wait=wait)
+def submit(
+    queue: ScoringQueue,
+    name: str,
+    phase: Phase,
+    where: dict[str, Any],
+    rows: NDArray[np.int64],
+    embedding: NDArray[np.float32],
+) -> None:
+    """Leave embeddings to be scored."""
+    assert phase.config.benchmarks is not None
+    shared = queue.shared(phase.index)
+    cells = queue.folder / f"{shared}.cells.npz"
+    if not cells.exists():
+        save_cells(cells, cells_of(phase, rows))
+    np.save(queue.folder / f"{name}.npy", embedding, allow_pickle=False)
+    request = {
+        "kind": BENCHMARK,
+        **where,
+        "specs": phase.config.benchmarks.tables(),
+        "cells": cells.name,
+        "own_file": f"{name}.npy",
+        "baselines": f"{shared}.baselines",
+    }
+    queue.submit(name, request)
 
 
 def cells_of(phase: Phase, rows: NDArray[np.int64]) -> Cells:
@@ -341,23 +178,5 @@ def _check_labels(phase: Phase, where: str) -> None:
             raise ConfigError(f"{where}.specs.{index}: {error} (of held-out cells)") from None
 
 
-def _headline(rows: list[dict[str, Any]]) -> str:
-    """Say one figure of each benchmark, beside those of what took no training."""
-    parts = []
-    for title in dict.fromkeys(row["benchmark"] for row in rows):
-        metric = next((m for name, m in _HEADLINES.items() if title.startswith(name)), "r2")
-        found = {
-            r["representation"]: r["value"] for r in rows if (r["benchmark"], r["metric"]) == (title, metric)
-        }
-        if _MODEL in found:
-            others = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != _MODEL)
-            parts.append(f"{title} {metric} {found[_MODEL]:.3f}" + (f" ({others})" if others else ""))
-    return "; ".join(parts)
-
-
 def _name(phase_index: int, epoch: int) -> str:
     return f"phase{phase_index}_epoch{epoch}"
-
-
-def _result_of(request: Path) -> Path:
-    return request.with_name(request.name.replace(".request.json", ".result.json"))

@@ -24,13 +24,13 @@ from data.errors import DataError
 from models.errors import ModelError
 from trainer import control, distributed, preemption, runfolder, watch
 from trainer.account import build_account
-from trainer.benchmarking import check_benchmarks, finish_benchmarks, start_benchmarks
-from trainer.checkpoint import CheckpointWriter, Retention, open_checkpoint
 from trainer.averaging import keep_average
+from trainer.benchmarking import check_benchmarks
+from trainer.checkpoint import CheckpointWriter, Retention, open_checkpoint
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
-from trainer.console import startup_account as print_account
 from trainer.console import notice
+from trainer.console import startup_account as print_account
 from trainer.distributed import Ranks
 from trainer.dotted import check_dotted_paths, resolve
 from trainer.early_stopping import check_early_stopping
@@ -39,17 +39,19 @@ from trainer.exits import PREEMPTED
 from trainer.freezing import split_groups
 from trainer.loop import rehearse
 from trainer.losses import LossModule, build_loss
+from trainer.objective import check_objective_options
 from trainer.optim import UserScheduler, build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
+from trainer.prediction_scoring import check_scoring
 from trainer.preemption import Preempted
 from trainer.progress import Progress
-from trainer.objective import check_objective_options
 from trainer.random_state import seed_dropout
 from trainer.recorder import Recorder
 from trainer.rollback import train_with_fallback
 from trainer.run import Run
 from trainer.run_state import Saver, restore
 from trainer.schedule import base_learning_rates, check_momentum
+from trainer.scoring_queue import finish_scoring, start_scoring
 from trainer.trackers import check_trackers
 from trainer.watch import Watch
 from trainer.weights import initialise_weights, restore_reference_checkpoint
@@ -78,8 +80,8 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         check_dotted_paths(config)
         check_trackers(config.trackers)
         resume = decide_resume(config, ranks)
-        seed_everything(config.seed)
         check_result(config, ranks, resume)
+        seed_everything(config.seed)
         phases, facts = open_phases(config, ranks, pin_memory=accelerator.device.type == "cuda")
         seed_everything(config.seed)
         with distributed.building_model(accelerator, config, [phase.plan for phase in phases]):
@@ -87,24 +89,25 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
             loss = build_loss(config.loss)
         module = LossModule(model, loss)
         check_layouts(phases, module)
+        check_objective_options(module, config.datasets)
         mark_trainable(config, module)
         notes = list(resume.notices)
         if resume.kind == "fresh":
             notes += initialise_weights(config, model, phases, facts)
         notes += compile_layers(config, model, accelerator)
-        check_objective_options(module, config.datasets)
         optimizer = build_optimizer(config, model, module, accelerator.device.type)
         split_groups(optimizer, module, config.datasets)
+        keep_average(optimizer, config.ema)
         check_rates(phases, optimizer)
         strategy = distributed.prepare(accelerator, module, optimizer, config.max_grad_norm)
         scheduler = (
             None if config.optimizer.scheduler_class is None else UserScheduler(config.optimizer, optimizer)
-        keep_average(optimizer, config.ema)
         )
         seed_dropout(config.seed, ranks.index, 0)
         state = Run(config, ranks, strategy, module, phases, Progress(), Recorder(), None, scheduler)
         check_early_stopping(state)
         check_benchmarks(state)
+        check_scoring(state, facts.technical_batches)
         if dry_run:
             account = build_account(state, facts, run_folder="none (dry run)", resumed_from=None, notes=notes)
             print_account(account)
@@ -140,7 +143,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         if ranks.is_main:
             trackers = {} if saved is None else saved.shared("run_state.safetensors")["trackers"]
             run.recorder = Recorder.open(config, folder, step, trackers, redone_record(run))
-            start_benchmarks(run, folder)
+            start_scoring(run, folder)
         resumed_from = (
             None if resume.checkpoint is None else f"{resume.checkpoint} (step {run.progress.global_step})"
         )
@@ -150,8 +153,8 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         with build_writer(config, ranks, folder) as writer:
             run.saver = Saver(writer, config, facts, None if saved is None else run.progress)
             train_with_fallback(run, writer, folder, facts)
-        exit_code, reason = 0, "done"
         save_result(run, folder)
+        exit_code, reason = 0, "done"
         return 0
     except (UserError, DataError, ModelError) as error:
         exit_code, reason = 2, str(error)
@@ -172,7 +175,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
     finally:
         is_wanted = exit_code in (0, PREEMPTED)
         watcher.close(exit_code, reason, is_consequence=is_consequence, is_wanted=is_wanted)
-        finish_benchmarks(run, wait=exit_code == 0)
+        finish_scoring(run, wait=exit_code == 0)
         run.recorder.close(exit_code)
         if ranks.is_main:
             with contextlib.suppress(OSError):  # a full disk must not hide what stopped the run
@@ -185,7 +188,6 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
                 ranks.barrier()
 
 
-def leave_early(config: RunConfig, ranks: Ranks, where: str) -> None:
 def check_result(config: RunConfig, ranks: Ranks, resume: Resume) -> None:
     """Let rank 0 find out before any training whether the trained model can go where `export_to` says."""
     error: Exception | None = None
@@ -214,6 +216,7 @@ def save_result(run: Run, folder: Path) -> None:
     ranks.agree_on_error(error)
 
 
+def leave_early(config: RunConfig, ranks: Ranks, where: str) -> None:
     """End before training has begun where any rank is asked to: all of them agree here."""
     request = preemption.request(config.max_wall_seconds if ranks.is_main else None)
     agreed = preemption.agreed_request(ranks, request)
@@ -496,6 +499,7 @@ def check_rates(phases: list[Phase], optimizer: torch.optim.Optimizer) -> None:
     for phase in phases:
         base_learning_rates(phase.config, optimizer.param_groups)
         phase.learning_rate_factor(phase.config.warmup_steps)
+        check_momentum(phase.config, optimizer.param_groups)
 
 
 def seed_everything(seed: int) -> None:
@@ -503,4 +507,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-        check_momentum(phase.config, optimizer.param_groups)

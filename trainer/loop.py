@@ -19,6 +19,7 @@ from trainer.losses import move_to_device
 from trainer.meters import LossSum, Meters
 from trainer.objective import set_objective_options
 from trainer.phases import Phase
+from trainer.prediction_scoring import score_if_due
 from trainer.progress import Progress
 from trainer.run import Run, StepTotals, add_up, is_due, is_over, leave, position, save, write_records
 from trainer.schedule import base_learning_rates, set_learning_rates, set_momentum
@@ -34,6 +35,7 @@ def train(run: Run) -> None:
     for phase in run.phases[run.progress.phase_index :]:
         begin_phase(run, phase)
         benchmark_if_due(run, phase)
+        score_if_due(run, phase)
         if run.progress.evaluation_due:
             evaluate_at_last(run, phase)
         while not is_over(run.progress, phase):
@@ -159,6 +161,7 @@ def end_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     if phase.validation is not None and is_due_now and not was_stopped:
         evaluate(run, phase)
     benchmark_if_due(run, phase)
+    score_if_due(run, phase)
     if not is_over(progress, phase) and is_due(progress.epoch, config.save_every_epochs):
         save(run)
 

@@ -36,7 +36,7 @@ class LossModule(nn.Module):
 
     @property
     def objective(self) -> Any:
-        """Return the object that computes the loss: the configured one, `model.diffusion`, a criterion, or the model."""
+        """Return what computes the loss: the configured object, `model.diffusion`, a criterion, or the model."""
         return self._objective[0]
 
     def weight(self, batch: dict[str, Any]) -> float:

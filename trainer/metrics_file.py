@@ -1,8 +1,8 @@
 """`metrics.jsonl`: one line of JSON for each optimizer step and each evaluation, in full float precision.
 
 A record is a flat dict. Every record has the fields `kind` ("train" for an optimizer step, "validation" for
-an evaluation, "benchmark" for a benchmark, which may be written after later steps), `global_step`, `phase`,
-`phase_step` and `epoch`. The file is strict JSON, which knows no NaN
+an evaluation, "benchmark" and "score" for those of held-out cells, which may be written after later steps),
+`global_step`, `phase`, `phase_step` and `epoch`. The file is strict JSON, which knows no NaN
 and no infinity: they are written as the strings "nan", "inf" and "-inf", and `read_metrics` turns them back
 into floats everywhere but in the text fields.
 """
@@ -199,7 +199,7 @@ def _kept_records(
 ) -> tuple[int, list[dict[str, MetricValue]]]:
     """Return the size to which the file is cut, and the records behind it that are to be written again.
 
-    These are benchmarks of steps up to the one that the run goes on from, which were written later.
+    These are benchmarks and scores of steps up to the one that the run goes on from, which were written later.
     """
     kept, late, is_cut = 0, [], False
     for end, record in _whole_lines(path):
@@ -209,7 +209,7 @@ def _kept_records(
         is_redone = bool(redone) and step == resume_step and redone.items() <= record.items()
         if is_redone or (resume_step is not None and step > resume_step):
             is_cut = True
-        elif is_cut and record.get("kind") == "benchmark":
+        elif is_cut and record.get("kind") in ("benchmark", "score"):
             late.append(record)
         if not is_cut:
             kept = end

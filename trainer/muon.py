@@ -81,7 +81,10 @@ class MuonAndAdam(torch.optim.Optimizer):
         for parameter, state in zip(parameters, states, strict=True):
             if "exp_avg" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["exp_avg"], state["exp_avg_sq"] = (
+                    torch.zeros_like(parameter),
+                    torch.zeros_like(parameter),
+                )
         adamw(
             parameters,
             [parameter.grad for parameter in parameters if parameter.grad is not None],
@@ -155,7 +158,9 @@ def muon_and_adam(
             {"params": [p for p in parameters if (id(p) in chosen) == use_muon], "use_muon": use_muon}
             for use_muon in (True, False)
         ]
-        groups = [{**group, "name": "muon" if group["use_muon"] else "adam"} for group in groups if group["params"]]
+        groups = [
+            {**group, "name": "muon" if group["use_muon"] else "adam"} for group in groups if group["params"]
+        ]
         advice = f"{type(model).__name__} has none that is no embedding, and that `adam` does not match"
     if not any(group["use_muon"] for group in groups):
         raise ConfigError(

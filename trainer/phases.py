@@ -61,6 +61,8 @@ class Phase:
     """The same over the validation cells, or None."""
     batch_names: list[str]
     notices: list[str]
+    predictions: Any = None
+    """What is predicted of its held-out perturbations between epochs (`trainer.prediction_scoring`), or None."""
     steps_before: int = 0
     """Optimizer steps of the phases before it."""
     steps_of_run: int | None = None

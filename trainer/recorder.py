@@ -89,7 +89,7 @@ class Recorder:
         evaluation_line(phase.name, record["global_step"], values, time.perf_counter() - self._clock)
 
     def benchmarked(self, record: dict[str, Any], headline: str) -> None:
-        """Write a benchmark's record, which may belong to an earlier step, and say what it found."""
+        """Write the record of a benchmark or a score, which may belong to an earlier step, and say what it found."""
         if self._metrics is None:
             return
         assert self._trackers is not None
@@ -97,7 +97,7 @@ class Recorder:
         self._trackers.log(record, record["global_step"])
         if headline:
             where = f"{record['phase']} after epoch {record['epoch']}"
-            notice(f"step {record['global_step']}  benchmark of {where}  {headline}")
+            notice(f"step {record['global_step']}  {record['kind']} of {where}  {headline}")
 
     def saved(self, step: int, folder: str, seconds: float) -> None:
         """Say that a checkpoint has been handed to the writer."""

@@ -49,8 +49,8 @@ def roll_back(
         run.recorder.close(0)
         trackers = saved.shared("run_state.safetensors")["trackers"]
         run.recorder = Recorder.open(config, folder, saved.step, trackers)
-    if run.benchmarks is not None:
-        run.benchmarks.rewind(saved.step)
+    if run.scores is not None:
+        run.scores.rewind(saved.step)
     run.saver = Saver(writer, config, facts, progress)
     notice(
         f"rollback {rollbacks}: FP8 steps up to {failed_at} were not finite; on from step {saved.step} in bf16 until "

@@ -38,8 +38,8 @@ class Run:
     """`trainer.run_state.Saver`: writes what `progress` stands for."""
     scheduler: Any = None
     """The user's scheduler, or None: then the learning rate is a pure function of phase and step."""
-    benchmarks: Any = None
-    """`trainer.benchmarking.BenchmarkQueue` on rank 0 of a run that benchmarks, else None."""
+    scores: Any = None
+    """`trainer.scoring_queue.ScoringQueue` on rank 0 of a run that scores held-out cells, else None."""
     activity: Activity = field(default_factory=Activity)
     """What the main thread is doing, which trainer/watch.py watches."""
 
@@ -98,8 +98,8 @@ def write_records(run: Run, meters: Meters) -> None:
     """
     progress, records = run.progress, meters.take()
     run.recorder.write(records)
-    if run.benchmarks is not None:
-        run.benchmarks.poll()
+    if run.scores is not None:
+        run.scores.poll()
     for record in records:
         progress.skipped_steps += record["is_skipped"]
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record["is_skipped"] else 0

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 REPLACED_KEYS = {
-    "eval_mode": "`python -m trainer predict` and `score` measure a trained model, and datasets.N.eval_every_epochs and "
+    "eval_mode": "`python -m trainer predict` and `score` measure a trained model; datasets.N.eval_every_epochs and "
     "datasets.N.scoring do in training",
     "test_prep_mode": "`python -m trainer predict` writes predictions of perturbations that no cell was measured of",
     "test_genes_path": "`python -m trainer predict` takes the target genes",

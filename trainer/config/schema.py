@@ -194,6 +194,25 @@ class BenchmarksConfig(Section):
         return [spec.model_dump() for spec in self.specs]
 
 
+class ScoringConfig(Section):
+    """Scores of predicted cells of a phase's held-out perturbations, between its epochs."""
+
+    preset: Literal["vcc2025", "vcc2026"] = Field(
+        description="Whose metrics: the Virtual Cell Challenge's of 2025 (cell-eval) or of 2026 (cell-eval2)"
+    )
+    every_epochs: PositiveCount = Field(default=1, description="Between scores (epochs)")
+    max_perturbations: PositiveCount = Field(
+        default=50,
+        description="Held-out perturbations that are predicted, a seeded choice where there are more (target genes)",
+    )
+    cells_per_perturbation: PositiveCount | None = Field(
+        default=None,
+        description="Predicted cells of each perturbation and cell type (cells; null: as many as the real ones)",
+    )
+    num_steps: PositiveCount = Field(default=16, description="Passes through the network for each cell (passes)")
+    batch_size: PositiveCount = Field(default=8, description="Sets per rank and forward pass (sets)")
+
+
 class EarlyStoppingConfig(Section):
     """When a phase ends before its last epoch, because its validation no longer improves."""
 
@@ -392,6 +411,9 @@ class PhaseConfig(Section):
     )
     benchmarks: BenchmarksConfig | None = Field(
         default=None, description="Benchmarks of the embeddings of held-out cells (null: none)"
+    )
+    scoring: ScoringConfig | None = Field(
+        default=None, description="Scores of predicted cells of held-out perturbations (null: none)"
     )
     freeze: Patterns = Field(
         default=(), description="Regular expressions on parameter names that are held still in this phase"

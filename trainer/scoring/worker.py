@@ -1,6 +1,6 @@
-"""The process that scores embeddings beside a training run: `python -m trainer.scoring.worker REQUEST`.
+"""The process that scores embeddings and predictions beside a training run: `python -m trainer.scoring.worker REQUEST`.
 
-It imports no torch, obeys the process that started it alone, and ends with it.
+It imports no torch for embeddings, obeys the process that started it alone, and ends with it.
 """
 
 import json
@@ -35,9 +35,11 @@ def main(argv: list[str]) -> int:
     request_path = Path(argv[0])
     request = json.loads(request_path.read_text())
     folder = request_path.parent
-    result = {key: request[key] for key in ("global_step", "phase", "phase_step", "epoch")}
+    result = {key: request[key] for key in ("kind", "global_step", "phase", "phase_step", "epoch")}
     try:
-        result |= to_json(_score(folder, request))
+        result |= to_json(
+            _benchmark(folder, request) if request["kind"] == "benchmark" else _score(folder, request)
+        )
     except UserError as error:
         result["error"] = str(error)
     except Exception as error:
@@ -58,9 +60,15 @@ def from_json(parsed: dict[str, Any]) -> Results:
 
 
 def _score(folder: Path, request: dict[str, Any]) -> Results:
+    from trainer.scoring.vcc_request import score_request  # which imports torch and the data's readers
+
+    return score_request(folder, request)
+
+
+def _benchmark(folder: Path, request: dict[str, Any]) -> Results:
     specs = parse_specs(request["specs"], "specs")
     cells = load_cells(folder / request["cells"])
-    embedding = np.load(folder / request["embedding"], allow_pickle=False)
+    embedding = np.load(folder / request["own_file"], allow_pickle=False)
     mine = run_benchmarks(specs, {MODEL: embedding}, cells)
     baselines = _baselines(folder / request["baselines"], specs, cells)
     return Results([*mine.rows, *(row for row in baselines.rows if row not in mine.rows)], mine.notes)
