@@ -125,6 +125,10 @@ class PerturbationSource:
         }
         return {**result, "num_tokens": tokens.size}
 
+    def fetch_unmasked(self, rows: NDArray[np.int64], draw: DrawKey) -> dict[str, Any]:
+        """Return what `fetch` does, whose values are never masked: a model may look at them before it trains."""
+        return self.fetch(rows, draw)
+
     def set_batch_mapping(self, mapping: Mapping[str, int]) -> None:
         """Let `batch_idx` hold the run's index of each technical batch, instead of the corpus's own."""
         self._batch_index = batch_indices(self.unique_batches, mapping, str(self.reader.info.path))

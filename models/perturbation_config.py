@@ -12,6 +12,7 @@ from models.fp8_scaling import Recipe
 from models.layers import Activation, Backend, Normalization, check_choice
 
 TargetTable = Literal["genes", "own"]
+GeneVectors = Literal["file", "coexpression"]
 ControlTokens = Literal["shared", "own"]
 
 
@@ -46,7 +47,11 @@ class PerturbationTransformerConfig:
         normalization: kind of norm.
         gene_embedding_path: file of gene vectors, such as of the genes' proteins (.npy with a .txt of gene names beside
             it, or .safetensors), which stay as they are beside the learned ones.
-        gene_vector_dim: width that the vectors of the file are brought to; 0 has none.
+        gene_vectors: `file`, or `coexpression`: what the training data shows of which genes vary together between cells
+            of the same labels (`models.coexpression`), found before a fresh start, which stays as it is too.
+        gene_vector_dim: width that the vectors of the file are brought to, or directions of `coexpression`; 0 has none.
+        response_rank: directions in which a perturbation moves the genes' distributions along their tokens, each gene
+            by as much as it learns: what targets with similar fixed gene vectors do is alike. 0 leaves it out.
         objective: `absorbing` or `partial` (see `models.diffusion`).
         objective_args: options of the objective. With `auxiliary` among them heads for these losses are built.
         init_std: standard deviation of the initial weights.
@@ -81,7 +86,9 @@ class PerturbationTransformerConfig:
     activation: Activation = "gelu"
     normalization: Normalization = "LayerNorm"
     gene_embedding_path: str | None = None
+    gene_vectors: GeneVectors = "file"
     gene_vector_dim: int = 0
+    response_rank: int = 0
     objective: Objective = "absorbing"
     objective_args: Mapping[str, Any] = field(default_factory=dict)
     init_std: float = 0.02
@@ -152,7 +159,7 @@ class PerturbationTransformerConfig:
             if value is not None and value < least:
                 shown = {"gene_width": "gene_dim", "inner_dim": "ffn_dim", "gene_inner_dim": "gene_ffn_dim"}
                 yield f"{shown.get(name, name)} is {value}; it must be at least {least}"
-        for name in ("n_technical_batches", "gene_vector_dim"):
+        for name in ("n_technical_batches", "gene_vector_dim", "response_rank"):
             if getattr(self, name) < 0:
                 yield f"{name} is {getattr(self, name)}; it must not be negative"
         rows = self.num_technical_batches
@@ -171,6 +178,7 @@ class PerturbationTransformerConfig:
         choices = {
             "control_tokens": ControlTokens,
             "target_table": TargetTable,
+            "gene_vectors": GeneVectors,
             "activation": Activation,
             "normalization": Normalization,
             "objective": Objective,
@@ -189,6 +197,12 @@ class PerturbationTransformerConfig:
             )
         if self.gene_embedding_path is not None and not self.gene_vector_dim:
             yield "gene_embedding_path is set, but gene_vector_dim is 0; set the width to keep, such as 64"
+        if self.gene_vectors == "coexpression" and self.gene_embedding_path is not None:
+            yield "gene_vectors is coexpression, and gene_embedding_path names a file; leave one of them away"
+        if self.gene_vectors == "coexpression" and not self.gene_vector_dim:
+            yield "gene_vectors is coexpression, but gene_vector_dim is 0; set how many directions to keep, such as 16"
+        if self.response_rank and not self.use_target:
+            yield f"response_rank is {self.response_rank}, but use_target is false: no target responds"
         if self.target_table == "genes" and self.num_targets not in (None, self.num_genes):
             yield (
                 f"num_targets is {self.num_targets} and num_genes {self.num_genes}, but with target_table genes the "

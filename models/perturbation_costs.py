@@ -48,6 +48,7 @@ def training_flops(config: "PerturbationTransformerConfig", sizes: BatchSizes) -
     flops += cells * (4.0 * _NUM_SINES * dim + 6.0 * dim * dim)
     if config.use_target:
         flops += 6.0 * sets * (gene_dim * dim + dim * dim)
+        flops += sets * config.response_rank * (6.0 * genes + _code_flops(config))
     flops += _encoder_flops(config, cells, genes)
     if config.use_control:
         flops += 4.0 * 2 * sets * genes * config.num_control_tokens * gene_dim
@@ -116,6 +117,13 @@ def _states(config: "PerturbationTransformerConfig") -> int:
     return (
         config.num_latents + config.num_conditions + (config.num_context_latents if config.use_control else 0)
     )
+
+
+def _code_flops(config: "PerturbationTransformerConfig") -> float:
+    """Return the operations of a target's code for each of its directions: fixed vectors have no gradients."""
+    if config.target_table == "own":
+        return 0.0
+    return 4.0 * config.gene_vector_dim if config.gene_vector_dim else 6.0 * config.gene_width
 
 
 def _linear1_width(config: "PerturbationTransformerConfig", inner: int) -> int:

@@ -17,12 +17,12 @@ TIME_SCALE = 1000.0
 
 
 class GeneIdentity(nn.Module):
-    """A learned vector for each gene and, beside it, a projection of one from a file that stays as it is."""
+    """A learned vector for each gene and, beside it, a projection of one that was given and stays as it is."""
 
     vectors: Tensor
 
     def __init__(self, num_genes: int, dim: int, vector_dim: int, init_std: float) -> None:
-        """Draw the learned vectors; those of the file are zero until they are set."""
+        """Draw the learned vectors; the given ones are zero until they are set."""
         super().__init__()
         self.learned = Embedding(num_genes, dim, init_std=init_std)
         self.projection = None
@@ -31,7 +31,7 @@ class GeneIdentity(nn.Module):
             self.projection = Linear(vector_dim, dim, bias=False, init_std=init_std)
 
     def set_vectors(self, vectors: Tensor) -> None:
-        """Take vectors [N, V], zeros for genes that the file lacks."""
+        """Take vectors [N, V], zeros for genes without one."""
         self.vectors.copy_(vectors)
 
     def forward(self) -> Tensor:
@@ -122,6 +122,64 @@ class TargetEmbedding(nn.Module):
         vectors = self.linear2(F.silu(self.linear1(self.norm(found))))
         total = (vectors * is_there).sum(dim=1)
         return total + self.none(torch.zeros_like(index[:, 0])) * ~is_there.any(dim=1)
+
+
+class Response(nn.Module):
+    """Move each gene's whole distribution along its tokens, by a product of what the target is and what the gene is.
+
+    A target is a linear map of its fixed gene vector, and so targets that vary alike with other genes move them alike,
+    also one that was never perturbed; with a table of targets it has a row of its own. What is moved is the logarithm
+    of the odds, in proportion to the place of the token. A target's own expression moves further by one learned amount.
+    """
+
+    SPAN = 4.0
+    """Difference in place between the first and the last token: amounts of about 1 then move a gene far."""
+    SHORT_VECTOR = 0.1
+    """Vectors much shorter than this part of the longest one count less than others, which have length 1."""
+
+    def __init__(
+        self,
+        num_genes: int,
+        vector_dim: int,
+        num_tokens: int,
+        rank: int,
+        num_targets: int | None,
+        init_std: float,
+    ) -> None:
+        """Draw the weights; `num_targets` is the size of the table of targets, None where these are genes."""
+        super().__init__()
+        self.num_tokens = num_tokens
+        self.genes = Embedding(num_genes, rank, init_std=2.0 / math.sqrt(rank))
+        self.table = self.code = self.own = None
+        if num_targets is not None:
+            self.table = Embedding(num_targets, rank, init_std=init_std)
+        else:
+            self.code = Linear(vector_dim, rank, init_std=init_std)
+            self.own = nn.Parameter(torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        """Set the own amount to zero; the layers draw their own weights."""
+        if self.own is not None:
+            nn.init.zeros_(self.own)
+
+    def forward(self, targets: Tensor, vectors: Tensor) -> Tensor:
+        """Return logits [B, N, K] to add, for indices [B, P], -1 for none, and vectors [N, V] of the genes."""
+        is_there = (targets >= 0).unsqueeze(-1).float()  # [B, P, 1]
+        index = targets.clamp(min=0)
+        if self.table is not None:
+            codes = self.table(index)
+        else:
+            assert self.code is not None
+            length = vectors.norm(dim=1, keepdim=True)
+            floor = (self.SHORT_VECTOR * length.max()).clamp(min=1e-6)
+            codes = self.code((vectors / (length + floor))[index])
+        rows = torch.arange(self.genes.num_embeddings, device=targets.device)
+        amount = (codes * is_there).sum(dim=1).float() @ self.genes(rows).float().T  # [B, N]
+        if self.own is not None:
+            own = self.own.float() * is_there.squeeze(-1)
+            amount = amount.scatter_add(1, index, own)
+        place = torch.linspace(-self.SPAN / 2, self.SPAN / 2, self.num_tokens, device=targets.device)
+        return amount.unsqueeze(-1) * place
 
 
 class CellEncoder(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from models import perturbation_costs
 from models.auxiliary_losses import NUM_OUTPUTS
+from models.coexpression import coexpression_vectors
 from models.costs import Activations
 from models.diffusion import DenoiserOutput, MaskedDiffusion, make_diffusion
 from models.embeddings import BinEmbedding, Embedding, TechnicalBatchEmbedding
@@ -26,6 +27,7 @@ from models.perturbation_layers import (
     ControlProfile,
     GeneDecoder,
     GeneIdentity,
+    Response,
     SetEncoder,
     TargetEmbedding,
     TimeEmbedding,
@@ -44,7 +46,7 @@ class Conditions(NamedTuple):
         gene_vectors: [N, G] of the genes themselves.
         queries: [B, N, G] what each gene asks the latents with: its vector, its expression in the controls, whether it
             is a target.
-        prior: [B, N, K] logits from the controls; None without.
+        prior: [B, N, K] logits from the controls, moved by the targets' response; None without both.
         context: [B, L, D] latents of the set of controls; None without.
         target: [B, D] of the perturbed genes; None without.
         technical_batch: [B, D], or [B, S, D]; None without.
@@ -87,12 +89,21 @@ class PerturbationTransformer(nn.Module):
         self.prior = None
         if config.use_control and config.control_tokens == "shared":
             self.prior = ControlPrior(config.vocab_size)
-        self.target_embedding = self.target_flag = None
+        self.target_embedding = self.target_flag = self.response = None
         if config.use_target:
             own = (config.num_targets or config.num_genes) if config.target_table == "own" else None
             self.target_embedding = TargetEmbedding(gene_dim, dim, own, std)
             if own is None:
                 self.target_flag = Embedding(2, gene_dim, init_std=std)
+            if config.response_rank:
+                self.response = Response(
+                    config.num_genes,
+                    config.gene_vector_dim or gene_dim,
+                    config.vocab_size,
+                    config.response_rank,
+                    own,
+                    std,
+                )
         self.technical_batch_embedding = None
         if config.n_technical_batches:
             padded = config.n_technical_batches
@@ -166,7 +177,16 @@ class PerturbationTransformer(nn.Module):
                     )
             target = None
             if self.target_embedding is not None:
-                target, queries = self._targets(target_gene_idx, queries)
+                if target_gene_idx is None:
+                    target_gene_idx = torch.full((rows,), -1, device=queries.device)
+                targets = (
+                    target_gene_idx if target_gene_idx.ndim == 2 else target_gene_idx.unsqueeze(1)
+                )  # [B, P]
+                target, queries = self._targets(targets, queries)
+                if self.response is not None:
+                    fixed = self.config.gene_vector_dim > 0
+                    moved = self.response(targets, self.gene_embedding.vectors if fixed else genes)
+                    prior = moved if prior is None else prior + moved
             context = None
             if self.control_encoder is not None:
                 context = self._context(control_set, genes, target, rows)
@@ -209,18 +229,24 @@ class PerturbationTransformer(nn.Module):
     def initialise_from_data(
         self, batches: Iterable[dict[str, Any]], gene_ids: Sequence[str] | None = None
     ) -> dict[str, int]:
-        """Read the gene vectors; called once, before a fresh start.
+        """Read or find the gene vectors; called once, before a fresh start.
 
         Args:
-            batches: not looked at.
+            batches: training data without masks, which `gene_vectors: coexpression` looks at.
             gene_ids: the names of the genes, in the order of the columns.
 
         Returns:
-            What was done, for the start-up account: gene vectors found and missing.
+            What was done, for the start-up account: gene vectors found and missing, or directions and cells.
         """
         config = self.config
         if not config.gene_vector_dim:
             return {}
+        if config.gene_vectors == "coexpression":
+            found = coexpression_vectors(batches, config.num_genes, config.gene_vector_dim)
+            self.gene_embedding.set_vectors(
+                found.vectors / found.vectors.square().mean().sqrt().clamp(min=1e-6)
+            )
+            return {"coexpression_directions": found.num_directions, "coexpression_cells": found.num_cells}
         if config.gene_embedding_path is None:
             raise ModelError(
                 f"gene_vector_dim is {config.gene_vector_dim}, but gene_embedding_path names no file to take the gene "
@@ -298,12 +324,9 @@ class PerturbationTransformer(nn.Module):
         in_sets = latents.unflatten(0, controls.shape[:2]).flatten(1, 2)  # [B, C * M, D]
         return self._run(self.control_encoder, in_sets)
 
-    def _targets(self, target_gene_idx: Tensor | None, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the targets' vector [B, D], and the queries [B, N, G] marked at the targets."""
+    def _targets(self, targets: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the vector [B, D] of targets [B, P], and the queries [B, N, G] marked at the targets."""
         assert self.target_embedding is not None
-        if target_gene_idx is None:
-            target_gene_idx = torch.full((len(queries), 1), -1, device=queries.device)
-        targets = target_gene_idx if target_gene_idx.ndim == 2 else target_gene_idx.unsqueeze(1)  # [B, P]
         vector = self.target_embedding(targets, queries)
         if self.target_flag is None:
             return vector, queries

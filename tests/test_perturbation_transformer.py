@@ -39,6 +39,8 @@ VARIANTS: list[dict[str, Any]] = [
     {"use_target": False, "num_context_layers": 2, "dropout": 0.1},
     {"target_table": "own", "num_targets": 7, "control_tokens": "own", "n_bins": 8},
     {"objective": "partial", "objective_args": {"auxiliary": {}}, "gene_vector_dim": 8},
+    {"response_rank": 6},
+    {"response_rank": 6, "target_table": "own", "num_targets": 7},
 ]
 
 
@@ -122,7 +124,7 @@ def test_every_parameter_gets_a_gradient_and_idle_ones_exactly_zero(changes, abs
             "control_value_embedding.",
         )
         idle += ("controls.scale.", "auxiliary_head.", "target_embedding.linear", "target_embedding.norm.")
-        idle += ("target_embedding.table.", "controls.shift.weight")
+        idle += ("target_embedding.table.", "controls.shift.weight", "response.")
         assert zero - allowed == {name for name in gradients if name.startswith(idle)}
     else:
         assert zero <= allowed
