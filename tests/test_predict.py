@@ -464,3 +464,58 @@ def test_cells_of_too_many_counts_are_scaled_down_and_counted(counts):
     rows = decoder.decode(tokens, MatchedControls(total, total, None), np.arange(2).astype(np.uint64))
     sums = dense(rows, 150).sum(axis=1)
     assert rows.num_capped == 1 and 0.99e6 < sums[0] <= 1e6 and sums[1] == 150
+
+
+DRAW_IN_A_RUN = """
+import sys
+import numpy as np
+from trainer import build
+from trainer.config import load_run_config
+from trainer.prediction import draw_sets, predicted_blocks
+from data.perturbation_settings import settings_of_source
+from data.predicted_values import ValueDecoder
+from data.prediction_sets import PredictionSets, Wanted, make_requests, open_perturbed_corpus, technical_batch_index
+
+def carry_out(run, facts, resume, notes):
+    phase = run.phases[0]
+    source, none = phase.loader.source, np.empty(0, np.int64)
+    settings = settings_of_source(source, phase.config.dataloader_args, phase.name, facts.technical_batches)
+    corpus = open_perturbed_corpus(source.reader.info, settings)
+    requests = make_requests(corpus, [Wanted("GENE5"), Wanted("GENE6")], real_rows=none, default_cells=9)
+    index = technical_batch_index(corpus, requests)
+    sets = PredictionSets(corpus, requests, seed=0, batch_index=index, cells_are_apart=True)
+    decoder = ValueDecoder(settings.tokenizer, settings.transform, "counts", True)
+    draw = lambda batch: draw_sets(
+        run.strategy.module, batch, 3, device=run.strategy.device, is_prepared=True
+    )
+    blocks = list(predicted_blocks(draw, sets, decoder, run.ranks, batch_size=5))
+    assert bool(blocks) == run.ranks.is_main and run.module.model.training
+    if blocks:
+        np.savez(sys.argv[2], *(part for block in blocks for part in block.rows[:3]))
+    return 0
+
+build.carry_out = carry_out
+raise SystemExit(build.run(load_run_config(sys.argv[1])))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_a_run_of_two_ranks_draws_the_cells_of_one(place, tmp_path, strategy):
+    from running import strategy_environment, write_config
+
+    (tmp_path / "script.py").write_text(DRAW_IN_A_RUN)
+    files = []
+    for count, launched in ((1, "ddp"), (2, strategy)):
+        path = write_config(tmp_path, config(place), global_batch_size=8)
+        environment = strategy_environment(tmp_path, launched, count)
+        environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+        output = tmp_path / f"{count}.npz"
+        launch_ranks(count, [tmp_path / "script.py", path, output], env=environment, cwd=tmp_path)
+        files.append(np.load(output))
+    assert (
+        len(files[0].files) == 3 * 3
+    )  # 12 sets in batches of 5: two rounds of two ranks, one batch too many
+    assert sum(len(files[0][f"arr_{index}"]) - 1 for index in (0, 3, 6)) == 36
+    for name in files[0].files:
+        assert np.array_equal(files[0][name], files[1][name])
