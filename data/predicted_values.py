@@ -119,19 +119,21 @@ class ValueDecoder:
         if is_counts:
             low += 1  # the smallest count of the bin
         signed = tokenizer.decode(tokens).astype(np.float64)
-        centre = np.abs(signed)
-        width = high - low
+        values, width = np.abs(signed), high - low
+        # Most counts have a bin of their own, and nothing to be drawn.
+        wide = np.flatnonzero((width > 0) | (is_counts & (values != np.rint(values))))
+        row = row_numbers(offsets_of(lengths))[wide]
+        cells = seeds, np.bincount(row, minlength=len(lengths)), columns[wide]
+        low, high, centre, width = low[wide], high[wide], values[wide], width[wide]
         # A part below and a part above the centre, each drawn from as often as lets the mean be the centre.
         share_below = (high - centre) / np.where(width > 0, width, 1)
-        is_below = _uniform(Stream.PREDICTED_SIDE, seeds, lengths, columns) < share_below
-        place = _uniform(Stream.PREDICTED_VALUE, seeds, lengths, columns)
+        is_below = _uniform(Stream.PREDICTED_SIDE, *cells) < share_below
+        place = _uniform(Stream.PREDICTED_VALUE, *cells)
         drawn = np.where(is_below, low + (centre - low) * place, centre + (high - centre) * place)
         # The last bin may hold values beyond its end, and then its mean may lie there too.
-        is_inside = (width > 0) & (low <= centre) & (centre <= high)
-        drawn = np.where(is_inside, drawn, centre)
-        if is_counts:
-            drawn = _rounded(drawn, seeds, lengths, columns)
-        return np.where(signed < 0, -drawn, drawn)
+        drawn = np.where((low <= centre) & (centre <= high), drawn, centre)
+        values[wide] = _rounded(drawn, *cells) if is_counts else drawn
+        return np.where(signed < 0, -values, values)
 
     def _as_lognorm(self, rows: PredictedRows, controls: MatchedControls) -> PredictedRows:
         if self.holds_counts and (self.transform.target_sum is None or not self.transform.log1p):
