@@ -334,7 +334,7 @@ _CEILING_FILES = ("anchor_agg.parquet", "agg_ceiling_results.csv")
 
 
 def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=[a-z)])\. ", " ".join(text.split()))[0]
+    return re.split(r"(?<=[a-z)\]])\. ", " ".join(text.split()))[0]
 
 
 def _rescaled_path(context: _Context, arm: str) -> Path:

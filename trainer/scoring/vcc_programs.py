@@ -202,7 +202,7 @@ def run_calls(
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
     ended = _ended(folder / "ended.json")
     failed = {name: error for name, error in ended.items() if error is not None}
     for call in calls:
