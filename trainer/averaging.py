@@ -31,7 +31,8 @@ def keep_average(optimizer: torch.optim.Optimizer, settings: EmaConfig | None) -
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if parameter.dtype not in (torch.float32, torch.float64):
+            # Those that ZeRO-3 has divided (`ds_id`) are stepped, and averaged, in fp32 whatever they are here.
+            if not hasattr(parameter, "ds_id") and parameter.dtype not in (torch.float32, torch.float64):
                 raise ConfigError(
                     f"ema: the model was built with weights in {str(parameter.dtype).removeprefix('torch.')}, in which "
                     "an average's small steps are rounded away; build it in float32 (precision: bf16 computes in bf16 "
