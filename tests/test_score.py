@@ -399,6 +399,18 @@ def test_the_command_checks_the_contract_alone(tmp_path, capsys):
     assert "--real FILE is missing" in capsys.readouterr().err
 
 
+def test_controls_of_other_cell_types_than_a_perturbations_are_told(tmp_path):
+    options, notes = OPTIONS["vcc2026"], []
+    labels = ["A", "A", "B", "B", "non-targeting", "non-targeting"]
+    cells = load_cells(read(write(tmp_path / "real.h5ad", labels, cell_type="xyxyxy")), "cell_type", None)
+    vcc._note_cell_types(cells, options, notes)
+    assert notes == []
+    cells = load_cells(read(write(tmp_path / "real.h5ad", labels, cell_type="xyyyxy")), "cell_type", None)
+    vcc._note_cell_types(cells, options, notes)
+    assert notes[0].startswith("1 perturbations are of fewer cell types than the controls")
+    assert "--context-key cell_type" in notes[0]
+
+
 @pytest.fixture(scope="session")
 def scored(tmp_path_factory):
     """Score a prediction of the same truth, for both years; return files, results and the output folders."""

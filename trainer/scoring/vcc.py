@@ -188,6 +188,7 @@ def _write_files(
     if options.only_predicted:
         real = _only_predicted(real, mine, options)
     _note_sizes(mine, real, options, notes)
+    _note_cell_types(real, options, notes)
     response = None
     if train and MEAN_RESPONSE in baselines:
         response = learn_mean_response(train, real, options, target_sum, cell_type_key, notes)
@@ -362,6 +363,21 @@ def _note_sizes(mine: PerturbedCells, real: PerturbedCells, options: ScoreOption
         notes.append(
             f"{len(other)} of {len(sizes[0])} predicted perturbations have another number of cells than the real ones, "
             "which moves what is significant"
+        )
+
+
+def _note_cell_types(real: PerturbedCells, options: ScoreOptions, notes: list[str]) -> None:
+    """Say where perturbations are compared with controls of cell types that they do not have."""
+    types: dict[tuple[str, str], set[str]] = {}
+    for context, label, cell_type in zip(
+        real.contexts.tolist(), real.labels.tolist(), real.cell_types.tolist(), strict=True
+    ):
+        types.setdefault((context, label), set()).add(cell_type)
+    other = [key for key, mine in types.items() if mine != types[key[0], options.control_label]]
+    if other:
+        notes.append(
+            f"{len(other)} perturbations are of fewer cell types than the controls that they are compared with, so "
+            f"that differences of cell types count as response; --context-key {options.cell_type_key} scores each apart"
         )
 
 
