@@ -43,6 +43,7 @@ SAMPLES = sorted((ROOT / "data" / "samples").glob("*.h5ad"))
 TYPED_PAGES = ("cells.md",)
 """Pages whose YAML blocks are typed configurations."""
 HAS_SOMA = importlib.util.find_spec("tiledbsoma") is not None
+HAS_VCC = importlib.util.find_spec("cell_eval2") is not None
 H5AD_TITLE = "`dataloader_args` of `data.prepared.h5ad_loader`, beside those of `data.loader.cell_loader`"
 AUTOREGRESSIVE_TITLE = (
     "`config_args` of `models.autoregressive.AutoregressiveConfig`, where they are not an encoder's"
@@ -346,8 +347,9 @@ def modules():
 
 
 def needs_packages(block):
-    """Return the marks of an example that reads the Census."""
-    return [pytest.mark.skipif(not HAS_SOMA, reason="needs the extra census")] if "census" in block else []
+    """Return the marks of an example that reads the Census, or has a challenge's program score."""
+    needs = {"census": (HAS_SOMA, "needs the extra census"), "scoring:": (HAS_VCC, "needs the extra vcc")}
+    return [pytest.mark.skipif(not has, reason=why) for word, (has, why) in needs.items() if word in block]
 
 
 def snippets():

@@ -1,17 +1,27 @@
 """Scores of predicted cells between the epochs of a run, by the challenge's own programs, also where it is stopped."""
 
+import importlib.util
 import json
+import math
+import os
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import pytest
-from running import comparable_records, newest_run, records, train, train_ranks
+from launching import ROOT, launch_ranks
+from running import comparable_records, newest_run, records, strategy_environment, train, write_config
 
 from data.simulator import write_simulated_h5ad
 from trainer import prediction_scoring
 from trainer.errors import ConfigError
 from trainer.scoring_queue import ScoringQueue
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("cell_eval", "cell_eval2")),
+    reason="needs the extra vcc",
+)
 
 SIZES: dict[str, Any] = {
     "num_genes": 60, "num_pathways": 2, "members_per_pathway": 8, "distal_per_pathway": 8, "targets_per_pathway": 6,
@@ -79,39 +89,44 @@ def without_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("preset", "metric"), [("vcc2025", "discrimination_score_l1"), ("vcc2026", "pds_cosine")]
+    ("preset", "metric", "epochs"), [("vcc2025", "discrimination_score_l1", 2), ("vcc2026", "pds_cosine", 1)]
 )
 def test_every_metric_is_recorded_beside_the_baselines_of_the_same_cells(
-    place: Path, tmp_path: Path, preset: str, metric: str, monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    tmp_path: Path,
+    preset: str,
+    metric: str,
+    epochs: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ):
-    run = config(place, preset=preset)
+    run = config(place, preset=preset, epochs=epochs)
     with monkeypatch.context() as stopped:
         stopped.setattr(ScoringQueue, "poll", lambda self: None)
         stopped.setattr(ScoringQueue, "close", lambda self, wait: None)
         folder = train(tmp_path, run)
-    assert not records(folder, "score") and len(list(folder.glob("benchmarks/*.request.json"))) == 2
-    # What was not scored before the stop is made up for: both epochs, the second with the baselines of the first.
+    assert not records(folder, "score") and len(list(folder.glob("benchmarks/*.request.json"))) == epochs
+    # What was not scored before the stop is made up for; a second epoch takes the baselines of the first.
     assert train(tmp_path, run, resume_from=str(folder)) == folder
-    first, second = records(folder, "score")
-    assert [first["epoch"], second["epoch"]] == [1, 2] and not {"has_failed"} & (first.keys() | second.keys())
-    names = {f"{preset}/{metric}"} | {f"{preset}/{metric}/{arm}" for arm in ("mean_response", "controls")}
-    assert names <= first.keys() and f"{preset}_score/avg_score" in first
-    for name in first.keys() - {"epoch", "global_step", "phase_step"}:
-        if name.endswith(("mean_response", "/controls", "/ceiling")) and not name.startswith(
-            f"{preset}_score"
-        ):
-            assert first[name] == second[name], name
-    assert first[f"{preset}/{metric}"] == first[f"{preset}/{metric}"]  # a number, not NaN
+    found = records(folder, "score")
+    assert [each["epoch"] for each in found] == list(range(1, epochs + 1))
+    first, last = found[0], found[-1]
+    arms = [f"{preset}/{metric}{arm}" for arm in ("", "/mean_response", "/controls")]
+    assert all(isinstance(first[name], float) and math.isfinite(first[name]) for name in arms)
+    # cell-eval2 refuses to rescale where the ceiling of so few cells is below the baseline, which is said then.
+    is_told = "rescaling the model" in " ".join(capsys.readouterr().out.split())
+    assert (f"{preset}_score/avg_score" in first) != is_told and (preset == "vcc2026" or not is_told)
+    assert not {"has_failed"} & (first.keys() | last.keys())
+    baselines = {name for name in first if name.endswith(("/mean_response", "/controls", "/ceiling"))}
+    assert {name: first[name] for name in baselines} == {name: last[name] for name in baselines}
     left = {path.name for path in (folder / "benchmarks").iterdir()}
-    outputs = {f"phase0_epoch{epoch}_{preset}" for epoch in (1, 2)}
+    outputs = {f"phase0_epoch{epoch}_{preset}" for epoch in range(1, epochs + 1)}
     assert left == {"worker.log", *outputs, *(f"{name}.result.json" for name in outputs)}
 
 
 def test_cells_are_predicted_of_a_seeded_choice_of_what_is_held_out(
     place: Path, tmp_path: Path, without_worker: None
 ):
-    import anndata
-
     run = config(place, max_perturbations=3, cells_per_perturbation=5)
     folder = train(tmp_path, run)
     found = [
@@ -133,17 +148,35 @@ def test_scoring_changes_nothing_in_the_training(place: Path, tmp_path: Path, wi
     assert comparable_records(one) == comparable_records(two)
 
 
+WITHOUT_WORKER = """
+import sys
+
+from trainer.exits import end_process
+from trainer.scoring_queue import ScoringQueue
+from trainer.train import main
+
+ScoringQueue.poll = lambda self: None
+ScoringQueue.close = lambda self, wait: None
+end_process(main(sys.argv[1:]))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_ranks_draw_the_cells_that_one_process_draws(place: Path, tmp_path: Path, strategy: str):
     # 4 perturbations in 2 technical batches and sets of 8 make 16 sets; of 3 in a batch the last rank has none.
     run = config(place, epochs=1, batch_size=3)
     run["datasets"][0] |= {"lr": 0.0}
-    found = []
+    script, found = tmp_path / "train.py", []
+    script.write_text(WITHOUT_WORKER)
     for count in (1, 2):
-        train_ranks(count, tmp_path / str(count), run, strategy=strategy if count == 2 else "ddp")
-        found.append(records(newest_run(tmp_path / str(count)), "score"))
-    assert len(found[0]) == 1 and "has_failed" not in found[0][0] and found[0] == found[1]
+        folder = tmp_path / str(count)
+        env = strategy_environment(folder, strategy if count == 2 else "ddp", count)
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        launch_ranks(count, [script, "--config", write_config(folder, run)], env=env)
+        found.append(anndata.read_h5ad(next(newest_run(folder).glob("benchmarks/*.h5ad"))))
+    one, two = found
+    assert one.obs.equals(two.obs) and len(one) == 4 * 24 and (one.X != two.X).nnz == 0
 
 
 def test_a_stop_while_cells_are_drawn_is_made_up_for(

@@ -44,6 +44,7 @@ class ScoringQueue:
         self._metrics = folder / "metrics.jsonl"
         self._worker: tuple[subprocess.Popen[bytes], Path] | None = None
         self._waiting: list[Path] = []
+        self._notes: dict[str, list[str]] = {}
         # A resumed run may hold other cells out: what it describes does not replace what is still being scored.
         self._token = secrets.token_hex(4)
         self.folder.mkdir(exist_ok=True)
@@ -172,6 +173,11 @@ class ScoringQueue:
         if told["kind"] == BENCHMARK and told["global_step"] > 0:
             record |= self._at_start(told["phase"])
         self._run.recorder.benchmarked(record, _headline(told["rows"]))
+        notes = [f"{name}: {note}" for name, notes in told["notes"].items() for note in notes]
+        if told["kind"] == SCORE and notes != self._notes.get(told["phase"]):
+            self._notes[told["phase"]] = notes
+            for note in notes:
+                notice(f"score of phase '{told['phase']}': {note}")
 
     def _at_start(self, phase: str) -> dict[str, float]:
         """Return the figures of the network as it was at the run's first step, where this phase began it."""

@@ -15,6 +15,7 @@ from data.prediction_sets import PerturbedCorpus, open_perturbed_corpus
 from trainer.atomicfile import replace_text
 from trainer.predicted_cells import write_corpus_cells
 from trainer.scoring.benchmarks import Results, Row
+from trainer.scoring.results import JSON_FILE
 from trainer.scoring.vcc import score
 
 
@@ -50,7 +51,8 @@ def score_request(folder: Path, request: dict[str, Any]) -> Results:
     )
     if not known.exists():
         replace_text(known, request["output"] + "\n")
-    return Results([Row(**row) for row in found], {})
+    notes = json.loads((folder / request["output"] / JSON_FILE).read_text())["notes"]
+    return Results([Row(**row) for row in found], notes)
 
 
 def _write(
