@@ -62,8 +62,16 @@ def obs_requests(
     return tuple(f"{name}={column}" for name, column in requests.items())
 
 
-def convert_once(paths: Sequence[str], cache_dir: Path, settings: ConversionSettings) -> CorpusInfo:
+def convert_once(
+    paths: Sequence[str], cache_dir: Path, settings: ConversionSettings, *, is_command: bool = False
+) -> CorpusInfo:
     """Return the corpus of these files under these settings, converting them where the cache has none.
+
+    Args:
+        paths: the files, or patterns.
+        cache_dir: folder of the corpora.
+        settings: of the conversion.
+        is_command: whether messages name options as commands do, rather than as a loader's arguments.
 
     Raises:
         DataError: no file is named or a file cannot be converted.
@@ -71,7 +79,7 @@ def convert_once(paths: Sequence[str], cache_dir: Path, settings: ConversionSett
     try:
         return _convert_once(paths, cache_dir, settings)
     except DataError as error:
-        raise DataError(_in_config(str(error))) from error
+        raise DataError(str(error) if is_command else _in_config(str(error))) from error
 
 
 def _convert_once(paths: Sequence[str], cache_dir: Path, settings: ConversionSettings) -> CorpusInfo:

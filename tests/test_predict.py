@@ -373,6 +373,42 @@ def test_conditions_have_the_form_that_they_have_in_training(place, options):
         assert len(decoded.values) == 0
 
 
+def test_pairs_of_targets_and_single_ones_have_the_form_that_they_have_in_training(place, tmp_path):
+    from trainer.convert_h5ad import main as convert
+
+    given = anndata.read_h5ad(place / "cells.h5ad")
+    names = given.obs["target_gene"].astype(str)
+    single, other = held_out(place)
+    given.obs["target_gene"] = names.where(names != other, f"{single}+{other}")
+    given.write_h5ad(tmp_path / "pairs.h5ad")
+    assert convert([str(tmp_path / "pairs.h5ad"), "--output", str(tmp_path / "pairs")]) == 0
+    arguments = {**SETS, "pairs": "index"}
+    source = perturbation_loader(tmp_path / "pairs", **arguments)
+    settings = settings_of_source(source, arguments, "one", {f"batch_{index}": index for index in range(3)})
+    corpus = open_perturbed_corpus(open_corpus(tmp_path / "pairs"), settings)
+    wanted = [Wanted(single, 0), Wanted(f"{single}+{other}", 0)]
+    requests = make_requests(corpus, wanted, real_rows=np.empty(0, np.int64), default_cells=1)
+    index = technical_batch_index(corpus, requests)
+    sets = PredictionSets(corpus, requests, seed=0, batch_index=index, cells_are_apart=True)
+    genes = [list(given.var_names).index(name) for name in (single, other)]
+    assert sets.batch(np.arange(2)).conditions["target_gene_idx"].tolist() == [[genes[0], -1], genes]
+
+
+def test_genes_that_a_file_did_not_measure_are_hidden_where_training_hid_them(place, tmp_path):
+    run = train(tmp_path, config(place, unmeasured="hide", held_out_genes=held_out(place)))
+    anndata.read_h5ad(place / "cells.h5ad")[:, 5:].copy().write_h5ad(tmp_path / "fewer.h5ad")
+    options = ["--model", run, "--data", tmp_path / "fewer.h5ad", "--min-match", "0.8"]
+    written = predicted(place, tmp_path / "out.h5ad", *options)
+    is_control = (written.obs["target_gene"] == CONTROL).to_numpy()
+    assert written.n_vars == 40 and written[is_control].X[:, :5].nnz == 0 < written[~is_control].X[:, :5].nnz
+
+
+def test_names_of_targets_may_be_lines_of_a_file(place, tmp_path):
+    (tmp_path / "names.txt").write_text("GENE30\n\nGENE31\n")
+    written = predicted(place, tmp_path / "out.h5ad", "--targets", tmp_path / "names.txt", "--no-controls")
+    assert set(written.obs["target_gene"]) == {"GENE30", "GENE31"} and len(written) == 400
+
+
 def test_sets_of_a_model_that_predicts_cells_apart_draw_no_more_cells_than_asked_for(place):
     opened = open_perturbation_model(place / "run")
     corpus = open_perturbed_corpus(open_corpus(place / "corpus"), opened.settings)

@@ -16,7 +16,7 @@ from data.conversion_plan import ConversionSettings
 from data.corpus import CorpusInfo, open_corpus
 from data.corpus_cache import convert_once
 from data.perturbation_settings import PerturbationSettings
-from data.perturbation_targets import check_known, counted, listed
+from data.perturbation_targets import check_known, counted, listed, read_names
 from data.predicted_values import MAX_TOTAL, Space, ValueDecoder
 from data.prediction_sets import (
     PerturbedCorpus,
@@ -74,8 +74,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
            type=Path, required=True, metavar="PATH")  # fmt: skip
     option("--data", "a corpus folder, or an h5ad file, with control cells", required=True, metavar="PATH")
     option("--output", "the h5ad file to write", type=Path, required=True, metavar="FILE")
-    option("--targets", "a .csv or .tsv with a column target_gene (and n_cells, cell_type or context), names with "
-           "commas between them, or all that the data perturbs (default: those that the run held out)",
+    option("--targets", "a .csv or .tsv with a column target_gene (and n_cells, cell_type or context), another file "
+           "with a name a line, names with commas between them, or all that the data perturbs (default: those that the "
+           "run held out)",
            metavar="FILE|NAME,NAME|all")  # fmt: skip
     option("--contexts", "cell types to predict in (default: all with controls)", metavar="NAME,NAME")
     option("--cells-per-perturbation", "cells of each target and context (default: as many as the real ones; where "
@@ -218,7 +219,7 @@ def _open_data(arguments: argparse.Namespace, settings: PerturbationSettings) ->
         min_genes=0,
         min_match=arguments.min_match,
     )
-    return convert_once([arguments.data], arguments.cache_dir, conversion)
+    return convert_once([arguments.data], arguments.cache_dir, conversion, is_command=True)
 
 
 def _decoder(arguments: argparse.Namespace, settings: PerturbationSettings) -> ValueDecoder:
@@ -308,9 +309,10 @@ def _read_targets(text: str, corpus: PerturbedCorpus) -> tuple[list[Wanted], boo
     """Return the perturbations of a file or a list, and whether they name contexts by the column `context`."""
     path = Path(text)
     if path.suffix not in (".csv", ".tsv"):
-        names = [name.strip() for name in text.split(",") if name.strip()]
+        given = read_names(text, "--targets") if path.is_file() else text.split(",")
+        names = [name.strip() for name in given if name.strip()]
         if not names:
-            raise UserError("--targets: it names no target")
+            raise UserError(f"--targets {text}: it names no target")
         return [Wanted(name) for name in dict.fromkeys(names)], False
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
