@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from launching import ROOT
+from launching import ROOT, run_command
 from safetensors.numpy import load_file, save_file
 
 from data.circuit_drawing import draw_picture, draw_text
@@ -616,3 +616,38 @@ def test_a_folder_without_a_circuit_model_is_refused(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "it holds a MaskedCellEncoder, which draws no circuits" in told
     assert "missing: there is no such folder" in told
+
+
+@pytest.mark.slow
+def test_the_commands_train_and_draw_from_all_that_a_run_leaves(tmp_path):
+    sizes = [
+        f"training.model.params.{key}=[{value}]" for key, value in (("model_features", 16), ("num_heads", 2))
+    ]
+    settings = ["model.params.cond_emb_size=16", "training.max_steps=3", "training.balance_max=20"]
+    command = [
+        "python",
+        "trainer/train.py",
+        "--config",
+        "configs/circuits/config.yaml",
+        "training=srv_3q_recipe",
+    ]
+    saved = tmp_path / "saved"
+    run_command(
+        [
+            *command,
+            f"training.general.output_path={saved}",
+            *sizes,
+            *(f"training.{each}" for each in settings),
+        ]
+    )
+    (run_folder,) = (saved / "runs").iterdir()
+    drawn = []
+    for number, model in enumerate((saved, run_folder, run_folder / "checkpoint_3")):
+        output = tmp_path / f"drawn_{number}"
+        options = ["--num", "3", "--num-steps", "2", "--num-random", "10", "--device", "cpu"]
+        paths = ["--model", model, "--output", output, "--dataset", SAMPLES / "srv_3q"]
+        told = run_command(["python", "-m", "trainer", "sample", *paths, "--prompt", GHZ_PROMPT, *options])
+        assert GHZ_PROMPT in told.stdout and f"wrote {output}" in told.stdout
+        drawn.append(tokens_of(output))
+    assert drawn[0].shape == (3, 3, 8)
+    assert all((each == drawn[0]).all() for each in drawn), "the averaged weights are those of all three"
