@@ -72,7 +72,9 @@ def test_a_plus_before_a_key_changes_nothing():
 
 
 def test_an_unknown_preset_lists_those_that_there_are():
-    with pytest.raises(ConfigError, match="allowed: quick_test_srv, quick_test_unitary, srv, srv_3q_recipe, srv_bucket"):
+    with pytest.raises(
+        ConfigError, match="allowed: quick_test_srv, quick_test_unitary, srv, srv_3q_recipe, srv_bucket"
+    ):
         load("training=no_such_thing")
     with pytest.raises(
         ConfigError, match="did you mean 'quick_test_srv'.*There are: quick_test_srv, quick_test_uni"
