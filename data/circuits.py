@@ -33,11 +33,13 @@ class CircuitSource:
     circuit in each epoch, never negative), `unitary` float32 [B, 2, 2^Q, 2^Q] (real and imaginary part) where the data
     have it, and the Python number `num_tokens`, which leaves padding out.
 
-    Q and T are the largest of the batch's circuits, T rounded up to a multiple of 4. A smaller circuit's unitary stands
-    along the diagonal as often as it fits.
+    Q and T are the largest of the circuits of the whole optimizer step, T rounded up to a multiple of 4: neither the
+    number of ranks nor the micro-batch changes how a circuit is padded. In validation they are the largest of the data,
+    with padding `bucket` of the batch. A smaller circuit's unitary stands along the diagonal as often as it fits.
     """
 
     is_inline = False
+    pads_to_step = True
     shuffle_block, shuffle_window = 1, 8192
 
     def __init__(
@@ -66,19 +68,28 @@ class CircuitSource:
         self._prompt_index = np.arange(len(self.prompts))
         self._description = dict(description)
         self._is_validation = is_validation
+        self._largest = self._frame(np.arange(len(table)))
         keep_freed_memory()
 
     def __len__(self) -> int:
         """Count the stored circuits; `row_mask` says which of them take part."""
         return len(self.table)
 
-    def fetch(self, rows: NDArray[np.int64], draw: DrawKey) -> dict[str, Any]:
-        """Return the batch of these rows; only the seeds of the noise depend on `draw`."""
+    def fetch(
+        self, rows: NDArray[np.int64], draw: DrawKey, step_rows: NDArray[np.int64] | None = None
+    ) -> dict[str, Any]:
+        """Return the batch of these rows, padded to the largest of `step_rows`, which are the batch's own by default.
+
+        Only the seeds of the noise depend on `draw`.
+        """
+        table, pad = self.table, len(self.gate_pool) + 1
         if self._is_validation:
             draw = draw._replace(epoch=-1)
-        table, pad = self.table, len(self.gate_pool) + 1
+            # A step of an evaluation depends on the number of ranks.
+            num_qubits, num_columns = self._frame(rows) if self.padding == "bucket" else self._largest
+        else:
+            num_qubits, num_columns = self._frame(rows if step_rows is None else step_rows)
         qubits, extents = (each[rows].astype(np.int64) for each in (table.qubits, table.extents))
-        num_qubits, num_columns = int(qubits.max()), _rounded_up(int(extents.max()))
         tokens = table.gates(rows, num_qubits, num_columns).astype(np.int64)
         is_own = np.arange(num_qubits)[:, None] < qubits[:, None, None]
         is_own = is_own & (np.arange(num_columns) < extents[:, None, None])
@@ -161,6 +172,10 @@ class CircuitSource:
                 digest.update(each.unitaries.rows(rows).tobytes())
         return digest.hexdigest()
 
+    def _frame(self, rows: NDArray[np.int64]) -> tuple[int, int]:
+        """Return the qubits and columns that hold all of these circuits."""
+        return int(self.table.qubits[rows].max()), _rounded_up(int(self.table.extents[rows].max()))
+
     def _unitaries(self, rows: NDArray[np.int64], num_qubits: int) -> NDArray[np.float32]:
         """Return the matrices of these rows; what a circuit leaves of the qubits is untouched by it."""
         table, side = self.table, 1 << num_qubits
@@ -204,8 +219,8 @@ def circuit_loader(
 
     Args:
         path: a folder of circuits, or a folder of such folders.
-        padding: `max` pads each micro-batch to the largest of its circuits; `bucket` makes global batches of circuits
-            of one size, as far as there are enough of it, so that hardly anything is padded.
+        padding: `max` pads to the largest circuits of a global batch; `bucket` makes global batches of circuits of one
+            size, as far as there are enough of it, so that hardly anything is padded.
         balance_max: circuits of one prompt that take part at most, a seeded choice; None takes all.
         deduplicate: leave out circuits that have the same qubits, gates and prompt as another.
         val_fraction: share of the circuits that is held out for validation; equal circuits are never on both sides.

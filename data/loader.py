@@ -23,7 +23,9 @@ _EVALUATION_EPOCH = -1
 class RowSource(Protocol):
     """What a `StepLoader` needs of data; it may also offer what `CellSource` has beside these.
 
-    One with `arrangement(rows)` says in which order the rows of a global batch are cut into micro-batches.
+    One with `arrangement(rows)` says in which order the rows of a global batch are cut into micro-batches. One with
+    `pads_to_step` is called as `fetch(rows, draw, step_rows)`, with the rows of the whole global batch (in evaluation,
+    of all ranks' micro-batches), so that what it pads to need not depend on how they are divided.
 
     `fetch` must be a function of its arguments alone: the same rows and draw key give the same batch. A source
     with `is_inline` is fetched in the consumer's thread, one with `expect(rows)` is told what comes.
@@ -218,12 +220,15 @@ class StepLoader:
         arrangement = self._arrangement(rows)
         rows = rows if arrangement is None else rows[arrangement]
         draw = DrawKey(self.draw_seed, self.phase, key.epoch)
+        fetch: Any = self.source.fetch
+        if getattr(self.source, "pads_to_step", False):
+            fetch = functools.partial(fetch, step_rows=rows)
         step = []
         for number in range(self.rank, key.global_batch_size // self.micro_batch_size, self.world_size):
             part = rows[number * self.micro_batch_size : (number + 1) * self.micro_batch_size]
             num_cells, part = len(part), part if len(part) else rows[:1]
             try:
-                batch = self.source.fetch(part, draw)
+                batch = fetch(part, draw)
             except Exception as error:
                 named = ", ".join(map(str, part[:_ROWS_NAMED])) + (", ..." if len(part) > _ROWS_NAMED else "")
                 error.add_note(f"while loading rows {named} (epoch {key.epoch}, step {key.step})")

@@ -156,9 +156,9 @@ class IndexedSource:
             raise AttributeError(name)
         return getattr(self.source, name)
 
-    def fetch(self, rows: np.ndarray, draw: Any) -> dict[str, Any]:
-        """Fetch rows and complete their batch."""
-        batch = self.source.fetch(rows, draw)
+    def fetch(self, rows: np.ndarray, draw: Any, **step: Any) -> dict[str, Any]:
+        """Fetch rows and complete their batch; `step` is for a source that wants the rows of the whole step."""
+        batch = self.source.fetch(rows, draw, **step)
         needs_names = len(self.indexer.phase_names) > 1 and not (
             isinstance(batch, Mapping) and ("batch_idx" in batch or "batch_name" in batch)
         )
