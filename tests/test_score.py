@@ -159,6 +159,9 @@ def test_values_are_judged_alike_in_every_layout(tmp_path, kind):
     values = read(tmp_path / "cells.h5ad").values
     assert (values.num_fractional, values.num_negative, values.example_fractional) == (1, 1, 0.5)
     np.testing.assert_allclose(values.totals, matrix.sum(axis=1))
+    np.testing.assert_array_equal(
+        load_cells(read(tmp_path / "cells.h5ad"), None, None).matrix.toarray(), matrix
+    )
 
 
 def upload_problems(path, preset=SMALL, genes=GENES, perturbations=("A", "B")):

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from scipy import sparse
 
+from data.h5ad import H5adFile
+from data.h5ad_matrix import CscMatrix
 from trainer.errors import UserError
 from trainer.scoring.vcc_file import PerturbedFile
 from trainer.scoring.vcc_options import PERTURBATION_COLUMN, ScoreOptions
@@ -161,8 +162,17 @@ def _total(file: PerturbedFile) -> tuple[float, float]:
 
 def _read_matrix(path: Path, dtype: Any) -> Any:
     """Return X as rows; of places that are stored twice, the sum."""
-    with h5py.File(path, "r") as handle:
-        stored: Any = handle["X"]
-        matrix: Any = sparse.csr_matrix(anndata.io.read_elem(stored), dtype=dtype)
+    with H5adFile(path) as file:
+        stored = file.matrix("X")
+        if isinstance(stored, CscMatrix):
+            parts = (stored.data[:].astype(dtype), stored.indices[:], stored.indptr[:])
+            matrix: Any = sparse.csr_matrix(sparse.csc_matrix(parts, shape=stored.shape))
+        else:
+            chunks = list(stored.chunks(0, stored.shape[0]))
+            lengths = [np.diff(chunk.offsets) for chunk in chunks]
+            values = np.concatenate([np.empty(0, dtype), *(chunk.values.astype(dtype) for chunk in chunks)])
+            columns = np.concatenate([np.empty(0, np.int64), *(chunk.columns for chunk in chunks)])
+            offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate([[], *lengths]))])
+            matrix = sparse.csr_matrix((values, columns, offsets.astype(np.int64)), shape=stored.shape)
     matrix.sum_duplicates()
     return matrix
