@@ -9,7 +9,7 @@ import anndata
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, launch_ranks
+from launching import ROOT, launch_ranks, start_ranks
 from running import toy, train
 
 from data.corpus import open_corpus
@@ -555,3 +555,27 @@ def test_a_run_of_two_ranks_draws_the_cells_of_one(place, tmp_path, strategy):
     assert sum(len(files[0][f"arr_{index}"]) - 1 for index in (0, 3, 6)) == 36
     for name in files[0].files:
         assert np.array_equal(files[0][name], files[1][name])
+
+
+def test_an_export_of_a_run_with_a_split_file_asks_for_targets(place, tmp_path, capsys):
+    (tmp_path / "split.toml").write_text(
+        '[datasets]\nsimulated = "/data"\n[training]\nsimulated = "train"\n[zeroshot]\n"simulated.type_1" = "val"\n'
+    )
+    run = train(tmp_path, config(place, split_file=str(tmp_path / "split.toml")))
+    of_run = predicted(place, tmp_path / "run.h5ad", "--model", run, "--no-controls")
+    assert len(of_run) == 88 and set(of_run.obs["cell_type"]) == {"type_1"}
+    export(run, tmp_path / "export")
+    assert predict(place, tmp_path / "out.h5ad", "--model", tmp_path / "export") == 2
+    assert "was said by a file, which an export does not have; name the targets" in capsys.readouterr().err
+    options = ["--model", tmp_path / "export", "--targets", "all", "--contexts", "type_1", "--no-controls"]
+    assert is_same(of_run, predicted(place, tmp_path / "out.h5ad", *options))
+
+
+@pytest.mark.slow
+def test_a_prediction_that_is_killed_leaves_no_file_of_the_name(place, tmp_path):
+    options = ["--model", place / "run", "--data", place / "corpus", "--output", tmp_path / "out.h5ad"]
+    many = ["--targets", "all", "--cells-per-perturbation", "4000", "--num-steps", "8", "--device", "cpu"]
+    with start_ranks(1, ["-m", "trainer", "predict", *options, *many], cwd=ROOT) as ranks:
+        ranks.wait_for("predicting")
+        ranks.kill()
+    assert not (tmp_path / "out.h5ad").exists()
