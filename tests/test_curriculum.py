@@ -26,8 +26,15 @@ from trainer.objective import check_objective_options, set_objective_options
 from trainer.optim import parameter_names
 from trainer.zero import check_elementwise
 
-SIZES = {"num_genes": 6, "vocab_size": 4, "hidden_dim": 8, "num_latents": 2, "num_layers": 1, "num_heads": 2}
-PARTIAL = {**SIZES, "objective": "partial", "objective_args": {"mask_ratio": 0.5}}
+SIZES: dict[str, Any] = {
+    "num_genes": 6,
+    "vocab_size": 4,
+    "hidden_dim": 8,
+    "num_latents": 2,
+    "num_layers": 1,
+    "num_heads": 2,
+}
+PARTIAL: dict[str, Any] = {**SIZES, "objective": "partial", "objective_args": {"mask_ratio": 0.5}}
 
 
 def module(**changes: Any) -> LossModule:
