@@ -5,16 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from launching import ROOT, launch_ranks
+from running import records, strategy_environment
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from toy_prompts import write_clip
 
 from models.circuit_diffusion import CircuitDiffusion, CircuitDiffusionConfig, Draws
 from models.circuit_unet import CircuitUNet, UnitaryEncoder
 from models.errors import ModelError
 from models.outputs import LossOutput
 from models.prompts import EncodedPrompts
-from tests.toy_prompts import write_clip
 from trainer.costs import batch_flops
 
 COMPILES = "models.circuit_unet.CircuitCompilationUNet"
@@ -566,3 +568,33 @@ def test_unitaries_that_do_not_fit_are_refused() -> None:
         model.compute_loss({**batch, "unitary": torch.zeros(8, 2, 4, 4)})
     with pytest.raises(ModelError, match="circuits of 4 qubits, but num_qubits is 3"):
         model.compute_loss({**batch, "tokens": torch.zeros(8, 4, 8, dtype=torch.int64)})
+
+
+@pytest.mark.slow
+def test_a_model_in_shards_trains_as_a_whole_one_does(tmp_path: Path) -> None:
+    losses = {}
+    for strategy in ("ddp", "zero3"):
+        output = tmp_path / strategy / "out"
+        settings = {
+            "training": "quick_test_srv",
+            "training.general.dataset": ROOT / "data/samples/circuits/srv_3q",
+            "training.general.output_path": output,
+            "training.training.num_epochs": 1,
+            "training.model.params.model_features": "[16, 16, 32]",
+            "training.model.params.num_heads": "[2, 2, 2]",
+            "training.training.batch_size": 32,
+            "training.training.max_samples": 128,
+        }
+        launch_ranks(
+            2,
+            [
+                ROOT / "trainer/train.py",
+                *("--config", ROOT / "configs/circuits/config.yaml"),
+                *(f"{key}={value}" for key, value in settings.items()),
+            ],
+            env=strategy_environment(tmp_path / strategy, strategy, 2),
+        )
+        (folder,) = (output / "runs").glob("*")
+        losses[strategy] = [record["loss"] for record in records(folder)]
+    assert len(losses["ddp"]) > 1
+    assert losses["zero3"] == pytest.approx(losses["ddp"], rel=1e-5)
