@@ -40,7 +40,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob
 CONFIGS = sorted((ROOT / "configs").glob("*.y*ml"))
 PHASES_CONFIGS = [path for path in CONFIGS if re.search(r"^datasets:", path.read_text(), re.MULTILINE)]
 SAMPLES = sorted((ROOT / "data" / "samples").glob("*.h5ad"))
-TYPED_PAGES = ("cells.md",)
+TYPED_PAGES = ("cells.md", "circuits.md", "sampling_circuits.md")
 """Pages whose YAML blocks are typed configurations."""
 HAS_SOMA = importlib.util.find_spec("tiledbsoma") is not None
 HAS_VCC = importlib.util.find_spec("cell_eval2") is not None

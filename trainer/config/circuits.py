@@ -311,7 +311,7 @@ class TrainingConfig(CellsSection):
     enable_guidance_train: bool = Field(
         default=True, description="Leave out conditions at random, which classifier-free guidance needs"
     )
-    guidance_train_p: Share = Field(
+    guidance_train_p: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.1, description="Share of circuits whose prompt, and whose unitary, is left out (fraction)"
     )
     cached_text_enc: Literal[True] = Field(
@@ -421,9 +421,9 @@ def circuits_config(raw: dict[str, Any], source: str, known: list[Problem] | Non
     """
     problems = list(known or [])
     packaged = raw.get("training")
-    is_packaged = isinstance(packaged, dict) and "general" in packaged
-    prefix = "training." if is_packaged else ""
-    if is_packaged:
+    prefix = ""
+    if isinstance(packaged, dict) and "general" in packaged:
+        prefix = "training."
         problems += [
             Problem(key, "unknown key beside `training`, which holds the whole configuration; remove it")
             for key in raw

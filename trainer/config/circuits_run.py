@@ -11,7 +11,7 @@ from trainer.config.cells_checks import is_written
 from trainer.config.cells_run import run_name_of
 from trainer.config.cells_section import written_values
 from trainer.config.circuits import CircuitsConfig, StageConfig
-from trainer.config.circuits_checks import uses_genqc
+from trainer.config.circuits_checks import uses_genqc, uses_unitary
 from trainer.config.load import validate
 from trainer.config.messages import config_error
 from trainer.config.schema import RunConfig
@@ -115,8 +115,9 @@ def unet_arguments(config: CircuitsConfig) -> dict[str, Any]:
         left_out |= {"dropout", "activation_checkpointing"}
     arguments = model.params.model_dump(exclude=left_out)
     encoder = model.params.unitary_encoder_config
-    if encoder is not None:
-        arguments["unitary_encoder_config"] = encoder.model_dump(exclude_none=True)
+    if uses_unitary(config):
+        own = {} if encoder is None else encoder.model_dump(exclude_none=True)
+        arguments["unitary_encoder_config"] = {"cond_emb_size": model.params.cond_emb_size, **own}
     return arguments
 
 
