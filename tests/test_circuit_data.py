@@ -397,6 +397,32 @@ def test_recorded_sizes_and_padding_between_gates_are_checked(two_sizes: Path, t
         circuit_loader(folder)
 
 
+def test_sets_that_genqc_itself_merged_are_read(two_sizes: Path, tmp_path: Path):
+    """R6: by genQC 0.2.5, where it is installed; 40 circuits fill buckets of 8, so that it drops none."""
+    genqc = pytest.importorskip("genQC.dataset.circuits_dataset")
+    parts = circuit_loader(two_sizes)
+    expected = by_content(parts)
+    for bucket in (-1, 8):
+        datasets = [
+            genqc.CircuitsConfigDataset.from_config_file(
+                str(two_sizes / name / "config.yaml"),
+                torch.device("cpu"),
+                str(two_sizes / name / "dataset/ds"),
+            )
+            for name in "ab"
+        ]
+        written = genqc.MixedCircuitsConfigDataset.from_datasets(
+            datasets, [1000, 1000], PAD, bucket_batch_size=bucket, max_samples=[1000, 1000], optimized=True,
+            dataset_to_gpu=False, gate_pool=list(GATES), model_scale_factor=4, max_params=0,
+        )  # fmt: skip
+        found = {}
+        for number, dataset in enumerate(written):
+            folder = tmp_path / f"{bucket}_{number}"
+            dataset.save_dataset(str(folder / "config.yaml"), str(folder / "dataset" / "ds"))
+            found |= by_content(circuit_loader(folder))
+        assert found == expected
+
+
 # Which circuits take part
 
 

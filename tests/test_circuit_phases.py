@@ -14,6 +14,7 @@ from running import (
     comparable_records,
     final_weights,
     newest_run,
+    records,
     same_weights,
     train,
     train_ranks,
@@ -189,12 +190,15 @@ def test_the_account_names_gates_and_prompts_and_no_technical_batches(
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path):
-    """R7: the same split and global batches, with workers that read ahead; R17 in part: the user's command."""
+@pytest.mark.parametrize("padding", ["max", "bucket"])
+def test_two_processes_train_as_one_with_another_micro_batch(tmp_path: Path, padding: str):
+    """R7: the same split, global batches and padding, with workers that read ahead; R17 in part: the user's command."""
     config = circuits(SAMPLES / "srv_mixed")
-    config["datasets"][0]["dataloader_args"] |= {"padding": "bucket", "balance_max": 60}
-    one = train(tmp_path / "one", config)
+    config["datasets"][0]["dataloader_args"] |= {"padding": padding, "balance_max": 60}
+    one = train(tmp_path / "one", config, micro_batch_size=32)
     config["datasets"][0]["dataloader_args"]["num_workers"] = 1
     train_ranks(2, tmp_path / "two", config)
     expected, found = final_weights(one), final_weights(newest_run(tmp_path / "two"))
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in expected)
+    losses = [records(run, "validation")[-1]["loss"] for run in (one, newest_run(tmp_path / "two"))]
+    assert padding == "bucket" or losses[0] == pytest.approx(losses[1], rel=1e-6)
