@@ -55,16 +55,17 @@ def check_destination(config: RunConfig, run_folder: Path | None) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"export_to.folder: {folder} is a file; name a folder")
     replaces = may_replace(settings, folder, run_folder)
-    if settings.format == "huggingface":
-        check_free(folder, replaces)
-        return
-    there = [name for name in PIPELINE_FILES if (folder / name).exists()]
+    is_pipeline = settings.format == "circuits"
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    there = [name for name in there if name in PIPELINE_FILES] if is_pipeline else there
     if there and not replaces:
         raise UserError(
-            f"export_to.folder: {folder} holds {_whose(folder)} ({', '.join(there)}); name another folder "
+            f"export_to.folder: {folder} holds {_whose(folder)} ({', '.join(there[:8])}); name another folder "
             "(general.output_path or general.model_name of a circuits config), or allow replacing it with "
             "export_to.overwrite=true (general.overwrite=true)"
         )
+    if not is_pipeline:
+        check_free(folder, replaces)
 
 
 def may_replace(settings: ExportConfig, folder: Path, run_folder: Path | None) -> bool:
@@ -207,4 +208,4 @@ def _whose(folder: Path) -> str:
     facts = read_metadata(folder)
     if "run" in facts:
         return f"the model of run {facts['run']}, saved {facts.get('save_timestamp', 'at an unknown time')}"
-    return "a model that no run of this program has saved"
+    return "what no run has saved there"
