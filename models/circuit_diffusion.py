@@ -287,15 +287,18 @@ class CircuitDiffusion(nn.Module):
             unitary = unitary * draws.keeps_unitary[:, None, None, None]
         prediction = self(x_t, draws.timesteps, prompt_idx, unitary)
         losses = self.criterion(prediction, self.scheduler.target(x0, draws.noise, draws.timesteps))
-        counts = torch.ones_like(tokens, dtype=torch.float32)
         if self.config.mask_padding:
             counts = (tokens != self.config.padding_token).float()
-        positions = counts.sum(dim=(1, 2)).clamp(min=1)
-        of_circuits = (losses.mean(dim=1) * counts).sum(dim=(1, 2)) / positions
+            positions = counts.sum(dim=(1, 2)).clamp(min=1)
+            total = ((losses.mean(dim=1) * counts).sum(dim=(1, 2)) / positions).sum()
+        else:
+            counts = torch.ones_like(tokens, dtype=torch.float32)
+            positions = counts.sum(dim=(1, 2))
+            total = losses.mean() * len(tokens)  # one mean over all, as genQC's, rounds as genQC's does
         with torch.no_grad():
             guessed = self.decode(self.scheduler.estimate(prediction, x_t, draws.timesteps).x0)
             accuracy = ((guessed == tokens) * counts).sum(dim=(1, 2)) / positions
-        return LossOutput(of_circuits.sum(), float(len(tokens)), {"token_accuracy": accuracy.sum()})
+        return LossOutput(total, float(len(tokens)), {"token_accuracy": accuracy.sum()})
 
     def draw(self, batch: Mapping[str, Any]) -> Draws:
         """Return all that is random in the loss of a batch, from the seeds of its circuits.

@@ -546,6 +546,17 @@ def test_every_message_of_the_troubleshooting_page_is_one_of_the_code():
     assert missing == []
 
 
+def test_every_test_that_the_documentation_names_exists():
+    named = [
+        (page.name, *found)
+        for page in sorted((ROOT / "docs").glob("*.md"))
+        for found in re.findall(r"\b(test_\w+\.py): (test_\w+)", page.read_text())
+    ]
+    tests = {path.name: path.read_text() for path in (ROOT / "tests").glob("test_*.py")}
+    missing = [found for found in named if f"def {found[2]}(" not in tests.get(found[1], "")]
+    assert missing == [] and len(named) > 100
+
+
 def test_the_documentation_says_nothing_of_the_past_or_of_a_machine():
     for page in PAGES:
         if page.name != "CHANGELOG.md":
