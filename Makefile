@@ -5,6 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12)
 VENV ?= .venv
 EXTRAS ?= dev,preprocess,census,vcc
 PYTEST_ARGS ?=
+# Files of tests that run at a time: tests with several processes wait for each other much of their time.
+TEST_WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -32,8 +34,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)  ## Convert the sample data, train two phases, and compare with baselines
 	$(BIN)/python -m trainer.quickstart
 
-test: $(INSTALLED)  ## Run the tests (PYTEST_ARGS='-k resume -x' and the like)
-	$(SINGLE_THREADED) $(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(INSTALLED)  ## Run the tests (PYTEST_ARGS='-k resume -x' and the like; TEST_WORKERS=0: in one process)
+	$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 check: $(INSTALLED)  ## Lint, check the formatting and the types
 	$(BIN)/ruff check .
