@@ -278,7 +278,7 @@ def tokenizer_settings(trained: Trained) -> dict[str, Any] | None:
 
 
 def perturbation_entries(trained: Trained) -> list[dict[str, Any]]:
-    """Return how the run's phases made sets of perturbed cells (see `data.perturbation_settings`), of those that did."""
+    """Return how the phases made sets of perturbed cells (see `data.perturbation_settings`), of those that did."""
     kinds, options = trained.state.get("value_kinds", {}), trained.facts.tokenizer_options
     return [
         settings_entry(phase.name, phase.dataloader_args, kinds[phase.name], options[phase.name])
