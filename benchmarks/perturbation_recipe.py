@@ -3,6 +3,7 @@
     python benchmarks/perturbation_recipe.py                       # five seeds of the simulator, as in docs/recipes.md
     python benchmarks/perturbation_recipe.py --seeds 1
     python benchmarks/perturbation_recipe.py --data FILE.h5ad      # of your own: obs target_gene and cell_type
+    python benchmarks/perturbation_recipe.py --data FILE.h5ad --hold-out pairs
     python benchmarks/perturbation_recipe.py --first-seed 100      # other seeds, to choose settings on
     python benchmarks/perturbation_recipe.py --set datasets.0.epochs=5
 
@@ -35,7 +36,7 @@ from data.simulator import CONTROL, write_simulated_h5ad  # noqa: E402
 SIMULATOR = "simulator"
 HELD_OUT_SHARE = 0.25
 HELD_OUT_IN_CELL_TYPE = 4
-"""Targets held out in a file's cell type."""
+"""Targets held out in a file's cell type, or pairs."""
 MIN_CELLS = 30
 """Cells that a target needs in every cell type of a file to be held out in one."""
 LOWER_IS_BETTER = ("expr_mse_unbiased_capped_norm", "de_wilcoxon_lfc_nmae")
@@ -74,6 +75,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=5, help="trainings, each with its own seed and split")
     parser.add_argument("--first-seed", type=int, default=0, help="the others follow it")
     parser.add_argument("--data", default=SIMULATOR, help="`simulator`, or an h5ad file with counts")
+    parser.add_argument(
+        "--hold-out", choices=("cell-type", "pairs"), default="cell-type", help="what a file's seeds hold out"
+    )
     parser.add_argument("--simulate", nargs="*", default=[], metavar="OPTION=VALUE", help="of the simulator")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "perturbation_recipe")
     parser.add_argument("--num-steps", type=int, default=4, help="passes through the network for each cell")
@@ -91,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make_task(data: str, options: dict[str, str], output: Path, seed: int) -> Task:
+def make_task(data: str, hold_out: str, options: dict[str, str], output: Path, seed: int) -> Task:
     """Make or convert the data, and choose what is held out."""
     output.mkdir(parents=True, exist_ok=True)
     if data == SIMULATOR:
@@ -102,7 +106,8 @@ def make_task(data: str, options: dict[str, str], output: Path, seed: int) -> Ta
             )
         return simulated_task(path, convert(path, output), seed)
     path = Path(data).resolve()
-    return cell_type_task(path, convert(path, output), seed)
+    make = pair_task if hold_out == "pairs" else cell_type_task
+    return make(path, convert(path, output), seed)
 
 
 def convert(path: Path, output: Path) -> Path:
@@ -122,8 +127,7 @@ def simulated_task(path: Path, corpus: Path, seed: int) -> Task:
 
 def cell_type_task(path: Path, corpus: Path, seed: int) -> Task:
     """Hold targets out in one cell type that were perturbed in all of them."""
-    obs = read_obs(path)
-    counts = pd.crosstab(obs["target_gene"], obs["cell_type"]).drop(index=CONTROL)
+    counts = cell_counts(path)
     everywhere = sorted(counts.index[(counts >= MIN_CELLS).all(axis=1)])
     if counts.shape[1] < 2 or len(everywhere) <= HELD_OUT_IN_CELL_TYPE:
         raise SystemExit(
@@ -132,14 +136,39 @@ def cell_type_task(path: Path, corpus: Path, seed: int) -> Task:
         )
     cell_type = sorted(counts.columns)[seed % counts.shape[1]]
     chosen = sorted(np.random.default_rng(seed).permutation(everywhere)[:HELD_OUT_IN_CELL_TYPE].tolist())
+    return _combination_task(corpus, chosen, cell_type)
+
+
+def pair_task(path: Path, corpus: Path, seed: int) -> Task:
+    """Hold pairs out in the cell type with most of those whose two targets were perturbed each on its own there."""
+    counts = cell_counts(path)
+    enough = {name: set(counts.index[counts[name] >= MIN_CELLS]) for name in counts.columns}
+    pairs = {
+        name: sorted(each for each in there if each.count("+") == 1 and set(each.split("+")) <= there)
+        for name, there in enough.items()
+    }
+    cell_type = max(sorted(pairs), key=lambda name: len(pairs[name]))
+    if len(pairs[cell_type]) < HELD_OUT_IN_CELL_TYPE:
+        raise SystemExit(
+            f"{path}: the most pairs of a cell type whose targets have {MIN_CELLS} cells each on their own are "
+            f"{len(pairs[cell_type])}; holding some out needs {HELD_OUT_IN_CELL_TYPE}"
+        )
+    order = np.random.default_rng(seed).permutation(pairs[cell_type])
+    return _combination_task(corpus, sorted(order[:HELD_OUT_IN_CELL_TYPE].tolist()), cell_type)
+
+
+def _combination_task(corpus: Path, chosen: list[str], cell_type: str) -> Task:
     combinations = json.dumps([{"target_gene": chosen, "cell_type": cell_type}])
-    settings = [
-        f"datasets.0.dataloader_args.path={corpus}",
-        f"datasets.0.dataloader_args.held_out_combinations={combinations}",
-    ]
+    settings = [f"datasets.0.dataloader_args.held_out_combinations={combinations}"]
     return Task(
         corpus, "configs/perturbation_cell_lines.yaml", settings, f"{', '.join(chosen)} in {cell_type}"
     )
+
+
+def cell_counts(path: Path) -> pd.DataFrame:
+    """Return the number of cells of each target and cell type."""
+    obs = read_obs(path)
+    return pd.crosstab(obs["target_gene"], obs["cell_type"]).drop(index=CONTROL)
 
 
 def read_obs(path: Path) -> pd.DataFrame:

@@ -66,12 +66,24 @@ def test_a_file_holds_targets_out_in_one_cell_type_that_were_seen_in_the_others(
     chosen = []
     for seed in range(2):
         task = recipe.cell_type_task(tmp_path / "cells.h5ad", tmp_path / "corpus", seed)
-        assert task.settings[0] == f"datasets.0.dataloader_args.path={tmp_path / 'corpus'}"
-        (combination,) = json.loads(task.settings[1].split("=", 1)[1])
+        (combination,) = json.loads(task.settings[0].split("=", 1)[1])
         assert combination["cell_type"] == "AB"[seed]
         chosen.append(combination["target_gene"])
         assert len(chosen[-1]) == recipe.HELD_OUT_IN_CELL_TYPE and set(chosen[-1]) <= set(everywhere)
     assert chosen[0] != chosen[1]
+
+
+def test_a_file_holds_pairs_out_whose_targets_were_seen_alone(recipe, tmp_path):
+    alone = [f"T{index}" for index in range(4)]
+    pairs = [f"{first}+{second}" for i, first in enumerate(alone) for second in alone[i + 1 :]]
+    rows = ["non-targeting", *alone, *pairs, "T0+other"] * 30
+    obs = pd.DataFrame({"target_gene": rows, "cell_type": "A"})
+    obs.index = obs.index.astype(str)
+    AnnData(np.ones((len(obs), 3), np.float32), obs=obs).write_h5ad(tmp_path / "cells.h5ad")
+    task = recipe.pair_task(tmp_path / "cells.h5ad", tmp_path / "corpus", 0)
+    (combination,) = json.loads(task.settings[0].split("=", 1)[1])
+    assert combination["cell_type"] == "A" and len(set(combination["target_gene"])) == 4
+    assert set(combination["target_gene"]) <= set(pairs)
 
 
 def test_a_win_is_a_lower_value_where_lower_is_better(recipe):
