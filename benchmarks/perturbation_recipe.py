@@ -86,9 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     output = arguments.output.resolve()
     found = []
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        task = make_task(
-            arguments.data, dict(each.split("=", 1) for each in arguments.simulate), output, seed
-        )
+        options = dict(each.split("=", 1) for each in arguments.simulate)
+        task = make_task(arguments.data, arguments.hold_out, options, output, seed)
         print(f"\nseed {seed}: held out {task.told}", flush=True)
         found.append(measure(task, output / f"seed_{seed}", seed, arguments.set, arguments.num_steps))
         print(f"\n{table(found)}\n", flush=True)
