@@ -276,7 +276,9 @@ def _divided(weights: Mapping[str, Tensor], parts: Mapping[str, str]) -> dict[st
     """Return the weights of each file; a name goes to the longest start that it has."""
     files: dict[str, dict[str, Tensor]] = {file: {} for file in parts}
     for name, tensor in weights.items():
-        file = max((file for file in parts if name.startswith(parts[file])), key=lambda file: len(parts[file]))
+        file = max(
+            (file for file in parts if name.startswith(parts[file])), key=lambda file: len(parts[file])
+        )
         files[file][name.removeprefix(parts[file])] = tensor
     return files
 

@@ -49,7 +49,9 @@ def test_every_section_and_key_is_in_the_table():
     for section in section_classes(CircuitsConfig):
         for name, field in section.model_fields.items():
             key = f"{section.place}.{name}" if section.place else name
-            is_told = any(f"`{each}" in text for each in (f"{key}`", f"{key}.", f"{key}[", f"stages[].{name}`"))
+            is_told = any(
+                f"`{each}" in text for each in (f"{key}`", f"{key}.", f"{key}[", f"stages[].{name}`")
+            )
             assert is_told and field.description, key
 
 
