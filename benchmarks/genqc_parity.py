@@ -81,6 +81,7 @@ class Replayed(CircuitDiffusion):
         self.embedding_table.copy_(recorded["table"])
         assert isinstance(self.prompts, EncodedPrompts)
         self.prompts.fill(recorded["prompts"])
+        self.scheduler.alpha_bar = recorded["alpha_bar"]
 
     def initialise_from_data(self, batches: Any, gene_ids: Any = None) -> dict[str, int]:
         """Leave the prompts as they were recorded."""
@@ -178,8 +179,8 @@ def fit_by_genqc(genqc: Any, folder: Path, num_epochs: int) -> list[float]:
 
     device = torch.device("cpu")
     scheduler = genqc.DDIMScheduler(device, **SCHEDULER)
-    # genQC rounds its schedule to float32, ours does not: both train on genQC's.
-    recorded["betas"] = scheduler.betas.tolist()
+    # genQC's schedule is rounded to float32, ours is not: both train on genQC's.
+    recorded["alpha_bar"] = scheduler.alphas_cumprod.double().numpy()
     pipeline = Recorded(scheduler, model, encoder, embedder, device)
     pipeline.compile(torch.optim.Adam, nn.MSELoss)
     loader = DataLoader(TensorDataset(*tensors), batch_size=BATCH_SIZE, shuffle=True)
@@ -226,8 +227,6 @@ def replay(folder: Path) -> list[float]:
     sizes = dict(recorded["sizes"])
     vocab_size, clr_dim = sizes.pop("num_clrs"), sizes.pop("clr_dim")
     unet = "QC_Compilation_UNet" if recorded["compiles"] else "QC_Cond_UNet"
-    noise = {key: value for key, value in SCHEDULER.items() if key != "beta_schedule"}
-    noise["betas"] = recorded["betas"]
     config = RunConfig.model_validate(
         {
             "run_name": "replayed",
@@ -246,7 +245,7 @@ def replay(folder: Path) -> list[float]:
                     "has_unitary": recorded["compiles"],
                     "unet_class": f"genQC.models.unet_qc.{unet}",
                     "unet_args": sizes,
-                    "scheduler": {"type": "DDIM", "params": noise},
+                    "scheduler": {"type": "DDIM", "params": SCHEDULER},
                     "text_encoder": {"library": "open_clip", "num_tokens": 77, "width": 512},
                 },
             },
