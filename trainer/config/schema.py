@@ -209,7 +209,9 @@ class ScoringConfig(Section):
         default=None,
         description="Predicted cells of each perturbation and cell type (cells; null: as many as the real ones)",
     )
-    num_steps: PositiveCount = Field(default=16, description="Passes through the network for each cell (passes)")
+    num_steps: PositiveCount = Field(
+        default=16, description="Passes through the network for each cell (passes)"
+    )
     batch_size: PositiveCount = Field(default=8, description="Sets per rank and forward pass (sets)")
 
 
