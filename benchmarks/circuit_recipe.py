@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=3, help="trainings, each with its own seed")
-    parser.add_argument("--num", type=int, default=256, help="circuits drawn for each prompt")
+    parser.add_argument("--num", type=int, default=128, help="circuits drawn for each prompt")
     parser.add_argument(
-        "--guidance", type=float, nargs="+", default=[1.0, 2.0], help="how far prompts are followed"
+        "--guidance", type=float, nargs="+", default=[1.0], help="how far prompts are followed"
     )
     parser.add_argument(
         "--output", type=Path, default=ROOT / "runs" / "circuits" / "recipe", help="folder of the models"

@@ -17,9 +17,6 @@ from models.pretrained import CONFIG_FILE, from_pretrained
 from trainer.errors import UserError
 from trainer.export import find_checkpoint, load_trained
 
-GUIDANCE = 2.0
-"""What is drawn with where nothing is asked for."""
-
 
 def open_circuit_model(path: Path, device: torch.device) -> CircuitDiffusion:
     """Open a trained circuit model, in evaluation mode.
@@ -92,21 +89,17 @@ def length_of(model: CircuitDiffusion, asked: int | None) -> int:
     return chosen
 
 
-def guidance_of(model: CircuitDiffusion, asked: float | None) -> float:
-    """Return how far prompts are followed.
+def check_guidance(model: CircuitDiffusion, scale: float) -> None:
+    """Refuse guidance of a model that has not learned to do without a prompt, which guidance compares with.
 
     Raises:
-        UserError: the model has not learned to do without a prompt, which guidance compares with.
+        UserError: the scale is not 1, and the model has not.
     """
-    is_guided = bool(model.config.guidance_dropout)
-    if asked is None:
-        return GUIDANCE if is_guided else 1.0
-    if asked != 1 and not is_guided:
+    if scale != 1 and not model.config.guidance_dropout:
         raise UserError(
-            f"--guidance {asked:g}: the model was trained with every prompt (enable_guidance_train, guidance_train_p), "
+            f"--guidance {scale:g}: the model was trained with every prompt (enable_guidance_train, guidance_train_p), "
             "so only 1 can be drawn"
         )
-    return asked
 
 
 def draw_tokens(

@@ -86,9 +86,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--guidance",
         type=float,
+        default=1.0,
         metavar="SCALE",
-        help="how far the prompt is followed, in multiples of what it changes; 1 is the plain model (default: 2, "
-        "or 1 for a model that was trained without guidance)",
+        help="how far the prompt is followed, in multiples of what it changes; 1 is the plain model (default: 1)",
     )
     add("--seed", type=int, default=0, help="of the draws and of the random circuits (default: 0)")
     add("--batch-size", type=int, default=64, metavar="N", help="circuits drawn at once (default: 64)")
@@ -122,14 +122,14 @@ def _sample(arguments: argparse.Namespace) -> int:
     output = Path(os.path.abspath(arguments.output))
     _check_output(output, arguments.overwrite)
     # Torch and what builds models take seconds to import, and a mistake above needs neither.
-    from trainer.circuit_sampling import check_prompts, guidance_of, open_circuit_model
+    from trainer.circuit_sampling import check_guidance, check_prompts, open_circuit_model
 
     _, device = join_ranks(arguments.device)
     model = open_circuit_model(arguments.model, device)
     known = None if arguments.dataset is None else read_known_circuits(arguments.dataset)
     tasks = _tasks(arguments, known, needs_unitary=model.needs_unitary)
     check_prompts(model, [task.prompt for task in tasks])
-    arguments.guidance = guidance_of(model, arguments.guidance)
+    check_guidance(model, arguments.guidance)
     drawn = [_draw(arguments, model, task, known) for task in tasks]
     notice(scores_table(drawn))
     for each in drawn:
@@ -155,7 +155,7 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < lowest:
             raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {lowest}")
-    if arguments.guidance is not None and not 0 <= arguments.guidance < float("inf"):
+    if not 0 <= arguments.guidance < float("inf"):
         raise UserError(
             f"--guidance {arguments.guidance:g}: it must be a number of at least 0; 1 is the plain model"
         )
