@@ -6,12 +6,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
+from data.even_windows import EvenWindows
 from data.hashing import Stream, stateless_hash
 
 _EPOCHS_KEPT = 2
 
 
-class SizeOrder:
+class SizeOrder(EvenWindows):
     """Show every row once an epoch, in global batches of one size wherever a size has rows enough.
 
     The rows of a size are permuted, and as many as fill whole global batches make such batches. What is left of all
@@ -55,11 +56,6 @@ class SizeOrder:
         self._of_epoch = lru_cache(_EPOCHS_KEPT)(self._permuted)
 
     @property
-    def num_windows(self) -> int:
-        """Count the windows of an epoch, which are its global batches."""
-        return -(-self.num_rows // self.window)
-
-    @property
     def num_mixed_rows(self) -> int:
         """Count the rows of an epoch that may share a global batch with rows of another size."""
         return int((self._counts % self.window).sum())
@@ -67,20 +63,6 @@ class SizeOrder:
     def rows(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Return the rows at positions [start, stop) of an epoch, in order."""
         return self._of_epoch(epoch)[max(start, 0) : max(min(stop, self.num_rows), 0)].copy()
-
-    def window_at(self, epoch: int, position: int) -> int:
-        """Return the window that a position of an epoch lies in."""
-        del epoch
-        return position // self.window
-
-    def window_start(self, epoch: int, window: int) -> int:
-        """Return the first position of a window; the window after the last one starts at `num_rows`."""
-        del epoch
-        return min(window * self.window, self.num_rows)
-
-    def window_rows(self, epoch: int, window: int) -> NDArray[np.int64]:
-        """Return a window's rows in order."""
-        return self.rows(epoch, self.window_start(epoch, window), self.window_start(epoch, window + 1))
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the epochs behind when the order travels to another process."""

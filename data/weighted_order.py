@@ -6,10 +6,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.errors import DataError
+from data.even_windows import EvenWindows
 from data.hashing import Stream, stateless_hash, to_range, to_uniform
 
 
-class WeightedOrder:
+class WeightedOrder(EvenWindows):
     """Draw the cells of each epoch with replacement, more and more evenly over classes.
 
     A cell of a class of n cells, of N cells in K classes, is drawn with probability (1 - a) / N + a / (K * n), where
@@ -54,11 +55,6 @@ class WeightedOrder:
         _, starts, counts = np.unique(classes[rows][by_class], return_index=True, return_counts=True)
         self._starts, self._counts = starts.astype(np.int64), counts.astype(np.int64)
 
-    @property
-    def num_windows(self) -> int:
-        """Count the windows of an epoch."""
-        return -(-self.num_rows // self.window)
-
     def balance(self, epoch: int) -> float:
         """Return the share of the draws that are even over classes."""
         return 1.0 if self.warmup_epochs == 0 else min(1.0, max(epoch, 0) / self.warmup_epochs)
@@ -75,20 +71,6 @@ class WeightedOrder:
         )
         place[is_even] = self._starts[chosen] + _below(hashes[is_even], self._counts[chosen])
         return self._rows[place].astype(np.int64)
-
-    def window_at(self, epoch: int, position: int) -> int:
-        """Return the window that a position of an epoch lies in."""
-        del epoch
-        return position // self.window
-
-    def window_start(self, epoch: int, window: int) -> int:
-        """Return the first position of a window; the window after the last one starts at `num_rows`."""
-        del epoch
-        return min(window * self.window, self.num_rows)
-
-    def window_rows(self, epoch: int, window: int) -> NDArray[np.int64]:
-        """Return a window's rows in order."""
-        return self.rows(epoch, self.window_start(epoch, window), self.window_start(epoch, window + 1))
 
 
 def _below(hashes: NDArray[np.uint64], limits: NDArray[Any]) -> NDArray[np.int64]:

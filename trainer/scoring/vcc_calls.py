@@ -8,20 +8,18 @@ import importlib
 import json
 import os
 import sys
-import threading
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
 from trainer.atomicfile import replace_text
-
-_LOOK_SECONDS = 1.0
+from trainer.scoring.parent import end_with_parent
 
 
 def main(argv: list[str]) -> int:
     """Run the calls of a file, and write beside it how each one ended."""
-    _end_with_parent()
+    end_with_parent()
     path = Path(argv[0])
     request = json.loads(path.read_text())
     package, name = request["main"].split(":")
@@ -66,18 +64,6 @@ def _run(program: Any, name: str, arguments: list[str], log: Path) -> str | None
                 os.dup2(copy, number)
                 os.close(copy)
     return None
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it is gone."""
-    parent = os.getppid()
-
-    def look() -> None:
-        while os.getppid() == parent:
-            time.sleep(_LOOK_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=look, name="parent", daemon=True).start()
 
 
 if __name__ == "__main__":

@@ -7,8 +7,6 @@ import json
 import os
 import signal
 import sys
-import threading
-import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -21,11 +19,11 @@ from trainer.errors import UserError
 from trainer.scoring.benchmarks import Results, Row, run_benchmarks
 from trainer.scoring.cells import Cells, load_cells
 from trainer.scoring.embedding_baselines import representations
+from trainer.scoring.parent import end_with_parent
 from trainer.scoring.specs import parse_specs
 
 MODEL = "model"
 """The representation that is the model's own embedding."""
-_LOOK_SECONDS = 1.0
 _NICE = 5
 
 
@@ -88,14 +86,7 @@ def _obey_parent() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICE)
-    parent = os.getppid()
-
-    def look() -> None:
-        while os.getppid() == parent:
-            time.sleep(_LOOK_SECONDS)
-        os._exit(1)
-
-    threading.Thread(target=look, name="parent", daemon=True).start()
+    end_with_parent()
 
 
 if __name__ == "__main__":
