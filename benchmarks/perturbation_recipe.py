@@ -81,6 +81,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--simulate", nargs="*", default=[], metavar="OPTION=VALUE", help="of the simulator")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "perturbation_recipe")
     parser.add_argument("--num-steps", type=int, default=4, help="passes through the network for each cell")
+    parser.add_argument(
+        "--no-scores",
+        action="store_true",
+        help="only effect correlations, as where cell-eval2 finds no effect",
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="changes of the training")
     arguments = parser.parse_args(argv)
     output = arguments.output.resolve()
@@ -89,7 +94,10 @@ def main(argv: list[str] | None = None) -> int:
         options = dict(each.split("=", 1) for each in arguments.simulate)
         task = make_task(arguments.data, arguments.hold_out, options, output, seed)
         print(f"\nseed {seed}: held out {task.told}", flush=True)
-        found.append(measure(task, output / f"seed_{seed}", seed, arguments.set, arguments.num_steps))
+        has_scores = not arguments.no_scores
+        found.append(
+            measure(task, output / f"seed_{seed}", seed, arguments.set, arguments.num_steps, has_scores)
+        )
         print(f"\n{table(found)}\n", flush=True)
     return 0
 
@@ -177,7 +185,9 @@ def read_obs(path: Path) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
-def measure(task: Task, folder: Path, seed: int, changes: list[str], num_steps: int) -> Figures:
+def measure(
+    task: Task, folder: Path, seed: int, changes: list[str], num_steps: int, has_scores: bool
+) -> Figures:
     """Train, predict and score one seed; what is there is not made again."""
     folder.mkdir(exist_ok=True)
     launch = ("-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml")
@@ -198,10 +208,12 @@ def measure(task: Task, folder: Path, seed: int, changes: list[str], num_steps: 
     call("-m", "trainer", "predict", "--model", run, "--data", task.corpus, "--output", files["predicted"],
          "--real", files["real"], "--train", files["train"], "--num-steps", num_steps, "--seed", seed,
          "--device", "cpu", "--overwrite")  # fmt: skip
-    scores = folder / "scores"
-    call("-m", "trainer", "score", "--pred", files["predicted"], "--real", files["real"], "--train", files["train"],
-         "--preset", "vcc2026", "--output", scores, "--seed", seed)  # fmt: skip
-    figures = read_figures(scores / "results.json")
+    figures: Figures = {MODEL: {}, MEAN_RESPONSE: {}}
+    if has_scores:
+        scores = folder / "scores"
+        call("-m", "trainer", "score", "--pred", files["predicted"], "--real", files["real"],
+             "--train", files["train"], "--preset", "vcc2026", "--output", scores, "--seed", seed)  # fmt: skip
+        figures = read_figures(scores / "results.json")
     seen = {name: changes_of(path) for name, path in files.items()}
     means = mean_changes(seen["train"], seen["real"])
     figures[MODEL][EFFECT] = effect_correlation(seen["predicted"], seen["real"])
@@ -273,8 +285,17 @@ def wins(figures: Figures, other: str) -> int:
 
 def table(found: list[Figures]) -> str:
     """Return mean and standard deviation over the seeds, and the wins of each."""
+    lines = [f"{len(found)} seed{'s, mean ± standard deviation' if len(found) > 1 else ''}\n"]
+    if all(CEILING in each for each in found):
+        lines += _metric_lines(found)
+    for name in (MODEL, MEAN_RESPONSE):
+        lines.append(f"\n{EFFECT}, {name}: {_text([each[name][EFFECT] for each in found])}")
+    lines.append(f"\ntraining seconds: {_text([each[MODEL]['training seconds'] for each in found])}")
+    return "\n".join(lines)
+
+
+def _metric_lines(found: list[Figures]) -> list[str]:
     lines = [
-        f"{len(found)} seed{'s, mean ± standard deviation' if len(found) > 1 else ''}\n",
         "| metric | better | model | mean response | controls | ceiling | wins of the model |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -294,10 +315,7 @@ def table(found: list[Figures]) -> str:
         lines.append(
             f"\nmetrics in which the model is better than {other}: {[wins(each, other) for each in found]}"
         )
-    for name in (MODEL, MEAN_RESPONSE):
-        lines.append(f"\n{EFFECT}, {name}: {_text([each[name][EFFECT] for each in found])}")
-    lines.append(f"\ntraining seconds: {_text([each[MODEL]['training seconds'] for each in found])}")
-    return "\n".join(lines)
+    return lines
 
 
 def _text(values: list[float | None]) -> str:

@@ -53,7 +53,7 @@ def test_targets_that_were_never_seen_are_predicted_better_than_by_the_mean_resp
     assert len(held_out) == 6 and not held_out & {target for target, _ in changes["train"]}
     model = recipe.effect_correlation(changes["predicted"], changes["real"])
     mean = recipe.effect_correlation(recipe.mean_changes(changes["train"], changes["real"]), changes["real"])
-    assert model > mean + 0.2, (model, mean)
+    assert model > mean + 0.25, (model, mean)
 
 
 def test_a_file_holds_targets_out_in_one_cell_type_that_were_seen_in_the_others(recipe, tmp_path):
