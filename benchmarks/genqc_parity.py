@@ -25,6 +25,7 @@ matplotlib.use("Agg")
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -33,13 +34,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from data.circuit_folder import open_circuit_sets  # noqa: E402
 from models.circuit_diffusion import CircuitDiffusion, CircuitDiffusionConfig, Draws  # noqa: E402
-from models.prompts import EncodedPrompts  # noqa: E402
+from models.prompts import EncodedPrompts, TextEncoderConfig, encode_prompts  # noqa: E402
 from trainer.build import run  # noqa: E402
 from trainer.config import load_run_config  # noqa: E402
 from trainer.config.schema import RunConfig  # noqa: E402
 from trainer.metrics_file import read_metrics  # noqa: E402
 
 TOLERANCE = 1e-6
+PROMPT_TOLERANCE = 1e-5
+"""Of numbers up to some units, after twelve blocks in float32."""
 SAMPLES = ROOT / "data" / "samples" / "circuits"
 LEARNING_RATE, BATCH_SIZE, SEED = 1e-3, 32, 0
 UNET = {
@@ -320,11 +323,25 @@ def save_and_load(genqc: Any, task: str) -> float:
     return max(float((one - other).abs().max()), float(vectors))
 
 
+def compare_prompts(genqc: Any) -> float:
+    """Encode prompts by genQC's text encoder and by ours with the same random weights; return the difference."""
+    texts = ["Generate SRV: [1, 2, 2]", "Compile using: ['h', 'cx']", ""]
+    torch.manual_seed(SEED)
+    encoder = genqc.CachedFrozenOpenCLIPEmbedder(version=None, enable_cache_token_limit=False)
+    weights = {name: tensor.clone().contiguous() for name, tensor in encoder.model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(weights, Path(folder) / "text.safetensors")
+        config = TextEncoderConfig(library="open_clip", num_tokens=77, width=512)
+        ours = encode_prompts(config, Path(folder) / "text.safetensors", texts)
+    theirs = encoder(encoder.tokenize_and_push_to_device(texts))
+    return float((ours - theirs).abs().max())
+
+
 def main() -> int:
     """Compare both tasks; 1 where they differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--tasks", nargs="+", default=["unitary_3q", "srv_3q"])
+    parser.add_argument("--tasks", nargs="*", default=["unitary_3q", "srv_3q"])
     arguments = parser.parse_args()
     if importlib.util.find_spec("genQC") is None:
         print(
@@ -332,7 +349,9 @@ def main() -> int:
         )
         return 0
     genqc = import_genqc()
-    has_failed = False
+    prompts = compare_prompts(genqc)
+    print(f"largest difference of an encoded prompt {prompts:.3g}")
+    has_failed = prompts > PROMPT_TOLERANCE
     for task in arguments.tasks:
         largest = compare(genqc, task, arguments.epochs)
         loaded = save_and_load(genqc, task)
