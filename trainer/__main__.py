@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "benchmark": Command("trainer.benchmark", "score a model's embeddings beside baselines"),
     "predict": Command("trainer.predict", "predict perturbed cells from control cells"),
+    "report": Command("trainer.report", "put a run, or several beside each other, on one page"),
     "export": Command("trainer.export", "write a checkpoint's model as a folder that from_pretrained loads"),
     "models": Command("trainer.registry", "list, load or delete saved models"),
 }

@@ -22,7 +22,7 @@ from torch import nn
 
 from data.errors import DataError
 from models.errors import ModelError
-from trainer import control, distributed, preemption, runfolder, watch
+from trainer import control, distributed, journal, preemption, runfolder, watch
 from trainer.account import build_account
 from trainer.averaging import keep_average
 from trainer.benchmarking import check_benchmarks
@@ -47,6 +47,7 @@ from trainer.preemption import Preempted
 from trainer.progress import Progress
 from trainer.random_state import seed_dropout
 from trainer.recorder import Recorder
+from trainer.report import report_at_end
 from trainer.rollback import train_with_fallback
 from trainer.run import Run
 from trainer.run_state import Saver, restore
@@ -147,9 +148,12 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         resumed_from = (
             None if resume.checkpoint is None else f"{resume.checkpoint} (step {run.progress.global_step})"
         )
-        print_account(
-            build_account(run, facts, run_folder=str(folder), resumed_from=resumed_from, notes=notes)
-        )
+        account = build_account(run, facts, run_folder=str(folder), resumed_from=resumed_from, notes=notes)
+        print_account(account)
+        if ranks.is_main:
+            journal.note_start(
+                folder, account, world_size=ranks.count, strategy=run.strategy.name, resumed_step=step
+            )
         with build_writer(config, ranks, folder) as writer:
             run.saver = Saver(writer, config, facts, None if saved is None else run.progress)
             train_with_fallback(run, writer, folder, facts)
@@ -179,7 +183,8 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         run.recorder.close(exit_code)
         if ranks.is_main:
             with contextlib.suppress(OSError):  # a full disk must not hide what stopped the run
-                runfolder.write_exit_status(folder, exit_code, reason)
+                journal.note_end(folder, runfolder.write_exit_status(folder, exit_code, reason))
+            report_at_end(folder)
         if lease is not None:
             lease.release()
         if exit_code == PREEMPTED:
@@ -231,7 +236,7 @@ def start_watch(run: Run, folder: Path) -> Watch:
         control.leave_exit(1, reason)
         if run.ranks.is_main:
             with contextlib.suppress(OSError):
-                runfolder.write_exit_status(folder, 1, reason)
+                journal.note_end(folder, runfolder.write_exit_status(folder, 1, reason))
 
     run.module.register_forward_pre_hook(lambda *_: run.activity.move_on())
     return Watch(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from trainer.atomicfile import replace_text
 from trainer.checkpoint_folder import (
@@ -138,10 +138,10 @@ def adopt(run_folder: str | Path, checkpoint: str | Path) -> list[Path]:
     return moved
 
 
-def write_exit_status(run_folder: str | Path, code: int, reason: str) -> None:
+def write_exit_status(run_folder: str | Path, code: int, reason: str) -> dict[str, Any]:
     """Write `exit_status.json`: how a run ended, and when its process began, for scripts and for people.
 
-    Launch scripts learn from it what launchers' exit codes do not tell.
+    Launch scripts learn from it what launchers' exit codes do not tell. Returns what it says.
     """
     now = datetime.now(UTC)
     status = {
@@ -152,6 +152,7 @@ def write_exit_status(run_folder: str | Path, code: int, reason: str) -> None:
         "duration_seconds": round((now - _STARTED).total_seconds(), 1),
     }
     replace_text(Path(run_folder) / "exit_status.json", json.dumps(status) + "\n")
+    return status
 
 
 def check_same_folder(ranks: Ranks, folder: Path) -> None:
