@@ -21,6 +21,8 @@ COMMANDS = {
     "convert": Command("trainer.convert_h5ad", "convert h5ad files into a corpus"),
     "plan": Command("trainer.plan", "say what a run will take, without a GPU and without training"),
     "doctor": Command("trainer.doctor", "find out whether a run can start on this machine"),
+    "selfcheck": Command("trainer.selfcheck", "prove on this machine, without data, that results are exact"),
+    "verify-resume": Command("trainer.verify_resume", "prove that a run of your own resumes exactly"),
     "sample": Command("trainer.sample", "draw quantum circuits from a trained model"),
     "embed": Command("trainer.embed", "write the embeddings of an h5ad file's cells into a copy of it"),
     "score": Command(
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         return run_command(lambda: importlib.import_module(COMMANDS[argv[0]].module).main(argv[1:]))
     is_help = bool(argv) and argv[0] in ("-h", "--help")
     if is_main_process():
-        lines = [f"  {name:<10} {command.about}" for name, command in COMMANDS.items()]
+        lines = [f"  {name:<13} {command.about}" for name, command in COMMANDS.items()]
         usage = "\n".join(["usage: python -m trainer COMMAND ...", "", "commands:", *lines])
         mistake = "" if is_help or not argv else f"error: unknown command '{argv[0]}'\n"
         print(f"{mistake}{usage}", file=sys.stdout if is_help else sys.stderr)

@@ -133,7 +133,7 @@ def start_ranks(config: RunConfig, count: int, *, dry_run: bool = False) -> int:
             **os.environ,
             "PYTHONPATH": search_path,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
             control.VARIABLE: name,
@@ -192,7 +192,8 @@ def _agreed(codes: list[int]) -> int:
     return next((code for code in (USER_MISTAKE, INTERRUPTED) if code in codes), FAILED)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nothing listens on."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
