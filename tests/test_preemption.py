@@ -217,7 +217,7 @@ def test_ranks_whose_launcher_dies_save_and_end(tmp_path):
 
 def test_a_time_limit_ends_a_run_with_a_checkpoint(tmp_path):
     phase = {**PHASES[0], "epochs": 200}
-    with start(1, tmp_path, configuration(1, phase), max_wall_seconds=6) as group:
+    with start(1, tmp_path, configuration(1, phase), max_wall_seconds=15) as group:
         end(group)
     assert status(tmp_path)["reason"].startswith("wall-clock limit at step ")
     assert (newest_run(tmp_path) / (newest_run(tmp_path) / "latest").read_text().strip()).is_dir()
