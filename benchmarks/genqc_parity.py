@@ -339,7 +339,7 @@ def compare_prompts(genqc: Any) -> float:
 
 def main() -> int:
     """Compare both tasks; 1 where they differ."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--tasks", nargs="*", default=["unitary_3q", "srv_3q"])
     arguments = parser.parse_args()

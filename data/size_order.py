@@ -70,7 +70,7 @@ class SizeOrder(EvenWindows):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """Start without epochs."""
-        self.__dict__.update(state)
+        vars(self).update(state)
         self._of_epoch = lru_cache(_EPOCHS_KEPT)(self._permuted)
 
     def _permuted(self, epoch: int) -> NDArray[np.int64]:
