@@ -3,13 +3,13 @@ import torch
 from running import records, toy, train
 
 from trainer.distributed import Ranks
-from trainer.meters import LossSum, Meters
+from trainer.meters import LossSum, Meters, StepTotals
 from trainer.metrics_file import comparable
 
 
 def one_step(meters, **totals):
     step = {"cells": 8, "tokens": 100, "padded_tokens": 160, "flops": 5e12, **totals}
-    meters.add_step({"kind": "train"}, sums=LossSum(), weight=0.0, gradient_norm=1.0, **step)
+    meters.add_step({"kind": "train"}, LossSum(), 1.0, StepTotals([], 0.0, **step))
     [record] = meters.take()
     return record
 

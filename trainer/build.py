@@ -37,7 +37,7 @@ from trainer.early_stopping import check_early_stopping
 from trainer.errors import ConfigError, UserError
 from trainer.exits import PREEMPTED
 from trainer.freezing import split_groups
-from trainer.loop import rehearse
+from trainer.loop import train
 from trainer.losses import LossModule, build_loss
 from trainer.objective import check_objective_options
 from trainer.optim import UserScheduler, build_optimizer, mark_trainable
@@ -47,9 +47,10 @@ from trainer.preemption import Preempted
 from trainer.progress import Progress
 from trainer.random_state import seed_dropout
 from trainer.recorder import Recorder
+from trainer.rehearsal import rehearse
 from trainer.report import report_at_end
-from trainer.rollback import train_with_fallback
-from trainer.run import Run
+from trainer.rollback import roll_back
+from trainer.run import Run, TrainingStopped
 from trainer.run_state import Saver, restore
 from trainer.schedule import base_learning_rates, check_momentum
 from trainer.scoring_queue import finish_scoring, start_scoring
@@ -191,6 +192,22 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
             # A launcher ends all ranks when the first one has ended: they leave together, when all is written.
             with contextlib.suppress(RuntimeError):
                 ranks.barrier()
+
+
+def train_with_fallback(run: Run, writer: CheckpointWriter, folder: Path, facts: DataFacts) -> None:
+    """Train to the end; where FP8 fails and the run says so, from the last checkpoint on in bf16 for a while.
+
+    Raises:
+        TrainingStopped: too many steps in a row were not finite, and bf16 does not help or was not asked for.
+    """
+    if run.progress.phase_index >= len(run.phases):
+        step = run.progress.global_step
+        notice(f"this run is finished: all its phases ended at step {step}, nothing is left to do")
+    while True:
+        try:
+            return train(run)
+        except TrainingStopped as stop:
+            roll_back(run, writer, folder, facts, stop)
 
 
 def check_result(config: RunConfig, ranks: Ranks, resume: Resume) -> None:

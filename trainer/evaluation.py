@@ -46,9 +46,11 @@ def evaluate(run: Run, phase: Phase) -> None:
     note_evaluation(run, phase, means)
 
 
-def evaluate_at_last(run: Run, phase: Phase) -> None:
-    """Make up for an evaluation that a request to stop cut short, and for the save that would have followed."""
+def make_up_for_evaluation(run: Run, phase: Phase) -> None:
+    """Hold the evaluation that a request to stop has cut short, if any, and the save that would have followed."""
     progress, is_epoch_end = run.progress, run.progress.epoch_step == 0
+    if not progress.evaluation_due:
+        return
     if phase.validation is not None:
         evaluate(run, phase)
     progress.evaluation_due = 0

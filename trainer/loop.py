@@ -5,39 +5,29 @@ Nothing here knows a model family or a data set.
 """
 
 import contextlib
-import math
 from typing import Any
 
-from torch import Tensor
-
 from data.loader import MicroBatch
-from models.fp8_switch import switch
 from trainer.benchmarking import benchmark_if_due
-from trainer.console import notice
-from trainer.evaluation import evaluate, evaluate_at_last
+from trainer.evaluation import evaluate, make_up_for_evaluation
 from trainer.losses import move_to_device
 from trainer.meters import LossSum, Meters
 from trainer.objective import set_objective_options
 from trainer.phases import Phase
 from trainer.prediction_scoring import score_if_due
-from trainer.progress import Progress
+from trainer.rollback import choose_precision
 from trainer.run import Run, StepTotals, add_up, is_due, is_over, leave, position, save, write_records
-from trainer.schedule import base_learning_rates, set_learning_rates, set_momentum
+from trainer.schedule import base_learning_rates, recorded_rates, sets_rate
 
 
 def train(run: Run) -> None:
     """Run the phases from where `run.progress` stands to the end."""
     meters = Meters(run.ranks, run.strategy.device, run.peak)
-    if run.progress.phase_index >= len(run.phases):
-        notice(
-            f"this run is finished: all its phases ended at step {run.progress.global_step}, nothing is left to do"
-        )
     for phase in run.phases[run.progress.phase_index :]:
         begin_phase(run, phase)
         benchmark_if_due(run, phase)
         score_if_due(run, phase)
-        if run.progress.evaluation_due:
-            evaluate_at_last(run, phase)
+        make_up_for_evaluation(run, phase)
         while not is_over(run.progress, phase):
             run_epoch(run, phase, meters)
         run.progress.next_phase()
@@ -55,16 +45,15 @@ def begin_phase(run: Run, phase: Phase) -> None:
         run.strategy.hold_still(phase.config.freeze)
         set_objective_options(run.module, run.config.datasets, phase.index)
     choose_precision(run)
-    groups = run.strategy.optimizer.param_groups
-    rates = base_learning_rates(phase.config, groups)
-    if run.scheduler is not None and run.progress.phase_step == 0 and sets_rate(phase):
+    rates = base_learning_rates(phase.config, run.strategy.optimizer.param_groups)
+    if run.scheduler is not None and run.progress.phase_step == 0 and sets_rate(phase.config):
         run.scheduler.restart(rates)
 
 
 def run_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     """Train to the end of the current epoch, then evaluate and save as the phase says."""
     progress = run.progress
-    stop = progress.epoch_step + steps_left(progress, phase)
+    stop = progress.epoch_step + phase.steps_left(progress.epoch_step, progress.phase_step)
     meters.restart_clock()
     with contextlib.closing(phase.loader.steps(progress.epoch, progress.epoch_step, stop)) as steps:
         while progress.epoch_step < stop and not progress.is_stopped:
@@ -92,8 +81,10 @@ def train_step(
 ) -> None:
     """Take one optimizer step: every micro-batch's gradient, one clipped update, one record."""
     progress, strategy = run.progress, run.strategy
-    rates = set_rates(run, phase)
-    rates |= choose_precision(run)
+    groups = strategy.optimizer.param_groups
+    if run.scheduler is None:
+        phase.set_rates(groups, progress.phase_step)
+    settings = recorded_rates(groups) | choose_precision(run)
     sums, norm = LossSum(), None
     if totals.weight > 0:
         # NaN from the first loss on that is not finite: it makes the gradient NaN, and so on every rank.
@@ -114,20 +105,9 @@ def train_step(
         norm = strategy.step()
     if run.scheduler is not None:
         run.scheduler.step()
-    count_step(progress, totals)
-    record = {"kind": "train", **position(progress, phase), **rates}
-    meters.add_step(
-        record,
-        sums=sums,
-        weight=totals.weight,
-        gradient_norm=norm,
-        cells=totals.cells,
-        tokens=totals.tokens,
-        padded_tokens=totals.padded_tokens,
-        flops=totals.flops,
-    )
-    # A norm that is still on its way from a GPU is looked at when it is written.
-    if not isinstance(norm, Tensor) and (norm is None or not math.isfinite(norm)):
+    progress.count_step(totals.cells, totals.tokens)
+    meters.add_step({"kind": "train", **position(progress, phase), **settings}, sums, norm, totals)
+    if meters.knows_of_a_skipped_step:
         write_records(run, meters)
 
 
@@ -164,70 +144,3 @@ def end_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     score_if_due(run, phase)
     if not is_over(progress, phase) and is_due(progress.epoch, config.save_every_epochs):
         save(run)
-
-
-def count_step(progress: Progress, totals: StepTotals) -> None:
-    """Move the counters on by one optimizer step."""
-    progress.global_step += 1
-    progress.phase_step += 1
-    progress.epoch_step += 1
-    progress.cells += int(totals.cells)
-    progress.tokens += int(totals.tokens)
-
-
-def steps_left(progress: Progress, phase: Phase) -> float:
-    """Return the steps until the epoch or the phase ends, infinity where only the data can tell."""
-    limits = [(phase.steps_per_epoch, progress.epoch_step), (phase.config.max_steps, progress.phase_step)]
-    return min((max(0, limit - done) for limit, done in limits if limit is not None), default=math.inf)
-
-
-def choose_precision(run: Run) -> dict[str, Any]:
-    """Let an FP8 run that has rolled back compute in bf16 for a while; return what a step's record says of it."""
-    if run.config.fp8 is None or run.config.fp8.fallback_steps == 0:
-        return {}
-    switch.is_on = run.progress.global_step >= run.progress.bf16_until
-    return {"is_fallback": not switch.is_on, "rollbacks": run.progress.rollbacks}
-
-
-def set_rates(run: Run, phase: Phase) -> dict[str, float]:
-    """Set the learning rates of the coming step and return them for its record."""
-    groups = run.strategy.optimizer.param_groups
-    if run.scheduler is None:
-        factor = phase.learning_rate_factor(run.progress.phase_step)
-        set_learning_rates(groups, base_learning_rates(phase.config, groups), factor)
-        set_momentum(groups, phase.momentum(run.progress.phase_step))
-    rates = {"lr": float(groups[0]["lr"])}
-    if len(groups) > 1:
-        rates |= {
-            f"lr/{group.get('name', group.get('part_of', index))}": float(group["lr"])
-            for index, group in enumerate(groups)
-        }
-    return rates
-
-
-def sets_rate(phase: Phase) -> bool:
-    """Tell whether a phase sets any learning rate of its own."""
-    config = phase.config
-    return any(value is not None for value in (config.lr, config.muon_lr, config.adam_lr)) or bool(
-        config.group_lrs
-    )
-
-
-def rehearse(run: Run) -> None:
-    """Take the first step's batch through forward and backward without updating anything, and say what came out."""
-    for phase in run.phases:
-        set_objective_options(run.module, run.config.datasets, phase.index)
-        with contextlib.closing(phase.loader.steps(0, 0, 1)) as steps:
-            micro_batches = next(iter(steps))
-        totals = add_up(run, micro_batches)
-        weight = totals.weights[0]
-        with run.strategy.accumulation(is_last=True):
-            batch = move_to_device(micro_batches[0].batch, run.strategy.device)
-            output = run.strategy.module(batch, 0, phase.total_steps)
-            run.strategy.backward(output.sum * (run.ranks.count / totals.weight if weight > 0 else 0.0))
-        run.strategy.hold_all()
-        norm = run.strategy.step()
-        loss = float(output.sum.detach()) / weight if weight else float("nan")
-        notice(
-            f"dry run: phase '{phase.name}' loss {loss:.4f}, gradient norm {float(norm):.4f} on one micro-batch"
-        )

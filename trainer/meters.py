@@ -13,6 +13,22 @@ from trainer.costs import model_flops_utilization
 from trainer.distributed import Ranks
 
 
+@dataclass(frozen=True)
+class StepTotals:
+    """One optimizer step's totals over all ranks, and this rank's weights."""
+
+    weights: list[float]
+    weight: float
+    cells: float
+    tokens: float
+    padded_tokens: float
+    """What is computed: tokens with padding."""
+    flops: float
+    """Useful operations, 0 where no peak is known to compare them with, or the model does not tell."""
+    is_asked_to_stop: bool = False
+    """Whether any rank was asked to end with a checkpoint."""
+
+
 class LossSum:
     """Add up the losses and metrics of micro-batches, without waiting for the device."""
 
@@ -73,39 +89,33 @@ class Meters:
         self._step_started, self._waited = time.perf_counter(), 0.0
 
     def add_step(
-        self,
-        record: dict[str, Any],
-        *,
-        sums: LossSum,
-        weight: float,
-        gradient_norm: Tensor | float | None,
-        cells: float,
-        tokens: float,
-        padded_tokens: float,
-        flops: float,
+        self, record: dict[str, Any], sums: LossSum, gradient_norm: Tensor | float | None, totals: StepTotals
     ) -> None:
-        """Keep one optimizer step's record; all numbers are totals over all ranks.
-
-        `flops` are the useful operations of the step's forward and backward passes, 0 where the model does not tell.
-        """
+        """Keep one optimizer step's record; a step without a gradient norm had nothing to learn from."""
         now = time.perf_counter()
         seconds = max(now - self._step_started, 1e-9)
         record |= {
-            "cells": int(cells),
-            "tokens": int(tokens),
+            "cells": int(totals.cells),
+            "tokens": int(totals.tokens),
             "step_seconds": seconds,
-            "cells_per_second": cells / seconds,
-            "tokens_per_second": tokens / seconds,
-            "padded_tokens_per_second": padded_tokens / seconds,
+            "cells_per_second": totals.cells / seconds,
+            "tokens_per_second": totals.tokens / seconds,
+            "padded_tokens_per_second": totals.padded_tokens / seconds,
             "data_wait_fraction": min(1.0, self._waited / seconds),
             "elapsed_seconds": now - self.started,
         }
         if self.device.type == "cuda":
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
-        if self.peak is not None and flops:
-            record["mfu"] = model_flops_utilization(flops, seconds, self.ranks.count, self.peak)
-        self._pending.append(_Pending(record, sums, weight, gradient_norm))
+        if self.peak is not None and totals.flops:
+            record["mfu"] = model_flops_utilization(totals.flops, seconds, self.ranks.count, self.peak)
+        self._pending.append(_Pending(record, sums, totals.weight, gradient_norm))
         self._step_started, self._waited = now, 0.0
+
+    @property
+    def knows_of_a_skipped_step(self) -> bool:
+        """Tell whether the newest step was left out; a norm that is on its way from a GPU tells when it is taken."""
+        norm = self._pending[-1].gradient_norm if self._pending else 0.0
+        return norm is None or (not isinstance(norm, Tensor) and not math.isfinite(norm))
 
     def take(self) -> list[dict[str, Any]]:
         """Return the finished records since the last call: sums over all ranks divided by their weights.

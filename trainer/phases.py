@@ -1,6 +1,7 @@
 """The phases of a run, opened: their loaders, lengths and batch arithmetic, and the facts of their data."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,13 @@ from trainer.config.schema import BatchPlan, PhaseConfig, RunConfig
 from trainer.distributed import Ranks
 from trainer.errors import ConfigError
 from trainer.phase_data import Cells, PhaseData, open_phase_data
-from trainer.schedule import learning_rate_factor, momentum
+from trainer.schedule import (
+    base_learning_rates,
+    learning_rate_factor,
+    momentum,
+    set_learning_rates,
+    set_momentum,
+)
 
 _SIZES = (
     "vocab_size", "n_bins", "max_length", "n_classes", "num_genes", "num_targets", "num_qubits", "num_prompts",
@@ -92,6 +99,17 @@ class Phase:
     def scheduled_steps(self) -> int | None:
         """Return the steps that its schedule is over: its own, or the run's; None where nothing tells."""
         return self.steps_of_run if self.config.schedule_scope == "run" else self.total_steps
+
+    def steps_left(self, epoch_step: int, phase_step: int) -> float:
+        """Return the steps until the epoch or the phase ends, infinity where only the data can tell."""
+        limits = [(self.steps_per_epoch, epoch_step), (self.config.max_steps, phase_step)]
+        return min((max(0, limit - done) for limit, done in limits if limit is not None), default=math.inf)
+
+    def set_rates(self, groups: Sequence[dict[str, Any]], phase_step: int) -> None:
+        """Set the learning rates and the momentum of the step numbered `phase_step` (from 0) on parameter groups."""
+        rates = base_learning_rates(self.config, groups)
+        set_learning_rates(groups, rates, self.learning_rate_factor(phase_step))
+        set_momentum(groups, self.momentum(phase_step))
 
     def learning_rate_factor(self, phase_step: int) -> float:
         """Return the factor on the base learning rate for the step numbered `phase_step` (from 0)."""

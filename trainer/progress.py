@@ -41,6 +41,14 @@ class Progress:
     is_stopped: int = 0
     """1 where early stopping has ended this phase."""
 
+    def count_step(self, cells: float, tokens: float) -> None:
+        """Move on by one optimizer step, of so many cells and tokens over all ranks."""
+        self.global_step += 1
+        self.phase_step += 1
+        self.epoch_step += 1
+        self.cells += int(cells)
+        self.tokens += int(tokens)
+
     def next_epoch(self) -> None:
         """Move to the start of the phase's next epoch."""
         self.epoch += 1

@@ -1,33 +1,33 @@
 """Go back to the last checkpoint after FP8 steps that were not finite, and on in bf16 for some steps."""
 
 from pathlib import Path
+from typing import Any
 
+from models.fp8_switch import switch
 from trainer.checkpoint import CheckpointWriter, list_checkpoints, open_checkpoint
 from trainer.console import notice
-from trainer.loop import train
 from trainer.phases import DataFacts
 from trainer.recorder import Recorder
 from trainer.run import Run, TrainingStopped
 from trainer.run_state import Saver, restore
 
 
-def train_with_fallback(run: Run, writer: CheckpointWriter, folder: Path, facts: DataFacts) -> None:
-    """Train to the end; where FP8 fails and the run says so, from the last checkpoint on in bf16 for a while.
-
-    Raises:
-        TrainingStopped: too many steps in a row were not finite, and bf16 does not help or was not asked for.
-    """
-    while True:
-        try:
-            return train(run)
-        except TrainingStopped as stop:
-            roll_back(run, writer, folder, facts, stop)
+def choose_precision(run: Run) -> dict[str, Any]:
+    """Let an FP8 run that has rolled back compute in bf16 for a while; return what a step's record says of it."""
+    if run.config.fp8 is None or run.config.fp8.fallback_steps == 0:
+        return {}
+    switch.is_on = run.progress.global_step >= run.progress.bf16_until
+    return {"is_fallback": not switch.is_on, "rollbacks": run.progress.rollbacks}
 
 
 def roll_back(
     run: Run, writer: CheckpointWriter, folder: Path, facts: DataFacts, stop: TrainingStopped
 ) -> None:
-    """Put the run back to its newest checkpoint and let it compute in bf16 from there; every rank comes here alike."""
+    """Put the run back to its newest checkpoint and let it compute in bf16 from there; every rank comes here alike.
+
+    Raises:
+        TrainingStopped: it is `stop`: the steps were computed in bf16, or the run does not ask for a fallback.
+    """
     config, ranks, progress = run.config, run.ranks, run.progress
     steps = 0 if config.fp8 is None else config.fp8.fallback_steps
     if steps == 0 or progress.global_step <= progress.bf16_until:

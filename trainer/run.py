@@ -11,7 +11,7 @@ from trainer.config.schema import RunConfig
 from trainer.costs import batch_flops, peak_of_device
 from trainer.distributed import Ranks
 from trainer.losses import LossModule
-from trainer.meters import Meters
+from trainer.meters import Meters, StepTotals
 from trainer.phases import Phase
 from trainer.preemption import Preempted
 from trainer.progress import Progress
@@ -47,22 +47,6 @@ class Run:
     def peak(self) -> float | None:
         """Return the peak of one device in operations a second; None: it is a CPU, or the table has no figure."""
         return peak_of_device(self.strategy.device, self.config.precision or "bf16")
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """One optimizer step's totals over all ranks, and this rank's weights."""
-
-    weights: list[float]
-    weight: float
-    cells: float
-    tokens: float
-    padded_tokens: float
-    """What is computed: tokens with padding."""
-    flops: float
-    """Useful operations, 0 where no peak is known to compare them with, or the model does not tell."""
-    is_asked_to_stop: bool = False
-    """Whether any rank was asked to end with a checkpoint."""
 
 
 def add_up(run: Run, micro_batches: list[MicroBatch]) -> StepTotals:

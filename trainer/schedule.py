@@ -129,6 +129,23 @@ def base_learning_rates(phase: PhaseConfig, groups: Sequence[dict[str, Any]]) ->
     return rates
 
 
+def sets_rate(phase: PhaseConfig) -> bool:
+    """Tell whether a phase sets any learning rate of its own."""
+    rates = (phase.lr, phase.muon_lr, phase.adam_lr)
+    return any(rate is not None for rate in rates) or bool(phase.group_lrs)
+
+
+def recorded_rates(groups: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return the learning rates in force by their names in a step's record: the first group's, and each of several."""
+    rates = {"lr": float(groups[0]["lr"])}
+    if len(groups) > 1:
+        rates |= {
+            f"lr/{group.get('name', group.get('part_of', index))}": float(group["lr"])
+            for index, group in enumerate(groups)
+        }
+    return rates
+
+
 def set_learning_rates(groups: Sequence[dict[str, Any]], rates: Sequence[float], factor: float) -> None:
     """Write each group's learning rate for the coming step."""
     for group, rate in zip(groups, rates, strict=True):
