@@ -39,6 +39,35 @@ _LOWER_IS_BETTER = ("mae", "expr_mse_unbiased_capped_norm", "de_wilcoxon_lfc_nma
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return 0 when done, 2 for the user's mistake, 130 when interrupted, 1 for anything else."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as done:
+        return int(done.code or 0)
+    return run_command(lambda: _score(arguments))
+
+
+def layout(results: Results, preset: Preset) -> str:
+    """Return the table of every metric, with a column for each representation and for each rescaled score."""
+    raw = [row for row in results.rows if row.benchmark == preset.name]
+    rescaled = [row for row in results.rows if row.benchmark == preset.name + SCORE_SUFFIX]
+    arms = [arm for arm in (MODEL, *BASELINES) if any(row.representation == arm for row in raw)]
+    scores = [arm for arm in (MODEL, CONTROLS) if any(row.representation == arm for row in rescaled)]
+    figures = {(row.benchmark, row.representation, row.metric): row for row in results.rows}
+    lines = []
+    for metric in dict.fromkeys(row.metric for row in (*raw, *rescaled)):
+        better = "lower" if metric in _LOWER_IS_BETTER else "higher"
+        if metric not in (*preset.metrics, AVERAGE):
+            better = "not scored"
+        line: list[str | None] = [metric, better]
+        for benchmark, columns in ((preset.name, arms), (preset.name + SCORE_SUFFIX, scores)):
+            for arm in columns:
+                row = figures.get((benchmark, arm, metric))
+                line.append(None if row is None else _figure(row.value, row.spread))
+        lines.append(line)
+    return table(["metric", "better", *arms, *(f"score of {arm}" for arm in scores)], lines)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m trainer score",
         allow_abbrev=False,
@@ -72,95 +101,85 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="the folder for results; an earlier one is replaced"
     )
-    parser.add_argument("--contract-only", action="store_true", help="check the rules, and score nothing")
-    parser.add_argument(
+    _add_rules(parser)
+    _add_comparison(parser)
+    _add_program(parser)
+    return parser
+
+
+def _add_rules(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("rules")
+    group.add_argument("--contract-only", action="store_true", help="check the rules, and score nothing")
+    group.add_argument(
         "--upload",
         action="store_true",
         help="check the rules of an upload to the challenge too, sizes and all",
     )
-    parser.add_argument(
+    group.add_argument(
         "--genes", type=Path, metavar="FILE", help="with --upload: the challenge's genes, one a line"
     )
-    parser.add_argument(
+    group.add_argument(
         "--perturbations",
         type=Path,
         metavar="FILE",
         help="with --upload: the challenge's perturbations, one a line or in a CSV's column target_gene",
     )
-    parser.add_argument(
+
+
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what is compared with what")
+    group.add_argument(
         "--control-label",
         default=ScoreOptions.control_label,
         metavar="NAME",
         help=f"the target_gene of control cells (default: {ScoreOptions.control_label})",
     )
-    parser.add_argument(
+    group.add_argument(
         "--cell-type-key",
         default=ScoreOptions.cell_type_key,
         metavar="NAME",
         help="obs column within which baselines are made, where there is one (default: cell_type; '' for none)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--context-key",
         metavar="NAME",
         help="obs column whose values are scored apart and averaged (default: context, where both files have it)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--only-predicted", action="store_true", help="leave out real perturbations that the prediction lacks"
     )
-    parser.add_argument(
+    group.add_argument(
         "--baselines",
         nargs="*",
         choices=[_flag(name) for name in BASELINES],
         default=[_flag(name) for name in BASELINES],
         help="which of them to score (default: all)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--reuse",
         type=Path,
         metavar="DIR",
         help="take baselines from the output for the same real cells and options",
     )
-    parser.add_argument(
+    group.add_argument(
         "--target-sum",
         type=float,
         metavar="TOTAL",
         help="vcc2025: what a cell's counts were normalised to, where the files do not say",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the baselines and the halves (default: 0)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of the program (default: 1)")
-    parser.add_argument(
+
+
+def _add_program(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the program")
+    group.add_argument("--seed", type=int, default=0, help="of the baselines and the halves (default: 0)")
+    group.add_argument("--threads", type=int, default=1, metavar="N", help="of the program (default: 1)")
+    group.add_argument(
         "--timeout",
         type=float,
         default=TIMEOUT_SECONDS,
         metavar="SECONDS",
         help=f"for the program, all runs together (default: {TIMEOUT_SECONDS:g})",
     )
-    try:
-        arguments = parser.parse_args(argv)
-    except SystemExit as done:
-        return int(done.code or 0)
-    return run_command(lambda: _score(arguments))
-
-
-def layout(results: Results, preset: Preset) -> str:
-    """Return the table of every metric, with a column for each representation and for each rescaled score."""
-    raw = [row for row in results.rows if row.benchmark == preset.name]
-    rescaled = [row for row in results.rows if row.benchmark == preset.name + SCORE_SUFFIX]
-    arms = [arm for arm in (MODEL, *BASELINES) if any(row.representation == arm for row in raw)]
-    scores = [arm for arm in (MODEL, CONTROLS) if any(row.representation == arm for row in rescaled)]
-    figures = {(row.benchmark, row.representation, row.metric): row for row in results.rows}
-    lines = []
-    for metric in dict.fromkeys(row.metric for row in (*raw, *rescaled)):
-        better = "lower" if metric in _LOWER_IS_BETTER else "higher"
-        if metric not in (*preset.metrics, AVERAGE):
-            better = "not scored"
-        line: list[str | None] = [metric, better]
-        for benchmark, columns in ((preset.name, arms), (preset.name + SCORE_SUFFIX, scores)):
-            for arm in columns:
-                row = figures.get((benchmark, arm, metric))
-                line.append(None if row is None else _figure(row.value, row.spread))
-        lines.append(line)
-    return table(["metric", "better", *arms, *(f"score of {arm}" for arm in scores)], lines)
 
 
 def _score(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,7 @@
 """Score predicted cells by the Virtual Cell Challenge's programs, beside baselines and a ceiling of the same cells."""
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -58,6 +59,29 @@ class _Context:
     @property
     def real(self) -> Path:
         return self.folder / "real.h5ad"
+
+    def titled(self, part: str) -> str:
+        return f"{part} of {self.name}" if self.name else part
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Say what is scored beside the prediction."""
+
+    options: ScoreOptions
+    baselines: Sequence[str]
+    train: Sequence[Path]
+    reused: dict[str, Any] | None
+
+    @property
+    def is_cell_eval(self) -> bool:
+        """Tell the program of 2025, which has a cache of its own and rescales without a ceiling."""
+        return self.options.preset.program == "cell-eval"
+
+    @property
+    def made(self) -> Sequence[str]:
+        """Name the baselines that are made and scored here."""
+        return self.baselines if self.reused is None else ()
 
 
 def score(
@@ -137,21 +161,25 @@ def score_files(
     context_key = used_context(predicted_file, real_file, options)
     target_sum = shared_target_sum(predicted_file, real_file, options, notes)
     identity = _identity(real_file, train, options, target_sum, version)
-    known = None if reuse is None else _read_reused(reuse, identity, baselines)
+    reused = None if reuse is None else _read_reused(reuse, identity, baselines)
+    plan = _Plan(options, baselines, train, reused)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cellphase-score-") as scratch:
         contexts = _write_files(
             Path(scratch),
             (predicted_file, real_file),
-            options,
+            plan,
             context_key=context_key,
             target_sum=target_sum,
-            baselines=() if known else baselines,
-            train=train,
             notes=notes,
         )
-        failed = _run(contexts, Path(scratch), options, baselines, known, train, timeout_seconds)
-        rows = _rows(contexts, options, baselines, failed, notes)
+        calls = [call for context in contexts for call in _calls(context, plan)]
+        failed = programs.run_calls(calls, Path(scratch) / "calls", options, timeout_seconds)
+        rows = _rows(contexts, plan, failed, notes)
+        if reused is not None:
+            earlier = reused["notes"][options.preset.name]
+            notes += [note for note in earlier if note.startswith("mean response")]
+        results = Results(rows, {options.preset.name: list(dict.fromkeys(notes))})
         facts = {
             "prediction": str(prediction),
             "real": str(real),
@@ -160,11 +188,6 @@ def score_files(
             "contexts": {context.folder.name: context.name for context in contexts},
             "identity": identity,
         }
-        if known is not None:
-            notes += [
-                note for note in known["notes"][options.preset.name] if note.startswith("mean response")
-            ]
-        results = Results(rows, {options.preset.name: list(dict.fromkeys(notes))})
         _publish(output, contexts, baselines, results, facts)
     return results
 
@@ -172,15 +195,14 @@ def score_files(
 def _write_files(
     scratch: Path,
     files: tuple[PerturbedFile, PerturbedFile],
-    options: ScoreOptions,
+    plan: _Plan,
     *,
     context_key: str | None,
     target_sum: float | None,
-    baselines: Sequence[str],
-    train: Sequence[Path],
     notes: list[str],
 ) -> list[_Context]:
     """Write the cells of each context and its baselines; return the contexts."""
+    options = plan.options
     cell_type_key = options.cell_type_key if options.cell_type_key in files[1].labels else None
     real = prepared(files[1], load_cells(files[1], cell_type_key, context_key), target_sum)
     mine = prepared(files[0], load_cells(files[0], None, context_key), target_sum)
@@ -190,9 +212,9 @@ def _write_files(
     _note_sizes(mine, real, options, notes)
     _note_cell_types(real, options, notes)
     response = None
-    if train and MEAN_RESPONSE in baselines:
-        response = learn_mean_response(train, real, options, target_sum, cell_type_key, notes)
-    elif MEAN_RESPONSE in baselines:
+    if plan.train and MEAN_RESPONSE in plan.made:
+        response = learn_mean_response(plan.train, real, options, target_sum, cell_type_key, notes)
+    elif MEAN_RESPONSE in plan.made:
         notes.append(
             f"mean response: {options.preset.program}'s own baseline, made of the real cells that it is scored on; "
             "--train makes one of training perturbations"
@@ -211,124 +233,105 @@ def _write_files(
         if response is not None:
             rng = np.random.default_rng([options.seed, index, 0])
             write_cells(mean_response_cells(of_real, response, options, rng), context.cells(MEAN_RESPONSE))
-        if CONTROLS in baselines:
+        if CONTROLS in plan.made:
             rng = np.random.default_rng([options.seed, index, 1])
             write_cells(copied_controls(of_real, options, rng), context.cells(CONTROLS))
         contexts.append(context)
     return contexts
 
 
-def _run(
-    contexts: Sequence[_Context],
-    scratch: Path,
-    options: ScoreOptions,
-    baselines: Sequence[str],
-    known: dict[str, Any] | None,
-    train: Sequence[Path],
-    timeout_seconds: float,
-) -> dict[str, str]:
-    """Run the program for every representation of every context; return why calls failed that are not needed."""
-    calls: list[programs.Call] = []
-    is_first_program = options.preset.program == "cell-eval"
-    for context in contexts:
-        output, cells = context.output, context.cells
-        cache: Path | None = None if is_first_program else context.folder / "cache"
-
-        def name(part: str, context: _Context = context) -> str:
-            return f"{part} of {context.name}" if context.name else part
-
-        calls.append(
-            programs.score_prediction(name(MODEL), cells(MODEL), context.real, output(MODEL), cache, options)
+def _calls(context: _Context, plan: _Plan) -> Iterator[programs.Call]:
+    """Yield the program's calls for one context, those whose output others need first."""
+    options, output, cells = plan.options, context.output, context.cells
+    # The first call of either program leaves what the real cells alone decide to the calls after it.
+    cache = None if plan.is_cell_eval else context.folder / "cache"
+    yield programs.score_prediction(
+        context.titled(MODEL), cells(MODEL), context.real, output(MODEL), cache, options
+    )
+    if plan.is_cell_eval:
+        cache = output(MODEL) / "real_de.csv"
+    if plan.reused is not None:
+        _take_reused(Path(plan.reused["folder"]), context, plan.baselines)
+    if CEILING in plan.made:
+        yield from programs.split_in_halves(
+            context.titled(CEILING), context.real, output(CEILING), cache, options
         )
-        if is_first_program:
-            cache = output(MODEL) / "real_de.csv"
-        if known is not None:
-            _take_reused(Path(known["folder"]), context, baselines)
-        else:
-            if CEILING in baselines:
-                calls += programs.split_in_halves(
-                    name(CEILING), context.real, output(CEILING), cache, options
+    is_own = MEAN_RESPONSE in plan.made and not plan.train
+    if is_own:
+        title, place = context.titled(f"making the {MEAN_RESPONSE}"), output(MEAN_RESPONSE)
+        yield programs.own_baseline(title, context.real, cells(MEAN_RESPONSE), place, options)
+    for arm in (MEAN_RESPONSE, CONTROLS):
+        # cell-eval2 scores its own mean response where it makes it.
+        is_scored_already = arm == MEAN_RESPONSE and is_own and not plan.is_cell_eval
+        if arm in plan.made and not is_scored_already:
+            yield programs.score_prediction(
+                context.titled(arm), cells(arm), context.real, output(arm), cache, options
+            )
+    if MEAN_RESPONSE in plan.baselines and (plan.is_cell_eval or CEILING in plan.baselines):
+        for arm in (MODEL, CONTROLS):
+            if arm == MODEL or arm in plan.made:
+                yield programs.rescale(
+                    context.titled(f"rescaling the {arm}"),
+                    output(arm),
+                    output(MEAN_RESPONSE),
+                    output(CEILING),
+                    _rescaled_path(context, arm),
+                    options,
+                    is_own=not plan.train,
                 )
-            if MEAN_RESPONSE in baselines and not train:
-                place = output(MEAN_RESPONSE)
-                made = name(f"making the {MEAN_RESPONSE}")
-                calls.append(programs.own_baseline(made, context.real, cells(MEAN_RESPONSE), place, options))
-            for arm in (MEAN_RESPONSE, CONTROLS):
-                is_scored_already = arm == MEAN_RESPONSE and not train and not is_first_program
-                if arm in baselines and not is_scored_already:
-                    calls.append(
-                        programs.score_prediction(
-                            name(arm), cells(arm), context.real, output(arm), cache, options
-                        )
-                    )
-        if MEAN_RESPONSE in baselines and (is_first_program or CEILING in baselines):
-            for arm in (MODEL, CONTROLS):
-                if arm == MODEL or (arm in baselines and known is None):
-                    calls.append(
-                        programs.rescale(
-                            name(f"rescaling the {arm}"),
-                            output(arm),
-                            output(MEAN_RESPONSE),
-                            output(CEILING),
-                            _rescaled_path(context, arm),
-                            options,
-                            is_own=not train,
-                        )
-                    )
-    return programs.run_calls(calls, scratch / "calls", options, timeout_seconds)
 
 
-def _rows(
-    contexts: Sequence[_Context],
-    options: ScoreOptions,
-    baselines: Sequence[str],
-    failed: dict[str, str],
-    notes: list[str],
-) -> list[Row]:
+def _rows(contexts: Sequence[_Context], plan: _Plan, failed: dict[str, str], notes: list[str]) -> list[Row]:
     """Return every figure, the mean over contexts; what some context has no figure of is left out and noted."""
-    preset = options.preset
+    preset = plan.options.preset
     notes += [f"{name} failed: {_first_sentence(error)}" for name, error in failed.items()]
-    found: dict[tuple[str, str, str], list[float]] = {}
-    spreads: dict[tuple[str, str, str], list[float]] = {}
-    for context in contexts:
-        for arm in (MODEL, *(each for each in BASELINES if each in baselines)):
-            if arm == CEILING:
-                if not any((context.output(CEILING) / name).exists() for name in _CEILING_FILES):
-                    continue
-                values, spread = programs.ceilings(context.output(CEILING), preset)
-            else:
-                values, spread = programs.aggregates(context.output(arm)), {}
-            for metric, value in values.items():
-                found.setdefault((preset.name, arm, metric), []).append(value)
-            for metric, value in spread.items():
-                spreads.setdefault((preset.name, arm, metric), []).append(value)
-            if arm in (MODEL, CONTROLS) and _rescaled_path(context, arm).exists():
-                for metric, value in programs.rescaled(_rescaled_path(context, arm), preset).items():
-                    found.setdefault((preset.name + SCORE_SUFFIX, arm, metric), []).append(value)
-    ordered = [*preset.metrics, *sorted({key[2] for key in found} - {*preset.metrics, AVERAGE}), AVERAGE]
+    figures, spreads = _figures(contexts, plan)
+    named = {metric for _, _, metric in figures}
+    ordered = [*preset.metrics, *sorted(named - {*preset.metrics, AVERAGE}), AVERAGE]
     rows = []
-    for benchmark in (preset.name, preset.name + SCORE_SUFFIX):
-        for metric in ordered:
-            for arm in (MODEL, *BASELINES):
-                key = (benchmark, arm, metric)
-                values = found.get(key, [])
-                if len(values) == len(contexts) > 0:
-                    several = statistics.stdev(values) if len(values) > 1 else None
-                    spread = spreads[key][0] if key in spreads and len(values) == 1 else several
-                    rows.append(Row(benchmark, arm, metric, statistics.fmean(values), spread))
-                elif values:
-                    notes.append(
-                        f"{arm}: {metric} has a value in {len(values)} of {len(contexts)} contexts only"
-                    )
-    if CEILING in baselines and preset.program == "cell-eval":
+    for key in itertools.product((preset.name, preset.name + SCORE_SUFFIX), ordered, (MODEL, *BASELINES)):
+        benchmark, metric, arm = key
+        values = figures.get((benchmark, arm, metric), [])
+        if len(values) == len(contexts) > 0:
+            spread = spreads.get((benchmark, arm, metric)) if len(values) == 1 else statistics.stdev(values)
+            rows.append(Row(benchmark, arm, metric, statistics.fmean(values), spread))
+        elif values:
+            notes.append(f"{arm}: {metric} has a value in {len(values)} of {len(contexts)} contexts only")
+    if CEILING in plan.baselines and plan.is_cell_eval:
         notes.append(
             "ceiling: mae is that of halves of the cells, which a perfect prediction of the mean is below"
         )
     if len(contexts) > 1:
-        notes.append(
-            f"means over {len(contexts)} contexts: {', '.join(context.name for context in contexts)}"
-        )
+        names = ", ".join(context.name for context in contexts)
+        notes.append(f"means over {len(contexts)} contexts: {names}")
     return rows
+
+
+_Figure = tuple[str, str, str]  # benchmark, representation, metric
+
+
+def _figures(
+    contexts: Sequence[_Context], plan: _Plan
+) -> tuple[dict[_Figure, list[float]], dict[_Figure, float]]:
+    """Read every figure of every context, and the spreads that the program states of its ceiling."""
+    preset = plan.options.preset
+    figures: dict[_Figure, list[float]] = {}
+    spreads: dict[_Figure, float] = {}
+    for context in contexts:
+        for arm in (MODEL, *(each for each in BASELINES if each in plan.baselines)):
+            if arm == CEILING:
+                if not any((context.output(CEILING) / name).exists() for name in _CEILING_FILES):
+                    continue
+                values, spread = programs.ceilings(context.output(CEILING), preset)
+                spreads |= {(preset.name, arm, metric): value for metric, value in spread.items()}
+            else:
+                values = programs.aggregates(context.output(arm))
+            for metric, value in values.items():
+                figures.setdefault((preset.name, arm, metric), []).append(value)
+            if arm in (MODEL, CONTROLS) and _rescaled_path(context, arm).exists():
+                for metric, value in programs.rescaled(_rescaled_path(context, arm), preset).items():
+                    figures.setdefault((preset.name + SCORE_SUFFIX, arm, metric), []).append(value)
+    return figures, spreads
 
 
 _CEILING_FILES = ("anchor_agg.parquet", "agg_ceiling_results.csv")
