@@ -1,5 +1,6 @@
 """Run folders: found by exact name, resumed as asked or not at all, written by one process at a time."""
 
+import errno
 import json
 import os
 import signal
@@ -228,6 +229,35 @@ def test_a_second_writer_is_refused_and_told_who_the_first_is(tmp_path: Path) ->
     with RunLease(tmp_path), pytest.raises(UserError, match=message):
         RunLease(tmp_path)
     RunLease(tmp_path).release()
+
+
+def test_a_resume_holds_the_run_from_before_its_newest_checkpoint_is_chosen(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a_20260304_050607", 1, 2)
+    for name in ("auto", str(run), str(run / "checkpoint_1")):
+        with RunLease(run), pytest.raises(UserError, match="in use"):  # its last checkpoint may be to come
+            resolve_resume(name, tmp_path, "a", hold=True)
+        lease = resolve_resume(name, tmp_path, "a", hold=True).lease
+        assert lease is not None
+        with lease, pytest.raises(UserError, match="in use"):
+            RunLease(run)
+
+
+def test_a_resume_that_is_refused_gives_the_run_back(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a_20260304_050607", 1)
+    damage(run / "checkpoint_1")
+    for name in ("auto", "latest", str(run / "checkpoint_1")):
+        with pytest.raises(CheckpointError, match="is damaged"):
+            resolve_resume(name, tmp_path, "a", hold=True)
+        RunLease(run).release()
+
+
+def test_a_full_disk_has_room_for_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with RunLease(tmp_path), pytest.raises(UserError, match="in use by another process"):
+        RunLease(tmp_path)
 
 
 def test_releasing_twice_does_not_touch_anybody_elses_file(tmp_path: Path) -> None:

@@ -1,3 +1,4 @@
+import errno
 import math
 import shutil
 
@@ -7,7 +8,9 @@ from running import comparable_records, final_weights, records, same_weights, to
 from safetensors.torch import load_file
 
 from data.errors import DataError
-from trainer.errors import CheckpointError, ConfigError
+from trainer import build
+from trainer.checkpoint_folder import read_manifest
+from trainer.errors import CheckpointError, ConfigError, UserError
 from trainer.run import TrainingStopped
 from trainer.statefile import load_tree
 
@@ -251,6 +254,46 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_reason(tmp_path, change
     cut_back(folder, 1)
     with pytest.raises(CheckpointError, match=message):
         train(tmp_path, {**config, **change}, resume_from="latest")
+
+
+def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path):
+    config = toy({"epochs": 2, "save_every_steps": 1})
+    folder = train(tmp_path, config)
+    told = {"exit_status.json", "events.jsonl", "report.html", "report.png", "run.lock"}  # of this attempt
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in told}
+    with pytest.raises(CheckpointError, match="seed was 3 and is 9"):
+        train(tmp_path, {**config, "seed": 9}, resume_from=str(folder / "checkpoint_1"))
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in told} == before
+
+
+def test_a_run_folder_that_cannot_be_taken_over_is_named(tmp_path, monkeypatch):
+    config = toy({"epochs": 2, "save_every_steps": 1})
+    folder = train(tmp_path, config)
+
+    def refuse(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "replace_text", refuse)
+    before = (folder / "config.yaml").read_text()
+    with pytest.raises(UserError, match=f"{folder}: the run folder cannot be written .No space left"):
+        train(tmp_path, config, resume_from="latest")
+    assert (folder / "config.yaml").read_text() == before
+
+
+def test_every_file_of_a_resumed_run_is_the_same(tmp_path):
+    optimizer = {
+        "scheduler_class": "torch.optim.lr_scheduler.CosineAnnealingLR",
+        "scheduler_args": {"T_max": 6},
+    }
+    phase = {"epochs": 3, "save_every_steps": 1, "dataloader_args": {"num_cells": 53, "noisy": True}}
+    config = toy(phase, {"lr": 0.003}, model=DROPOUT, optimizer=optimizer, ema={"decay": 0.9})
+    reference, folder = (train(tmp_path / name, config) for name in "ab")
+    cut_back(folder, 4)
+    train(tmp_path / "b", config, resume_from="latest")
+    last = max(path.name for path in reference.glob("checkpoint_?"))
+    files = [read_manifest(run / last)["files"] for run in (reference, folder)]
+    for name in sorted(files[0].keys() - {"config.yaml"}):
+        assert files[0][name] == files[1][name], name
 
 
 def test_init_from_takes_weights_alone_and_starts_afresh(tmp_path):

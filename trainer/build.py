@@ -24,6 +24,7 @@ from data.errors import DataError
 from models.errors import ModelError
 from trainer import control, distributed, journal, preemption, runfolder, watch
 from trainer.account import build_account
+from trainer.atomicfile import replace_text
 from trainer.averaging import keep_average
 from trainer.benchmarking import check_benchmarks
 from trainer.checkpoint import CheckpointWriter, Retention, open_checkpoint
@@ -69,6 +70,8 @@ class Resume:
     run_folder: Path | None = None
     checkpoint: Path | None = None
     notices: tuple[str, ...] = ()
+    lease: runfolder.RunLease | None = None
+    """Rank 0's hold of `run_folder`: no other process has written there since the checkpoint was chosen."""
 
 
 def run(config: RunConfig, *, dry_run: bool = False) -> int:
@@ -78,10 +81,13 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         UserError, DataError: a mistake of the user's; raised on every rank.
     """
     accelerator, ranks = distributed.start(config)
-    try:
+    with contextlib.ExitStack() as at_end:
+        at_end.callback(distributed.shut_down)
         check_dotted_paths(config)
         check_trackers(config.trackers)
-        resume = decide_resume(config, ranks)
+        resume = decide_resume(config, ranks, hold=not dry_run)
+        if resume.lease is not None:
+            at_end.callback(resume.lease.release)
         check_result(config, ranks, resume)
         seed_everything(config.seed)
         phases, facts = open_phases(config, ranks, pin_memory=accelerator.device.type == "cuda")
@@ -116,8 +122,6 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
             rehearse(state)
             return 0
         return carry_out(state, facts, resume, notes)
-    finally:
-        distributed.shut_down()
 
 
 def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> int:
@@ -138,6 +142,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
             saved = open_checkpoint(resume.checkpoint, verify=False)
             notes += restore(run, saved, config, facts)
             ranks.barrier()  # the next save may delete an older checkpoint, which a slower rank could still read
+            take_over(config, ranks, folder, resume.checkpoint)
         elif resume.kind == "weights_file":
             assert resume.checkpoint is not None
             notes += restore_reference_checkpoint(resume.checkpoint, run)
@@ -291,25 +296,22 @@ def build_writer(config: RunConfig, ranks: Ranks, folder: Path) -> CheckpointWri
 def open_run_folder(
     config: RunConfig, ranks: Ranks, resume: Resume
 ) -> tuple[Path, runfolder.RunLease | None]:
-    """Let rank 0 make or take over the run folder, and hold its lease, before any rank writes."""
-    lease, error, path = None, None, ""
+    """Let rank 0 make the run folder, unless the run goes on in one, and hold its lease before any rank writes."""
+    lease, error, folder = resume.lease, None, resume.run_folder
     if ranks.is_main:
         try:
-            if resume.kind == "run" and resume.run_folder is not None and resume.checkpoint is not None:
-                folder = resume.run_folder
-                lease = runfolder.RunLease(folder)
-                runfolder.adopt(folder, resume.checkpoint)
-            else:
+            if folder is None:
                 folder = runfolder.create_run_folder(config.output_dir, config.run_name)
                 lease = runfolder.RunLease(folder)
-            (folder / "config.yaml").write_text(dump_yaml(config))
+                replace_text(folder / "config.yaml", dump_yaml(config))
             if ranks.count > 1:
                 watch.clear(folder)
-            path = str(folder)
-        except (UserError, OSError) as failure:
+        except UserError as failure:
             error = failure
+        except OSError as failure:
+            error = cannot_write(folder, failure)
     ranks.agree_on_error(error)
-    folder = Path(ranks.broadcast(path))
+    folder = Path(ranks.broadcast(str(folder)))
     try:
         runfolder.check_same_folder(ranks, folder)
     except UserError:
@@ -319,13 +321,32 @@ def open_run_folder(
     return folder, lease
 
 
-def decide_resume(config: RunConfig, ranks: Ranks) -> Resume:
-    """Let rank 0 look for what `resume_from` names, and tell every rank what it found."""
-    found: dict[str, Any] = {}
+def take_over(config: RunConfig, ranks: Ranks, folder: Path, checkpoint: Path) -> None:
+    """Let rank 0 make the checkpoint the newest of its run, once nothing speaks against going on from it."""
     error: Exception | None = None
     if ranks.is_main:
         try:
-            plan = runfolder.resolve_resume(config.resume_from, config.output_dir, config.run_name)
+            runfolder.adopt(folder, checkpoint)
+            replace_text(folder / "config.yaml", dump_yaml(config))
+        except OSError as failure:
+            error = cannot_write(folder, failure)
+    ranks.agree_on_error(error)
+
+
+def cannot_write(folder: Path | None, failure: OSError) -> UserError:
+    """Say that the run folder takes no files: a full disk, or one that is read-only."""
+    return UserError(f"{folder}: the run folder cannot be written ({failure.strerror}); nothing was trained")
+
+
+def decide_resume(config: RunConfig, ranks: Ranks, *, hold: bool) -> Resume:
+    """Let rank 0 look for what `resume_from` names, and tell every rank what it found; `hold`: no other may write."""
+    found: dict[str, Any] = {}
+    error: Exception | None = None
+    lease: runfolder.RunLease | None = None
+    if ranks.is_main:
+        try:
+            plan = runfolder.resolve_resume(config.resume_from, config.output_dir, config.run_name, hold=hold)
+            lease = plan.lease
             found = {
                 "kind": plan.kind,
                 "run_folder": None if plan.run_folder is None else str(plan.run_folder),
@@ -337,7 +358,7 @@ def decide_resume(config: RunConfig, ranks: Ranks) -> Resume:
     ranks.agree_on_error(error)
     found = ranks.broadcast(found)
     paths = {key: None if found[key] is None else Path(found[key]) for key in ("run_folder", "checkpoint")}
-    return Resume(kind=found["kind"], notices=tuple(found["notices"]), **paths)
+    return Resume(kind=found["kind"], notices=tuple(found["notices"]), lease=lease, **paths)
 
 
 def build_model(config: RunConfig, facts: DataFacts) -> nn.Module:

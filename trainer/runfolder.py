@@ -1,5 +1,6 @@
 """Run folders, `<output_dir>/<run_name>_<timestamp>/`: who may write into one, and where a run goes on."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -50,6 +51,8 @@ class ResumePlan:
     """A verified checkpoint folder of `run_folder`, or the file with weights."""
     skipped: tuple[str, ...] = ()
     """Newer checkpoints that were passed over, and why."""
+    lease: "RunLease | None" = None
+    """Held since before the checkpoints of `run_folder` were looked at, where that was asked for."""
 
 
 def create_run_folder(output_dir: str | Path, run_name: str, now: datetime | None = None) -> Path:
@@ -85,21 +88,27 @@ def find_runs(output_dir: str | Path, run_name: str) -> list[Path]:
     return [folder for _, _, folder in sorted(found)]
 
 
-def resolve_resume(resume_from: str | None, output_dir: str | Path, run_name: str) -> ResumePlan:
+def resolve_resume(
+    resume_from: str | None, output_dir: str | Path, run_name: str, *, hold: bool = False
+) -> ResumePlan:
     """Find what `resume_from` names and verify it.
 
     `latest` is the newest checkpoint of the run of this name that was saved last. `auto` is the same, but
     goes back over damaged checkpoints with an account, and is a fresh start where there is no checkpoint.
 
+    With `hold` the lease of the run folder is taken first: a job that is about to end could otherwise still complete
+    a checkpoint that is newer than the one found here.
+
     Raises:
         CheckpointError: it is not there or damaged; a damaged checkpoint is never a fresh start.
+        UserError: another process writes into the run folder (with `hold`).
     """
     if resume_from is None:
         return ResumePlan("fresh")
     if resume_from in ("latest", "auto"):
         runs = [run for run in find_runs(output_dir, run_name) if named_checkpoints(run)]
         if runs:
-            return _newest_of_run(max(runs, key=_last_saved), resume_from)
+            return _newest_of_run(max(runs, key=_last_saved), resume_from, hold)
         if resume_from == "auto":
             return ResumePlan("fresh")
         raise CheckpointError(_nothing_to_resume(Path(output_dir), run_name))
@@ -113,8 +122,8 @@ def resolve_resume(resume_from: str | None, output_dir: str | Path, run_name: st
     if path.is_file():
         return _weights_file(path)
     if checkpoint_step(path) is not None or (path / MANIFEST).is_file():
-        return _named_checkpoint(path)
-    return _newest_of_run(path, resume_from)
+        return _named_checkpoint(path, hold)
+    return _newest_of_run(path, resume_from, hold)
 
 
 def adopt(run_folder: str | Path, checkpoint: str | Path) -> list[Path]:
@@ -205,8 +214,10 @@ class RunLease:
             "pid": self._process,
             "started": datetime.now(UTC).isoformat(),
         }
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
+        # It is for people alone, and a full disk has no room for it.
+        with contextlib.suppress(OSError):
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 
     def __enter__(self) -> Self:
         """Return the lease."""
@@ -223,7 +234,8 @@ class RunLease:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None or os.getpid() != self._process:
             return
-        os.ftruncate(descriptor, 0)
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, 0)
         _held_descriptors.discard(descriptor)
         os.close(descriptor)
 
@@ -274,16 +286,19 @@ def _occupied(path: Path) -> str:
     )
 
 
-def _newest_of_run(run_folder: Path, resume_from: str) -> ResumePlan:
-    try:
-        checkpoint, skipped = find_newest(run_folder, fall_back=resume_from == "auto")
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"resume_from: {resume_from}: {error}. Name an earlier checkpoint, or give auto to go on from "
-            "the last good one"
-        ) from error
-    if checkpoint is not None:
-        return ResumePlan("run", run_folder, checkpoint, tuple(skipped))
+def _newest_of_run(run_folder: Path, resume_from: str, hold: bool) -> ResumePlan:
+    with contextlib.ExitStack() as held:
+        lease = held.enter_context(RunLease(run_folder)) if hold and named_checkpoints(run_folder) else None
+        try:
+            checkpoint, skipped = find_newest(run_folder, fall_back=resume_from == "auto")
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"resume_from: {resume_from}: {error}. Name an earlier checkpoint, or give auto to go on from "
+                "the last good one"
+            ) from error
+        if checkpoint is not None:
+            held.pop_all()
+            return ResumePlan("run", run_folder, checkpoint, tuple(skipped), lease)
     if skipped:
         raise CheckpointError(
             f"resume_from: {resume_from}: no checkpoint of {run_folder} can be used: {'; '.join(skipped)}. "
@@ -296,18 +311,21 @@ def _newest_of_run(run_folder: Path, resume_from: str) -> ResumePlan:
     )
 
 
-def _named_checkpoint(folder: Path) -> ResumePlan:
-    try:
-        verify_checkpoint(folder)
-    except CheckpointError as error:
-        others = [other.name for other in list_checkpoints(folder.parent) if other != folder]
-        raise CheckpointError(f"resume_from: {error}. Beside it: {_listed(others)}") from error
+def _named_checkpoint(folder: Path, hold: bool) -> ResumePlan:
     if folder.parent.name == SUPERSEDED:
         raise CheckpointError(
             f"resume_from: {folder} was set aside when its run went on from an earlier checkpoint; move it "
             f"back into {folder.parent.parent} to go on from it"
         )
-    return ResumePlan("run", folder.parent, folder)
+    with contextlib.ExitStack() as held:
+        lease = held.enter_context(RunLease(folder.parent)) if hold else None
+        try:
+            verify_checkpoint(folder)
+        except CheckpointError as error:
+            others = [other.name for other in list_checkpoints(folder.parent) if other != folder]
+            raise CheckpointError(f"resume_from: {error}. Beside it: {_listed(others)}") from error
+        held.pop_all()
+    return ResumePlan("run", folder.parent, folder, lease=lease)
 
 
 def _weights_file(path: Path) -> ResumePlan:
