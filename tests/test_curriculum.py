@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,30 @@ def test_options_that_cannot_be_set_are_found_before_training(options: dict[str,
         check_objective_options(held, phases({}, options))
     check_objective_options(held, phases({}, {"mask_ratio": 0.9}))
     assert held.objective.options.mask_ratio == 0.5
+
+
+def test_options_that_an_objective_changes_in_place_are_set_from_their_phase_on():
+    @dataclass
+    class Options:
+        weight: float = 1.0
+
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.options = Options()
+
+        def set_options(self, weight: float) -> None:
+            self.options.weight = weight
+
+        def compute_loss(self, batch: dict[str, Any]) -> torch.Tensor:
+            return torch.zeros(())
+
+    held, run, weights = LossModule(InPlace()), phases({}, {"weight": 5.0}), []
+    check_objective_options(held, run)
+    for index in (0, 1, 0):
+        set_objective_options(held, run, index)
+        weights.append(held.objective.options.weight)
+    assert weights == [1.0, 5.0, 1.0]
 
 
 def test_options_of_an_objective_that_has_none_are_an_error(tmp_path: Path):

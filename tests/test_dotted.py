@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from trainer.config import RunConfig
-from trainer.dotted import bind_arguments, check_dotted_paths, resolve
+from trainer.dotted import SIZES, bind_arguments, check_dotted_paths, resolve
 from trainer.errors import ConfigError
 
 
@@ -221,6 +221,12 @@ def test_optimizers_and_schedulers_of_torch_pass():
 def test_sizes_that_follow_from_the_data_need_not_be_given():
     model = {"model_class": f"{MODULE}.Configured", "config_class": f"{MODULE}.OwnConfig"}
     check_dotted_paths(run_config(model=model))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_any_size_that_data_tells_may_be_required_by_a_model(user_module, size):
+    user_module("sized.py", f"def build({size}): ...\n")
+    check_dotted_paths(run_config(model={"model_class": "sized.build"}))
 
 
 def test_with_a_config_class_the_sizes_go_into_the_config_only():

@@ -148,3 +148,36 @@ def test_a_loss_that_is_no_scalar_is_an_error():
 
     with pytest.raises(ConfigError, match=r"returns a tensor of shape \[4, 1\]"):
         LossModule(Wrong())(BATCH, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("sums", "message"),
+    [
+        ({"metrics": {"hits": torch.ones(4)}}, r"metrics\['hits'\] is a tensor of shape \[4\]; it must"),
+        ({"metrics": {"hits": 2}}, r"metrics\['hits'\] is int; it must be a scalar tensor"),
+        ({"sum": torch.ones(4)}, r"whose sum is a tensor of shape \[4\]"),
+    ],
+)
+def test_a_part_of_a_summed_loss_that_is_no_scalar_is_named(sums, message):
+    class Wrong(Weighted):
+        def compute_loss(self, batch):
+            return LossOutput(self(batch).sum(), 3.0, {})._replace(**sums)
+
+    with pytest.raises(ConfigError, match=message):
+        LossModule(Wrong())(BATCH, 0, 1)
+
+
+def test_the_weight_and_the_options_of_a_criterion_that_is_a_method_are_its_models():
+    class WeightedCriterion(WithCriterion):
+        def loss_weight(self, batch):
+            return 2.0
+
+    module = LossModule(WeightedCriterion())
+    assert module(BATCH, 0, 1).weight == 2.0 and module.objective is module.model
+
+
+def test_what_is_asked_instead_of_a_loss_runs_in_the_modules_forward_pass():
+    module, passes = LossModule(WithMethod()), []
+    module.register_forward_hook(lambda *_: passes.append(1))
+    doubled = module(BATCH, 0, None, instead=lambda model, batch: 2 * model(batch))
+    assert torch.equal(doubled, 2 * module.model(BATCH)) and passes == [1]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import sparse
+from torch import nn
 
 from data.hashing import DrawKey
 from data.manifest import UNLABELLED
@@ -93,7 +94,7 @@ def _embed(run: Run, phase: Phase, rows: NDArray[np.int64]) -> NDArray[np.float3
             mine = rows[start : start + size] if start < len(rows) else rows[:1]
             batch = move_to_device(phase.validation.source.fetch_unmasked(mine, draw), strategy.device)
             embedding = (
-                strategy.module(batch, progress.phase_step, phase.total_steps, encode=True).float().cpu()
+                strategy.module(batch, progress.phase_step, phase.total_steps, instead=_encode).float().cpu()
             )
             padded = embedding.new_zeros(size, embedding.shape[1])
             padded[: len(embedding)] = embedding
@@ -101,6 +102,11 @@ def _embed(run: Run, phase: Phase, rows: NDArray[np.int64]) -> NDArray[np.float3
             if found is not None:
                 parts.append(torch.cat(found).numpy()[: len(rows) - first])
     return np.concatenate(parts) if ranks.is_main else None
+
+
+def _encode(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    encode: Any = model.encode
+    return encode(batch)
 
 
 def submit(

@@ -16,15 +16,15 @@ from trainer.config.replaced import advice_on_path
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
 
+SIZES = (
+    "vocab_size", "n_bins", "max_length", "n_classes", "num_genes", "num_targets", "num_qubits", "num_prompts",
+)  # fmt: skip
+"""Sizes that a phase's data may tell: the largest of all phases is the model's."""
+
 FROM_DATA = (
+    *SIZES,
     "n_technical_batches",
     "num_technical_batches",
-    "vocab_size",
-    "n_bins",
-    "num_genes",
-    "num_targets",
-    "num_qubits",
-    "num_prompts",
     "gate_pool",
     "prompts",
     "has_unitary",

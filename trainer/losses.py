@@ -5,6 +5,7 @@ In this order: the configured `loss.loss_class`; `model.diffusion.compute_loss`;
 DDP and ZeRO see every forward pass.
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -29,8 +30,8 @@ class LossModule(nn.Module):
         self.loss = loss
         self.route, self._compute, owner = _find_loss(model, loss)
         self._objective = (owner,)  # in a tuple, because it may be the model, which is no submodule twice
-        self.initial_options: Any = getattr(owner, "options", None)
-        """The objective's options as it was built with them, where it has any; phases may change them."""
+        self.initial_options: Any = copy.copy(getattr(owner, "options", None))
+        """The objective's options as it was built with them, where it has any; phases may change the object itself."""
         weigh = getattr(owner, "loss_weight", None)
         self._weigh: Callable[[dict[str, Any]], Any] | None = weigh if callable(weigh) else None
 
@@ -60,8 +61,7 @@ class LossModule(nn.Module):
         phase_step: int,
         total_steps: int | None,
         announced: float | None = None,
-        encode: bool = False,
-        num_steps: int | None = None,
+        instead: Callable[[nn.Module, dict[str, Any]], Any] | None = None,
     ) -> Any:
         """Compute the loss of one micro-batch as a sum over what `weight` counts, a `LossOutput`.
 
@@ -70,15 +70,11 @@ class LossModule(nn.Module):
             phase_step: optimizer steps taken in the phase.
             total_steps: that the phase takes; None where nothing tells.
             announced: what `weight` said of the batch before it went to the device; None: it is asked again.
-            encode: return the model's embeddings of the cells [B, D] instead. Within this forward pass the hooks of
-                DDP and ZeRO run.
-            num_steps: draw sets of cells in so many steps instead, as `draw_tokens` does.
+            instead: return what this makes of the model and the batch, and compute no loss: embeddings, or cells that
+                are drawn. Within this forward pass the hooks of DDP and ZeRO run.
         """
-        if num_steps is not None:
-            return draw_tokens(self.model, batch, num_steps)
-        if encode:
-            embed: Any = self.model.encode
-            return embed(batch)
+        if instead is not None:
+            return instead(self.model, batch)
         result = self._compute(batch, phase_step, total_steps)
         return self._normalise(result, batch, announced)
 
@@ -91,24 +87,30 @@ class LossModule(nn.Module):
                     "give the same object a method loss_weight(batch) that returns it"
                 )
             self._check_weight(result.weight, batch, announced)
-            return LossOutput(result.sum, result.weight, {k: v.detach() for k, v in result.metrics.items()})
+            for name, value in result.metrics.items():
+                metrics[name] = self._scalar(value, f"metrics['{name}']").detach()
+            return LossOutput(self._scalar(result.sum, "sum"), result.weight, metrics)
         if isinstance(result, tuple) and len(result) == 2:
             # The pair (loss, raw loss) of the original phases trainer.
             result, raw = result
             if isinstance(raw, Tensor) and raw.ndim == 0:
                 metrics["raw_loss"] = raw.detach()
         if not isinstance(result, Tensor) or result.ndim != 0:
-            shape = (
-                f"a tensor of shape {list(result.shape)}"
-                if isinstance(result, Tensor)
-                else type(result).__name__
-            )
             raise ConfigError(
-                f"the loss ({self.route}) returns {shape}; it must return a scalar tensor, a pair of scalars "
+                f"the loss ({self.route}) returns {_kind(result)}; it must return a scalar tensor, a pair of scalars "
                 "(loss, raw loss), or models.outputs.LossOutput"
             )
         weight = self.weight(batch) if announced is None else announced
         return LossOutput(result * weight, weight, {name: value * weight for name, value in metrics.items()})
+
+    def _scalar(self, value: Any, field: str) -> Tensor:
+        """Return a part of a `LossOutput`, or say that it is no scalar."""
+        if isinstance(value, Tensor) and value.ndim == 0:
+            return value
+        raise ConfigError(
+            f"the loss ({self.route}) returns a LossOutput whose {field} is {_kind(value)}; it must be a scalar "
+            "tensor, summed over what the weight counts"
+        )
 
     def _check_weight(self, weight: Any, batch: dict[str, Any], announced: float | None) -> None:
         """Compare the loss's weight with the one announced, where that needs no wait for the device."""
@@ -129,27 +131,9 @@ def build_loss(settings: LossConfig | None) -> Any:
     return resolve(settings.loss_class, "loss.loss_class")(**settings.loss_args)
 
 
-def draw_tokens(model: nn.Module, batch: dict[str, Any], num_steps: int) -> Tensor:
-    """Draw sets of cells [B, S, N] from nothing but masks.
-
-    Args:
-        model: has `diffusion.sample` and `diffusion.blank`, as `models.diffusion.MaskedDiffusion` does.
-        batch: on the device: `control` [B, C, N], `target_gene_idx`, `noise_seed` [B], and `num_rows`, the number S;
-            `batch_idx` where the model knows technical batches.
-        num_steps: passes through the network.
-    """
-    diffusion: Any = model.diffusion
-    control = batch["control"]
-    start = diffusion.blank(len(control), batch["num_rows"], control.shape[-1], device=control.device)
-    return diffusion.sample(
-        model,
-        start,
-        num_steps=num_steps,
-        noise_seed=batch["noise_seed"],
-        control_set=control,
-        target_gene_idx=batch["target_gene_idx"],
-        batch_idx=batch.get("batch_idx"),
-    )
+def _kind(value: Any) -> str:
+    """Say what a loss returned that is no scalar tensor."""
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def _find_loss(model: nn.Module, loss: Any) -> tuple[str, Callable[..., Any], Any]:
@@ -164,7 +148,8 @@ def _find_loss(model: nn.Module, loss: Any) -> tuple[str, Callable[..., Any], An
         return "model.compute_loss", lambda batch, step, total: compute(batch), model
     criterion = getattr(model, "criterion", None)
     if callable(criterion):
-        return "model.criterion", lambda batch, step, total: criterion(model(batch), batch), criterion
+        owner = model if inspect.ismethod(criterion) else criterion
+        return "model.criterion", lambda batch, step, total: criterion(model(batch), batch), owner
     raise ConfigError(
         f"model.model_class: {type(model).__name__} offers no loss: configure loss.loss_class, or give the model "
         "diffusion.compute_loss(...), compute_loss(batch) or criterion(output, batch)"

@@ -12,6 +12,7 @@ from data.stream import StreamLoader
 from data.technical_batches import BatchIndexer, IndexedSource
 from trainer.config.schema import BatchPlan, PhaseConfig, RunConfig
 from trainer.distributed import Ranks
+from trainer.dotted import SIZES
 from trainer.errors import ConfigError
 from trainer.phase_data import Cells, PhaseData, open_phase_data
 from trainer.schedule import (
@@ -22,9 +23,6 @@ from trainer.schedule import (
     set_momentum,
 )
 
-_SIZES = (
-    "vocab_size", "n_bins", "max_length", "n_classes", "num_genes", "num_targets", "num_qubits", "num_prompts",
-)  # fmt: skip
 FP8_MULTIPLE = 16
 """What FP8 matrix products need their dimensions to be multiples of."""
 
@@ -40,8 +38,7 @@ class DataFacts:
     gene_space: Any = None
     """The genes that token ids stand for (`data.genes.GeneSpace`), the same in every phase; None for foreign data."""
     sizes: dict[str, int] = field(default_factory=dict)
-    """Sizes by the name that a constructor may ask for: `vocab_size`, `n_bins`, `max_length`, `n_classes`, `num_genes`,
-    `num_targets`, `num_qubits`, `num_prompts`."""
+    """Sizes by the name that a constructor may ask for (`trainer.dotted.SIZES`), as far as the data tells them."""
     label_names: tuple[str, ...] = ()
     """Names of the classes that labels stand for, by index, the same in every phase; empty without such labels."""
     tokenizer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -397,7 +394,7 @@ def _largest_sizes(opened: list[PhaseData]) -> dict[str, int]:
     for data in opened:
         for cells in data.parts:
             facts = cells.facts()
-            for key in _SIZES:
+            for key in SIZES:
                 if facts.get(key) is not None:
                     sizes[key] = max(sizes.get(key, 0), int(facts[key]))
     return sizes

@@ -5,6 +5,7 @@ number of ranks.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from data.predicted_values import PredictedRows, ValueDecoder
 from data.prediction_sets import PredictionSets, SetBatch
 from models.errors import ModelError
 from trainer.distributed import Ranks
-from trainer.losses import LossModule, draw_tokens, move_to_device
+from trainer.losses import LossModule, move_to_device
 
 DEFAULT_STEPS = 16
 DEFAULT_BATCH_SIZE = 8
@@ -80,8 +81,31 @@ def draw_sets(
     given = {**given, "num_rows": batch.num_rows}
     with torch.no_grad():
         if is_prepared or isinstance(module, LossModule):
-            return module(given, 0, None, num_steps=num_steps)
+            return module(given, 0, None, instead=partial(draw_tokens, num_steps=num_steps))
         return draw_tokens(module, given, num_steps)
+
+
+def draw_tokens(model: nn.Module, batch: dict[str, Any], num_steps: int) -> Tensor:
+    """Draw sets of cells [B, S, N] from nothing but masks.
+
+    Args:
+        model: has `diffusion.sample` and `diffusion.blank`, as `models.diffusion.MaskedDiffusion` does.
+        batch: on the device: `control` [B, C, N], `target_gene_idx`, `noise_seed` [B], and `num_rows`, the number S;
+            `batch_idx` where the model knows technical batches.
+        num_steps: passes through the network.
+    """
+    diffusion: Any = model.diffusion
+    control = batch["control"]
+    start = diffusion.blank(len(control), batch["num_rows"], control.shape[-1], device=control.device)
+    return diffusion.sample(
+        model,
+        start,
+        num_steps=num_steps,
+        noise_seed=batch["noise_seed"],
+        control_set=control,
+        target_gene_idx=batch["target_gene_idx"],
+        batch_idx=batch.get("batch_idx"),
+    )
 
 
 def predicted_blocks(
