@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
+from benchmarks._memory import memory_of
 from data.columns import RaggedColumn
 from data.corpus import CorpusWriter, open_corpus
 from data.genes import GeneSpace
@@ -162,8 +163,8 @@ def serve_case(case: str, folder: Path, seconds: float) -> None:
 
 def memory() -> dict[str, float]:
     """Return the peak of resident memory, mapped pages included, and what of it is the process's own now."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {"peak": int(lines["VmHWM"].split()[0]) / 1e3, "own": int(lines["RssAnon"].split()[0]) / 1e3}
+    now = memory_of()
+    return {"peak": now.peak / 1e6, "own": now.own / 1e6}
 
 
 Batches = Iterator[tuple[int, Any]]

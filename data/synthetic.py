@@ -1,6 +1,6 @@
 """Made-up cells with cell types, for tests and benchmarks."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,13 +65,34 @@ def write_synthetic_h5ad(
     """Write made-up cells as an h5ad file (CSR float32 counts; obs batch, cell_type, total) in bounded memory."""
     rng = np.random.default_rng(seed)
     rates = _type_rates(rng, num_genes, mean_genes_per_cell, num_cell_types)
+    write_counts_h5ad(
+        path,
+        _chunks(rng, num_cells, rates, num_batches),
+        (num_cells, num_genes),
+        _names("batch_", num_batches),
+        _names("type_", num_cell_types),
+    )
+
+
+def write_counts_h5ad(
+    path: str | Path,
+    chunks: Iterable[SyntheticCounts],
+    shape: tuple[int, int],
+    batch_names: Sequence[str] | pd.Index,
+    type_names: Sequence[str] | pd.Index,
+) -> None:
+    """Write cells that come in pieces, `shape` [cells, genes] in all, as `write_synthetic_h5ad` does.
+
+    No more than a piece of the counts is in memory; of a cell's other columns some 20 bytes stay.
+    """
+    num_cells, num_genes = shape
     empty = anndata.AnnData(var=pd.DataFrame(index=_names("GENE", num_genes)))
     empty.write_h5ad(path)
     labels: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]] = []
     ends = [np.zeros(1, np.int64)]
     with h5py.File(path, "r+") as file:
-        matrix = _create_csr(file, (num_cells, num_genes))
-        for chunk in _chunks(rng, num_cells, rates, num_batches):
+        matrix = _create_csr(file, shape)
+        for chunk in chunks:
             for name, values in (("indices", chunk.indices), ("data", chunk.counts.astype(np.float32))):
                 stored = matrix[name]
                 assert isinstance(stored, h5py.Dataset)
@@ -83,8 +104,8 @@ def write_synthetic_h5ad(
         batch, cell_type, total = (np.concatenate(parts) for parts in zip(*labels, strict=True))
         obs = pd.DataFrame(
             {
-                "batch": pd.Categorical.from_codes(batch, _names("batch_", num_batches)),
-                "cell_type": pd.Categorical.from_codes(cell_type, _names("type_", num_cell_types)),
+                "batch": pd.Categorical.from_codes(batch, batch_names),
+                "cell_type": pd.Categorical.from_codes(cell_type, type_names),
                 "total": total,
             },
             index=_names("cell_", num_cells),

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,25 +115,40 @@ def compare(config: RunConfig, run_folder: Path) -> dict[str, dict[str, float]]:
     return results
 
 
-def baseline_losses(config: RunConfig, index: int) -> tuple[float, float]:
-    """Fit both baselines on a phase's training cells, with all their genes, and score what the model was asked."""
+def baseline_losses(
+    config: RunConfig,
+    index: int,
+    baselines: Sequence[type[MarginalBaseline | DepthConditionalBaseline]] = (
+        MarginalBaseline,
+        DepthConditionalBaseline,
+    ),
+    max_cells: int | None = None,
+) -> list[float]:
+    """Fit baselines on a phase's training cells, with all their genes, and score what the model was asked.
+
+    `max_cells` fits them to so many cells at most, from everywhere in the corpus.
+    """
     # Baselines read a cell from each row.
     arguments = {**config.datasets[index].dataloader_args, "layout": "padded"}
     asked = cell_loader(**arguments)
     everything = cell_loader(**{**arguments, "tokenizer": {**arguments["tokenizer"], "max_genes": 1 << 20}})
     assert asked.validation is not None and everything.row_mask is not None
     facts = asked.facts()
-    training = collect_training(batches(everything, DrawKey(config.seed, index, 0), masked=False))
+    draw = DrawKey(config.seed, index, 0)
+    training = collect_training(batches(everything, draw, masked=False, max_cells=max_cells))
     questions = list(batches(asked.validation, DrawKey(config.seed, index, -1), masked=True))
     sizes = facts["vocab_size"], facts["n_bins"]
-    marginal, depth = MarginalBaseline.fit(training, *sizes), DepthConditionalBaseline.fit(training, *sizes)
-    return mean_cross_entropy(marginal, questions), mean_cross_entropy(depth, questions)
+    return [mean_cross_entropy(kind.fit(training, *sizes), questions) for kind in baselines]
 
 
-def batches(source: CellSource, draw: DrawKey, *, masked: bool) -> Iterator[dict[str, Any]]:
-    """Yield all cells of a source, in order."""
+def batches(
+    source: CellSource, draw: DrawKey, *, masked: bool, max_cells: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """Yield all cells of a source, or evenly spaced ones where there are more than `max_cells`, in order."""
     assert source.row_mask is not None
     rows = np.flatnonzero(source.row_mask)
+    if max_cells is not None:
+        rows = rows[:: -(-len(rows) // max_cells)]
     for start in range(0, len(rows), CELLS_PER_BATCH):
         part = rows[start : start + CELLS_PER_BATCH]
         yield source.fetch(part, draw) if masked else source.fetch_unmasked(part, draw)
