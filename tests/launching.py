@@ -4,9 +4,13 @@ The output of a command that does not end as expected is part of the failure's m
 is killed at the latest when the test ends: use `start_ranks` as a context manager.
 """
 
+import atexit
 import contextlib
+import functools
+import json
 import os
 import secrets
+import select
 import socket
 import subprocess
 import sys
@@ -14,8 +18,9 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import preloaded
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +32,13 @@ Launcher = Literal["processes", "torchrun", "accelerate"]
 
 LAUNCHER_MODULES = frozenset({"torch.distributed.run", "accelerate.commands.launch"})
 MARK = "CELLPHASE_TEST_COMMAND"
+
+PRELOAD = os.environ.get("CELLPHASE_TEST_PRELOAD", "1") != "0"
+"""Whether `python SCRIPT` is a fork of a process that has imported torch, which saves seconds; 0 turns it off."""
+
+READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "WANDB_")
+"""Beginnings of variables that nothing reads while it is imported."""
+READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "PYTEST_CURRENT_TEST"})
 
 
 def free_port() -> int:
@@ -144,15 +156,7 @@ class RankGroup:
         # process group nor the tree of parents reaches everything; but all descendants inherit a variable.
         self._mark = secrets.token_hex(8)
         self.processes = [
-            subprocess.Popen(
-                command,
-                env={**environment, MARK: self._mark},
-                cwd=cwd,
-                stdin=subprocess.DEVNULL,
-                stdout=self._output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            start_process(command, {**environment, MARK: self._mark}, cwd, self._output.fileno())
             for command, environment in zip(commands, environments, strict=True)
         ]
 
@@ -244,12 +248,115 @@ class RankGroup:
         return [child for child in started if len(started) == 1 or "RANK" in child.environ()]
 
     def _members(self) -> list[psutil.Process]:
+        # A fork shows the environment of what it was forked from.
+        started = {process.pid for process in self.processes if process.poll() is None}
         members = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
+                is_member = process.pid in started or process.environ().get(MARK) == self._mark
+                if is_member and process.status() != psutil.STATUS_ZOMBIE:
                     members.append(process)
         return members
 
     def _command(self) -> str:
         return " ".join(str(part) for part in self.processes[0].args)  # type: ignore[union-attr]
+
+
+class Fork:
+    """A process that `preloaded.py` forked, with what `RankGroup` uses of `subprocess.Popen`."""
+
+    def __init__(self, command: Sequence[str], pid: int, report: int) -> None:
+        """Take its number, and the pipe through which it is told how it ended."""
+        self.args, self.pid, self.returncode = list(command), pid, None
+        self._report = report
+
+    def poll(self) -> int | None:
+        """Return the exit code, minus the signal's number where one ended it; None while it runs."""
+        return self._ended(0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the exit code."""
+        code = self._ended(timeout)
+        if code is None:
+            raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        return code
+
+    def _ended(self, timeout: float | None) -> int | None:
+        if self.returncode is None and select.select([self._report], [], [], timeout)[0]:
+            told = os.read(self._report, 64)
+            os.close(self._report)
+            assert told, "the process that forks ranks has died"
+            self.returncode = int(json.loads(told))
+        return self.returncode
+
+
+def start_process(
+    command: Sequence[str], environment: Mapping[str, str], cwd: Path | str, output: int
+) -> "subprocess.Popen[bytes] | Fork":
+    """Start a command in a session of its own, as a fork where that comes to the same."""
+    if PRELOAD and may_be_forked(command, environment):
+        return fork(command, environment, cwd, output)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def may_be_forked(command: Sequence[str], environment: Mapping[str, str]) -> bool:
+    """Tell whether a fresh interpreter would find what the one that forks has found.
+
+    It would not where a variable that is read early differs, or where PYTHONPATH puts another module in the place of
+    one that has been imported.
+    """
+    is_python = command[0] == sys.executable and (command[1] == "-m" or command[1].endswith(".py"))
+    if not is_python or LAUNCHER_MODULES.intersection(command[:3]):
+        return False
+    base = forker().environment
+    differing = {name for name in base.keys() | environment.keys() if base.get(name) != environment.get(name)}
+    if any(not name.startswith(READ_LATE) and name not in READ_LATE_TOO for name in differing):
+        return False
+    taken = {name.split(".")[0] for name in preloaded.IMPORTED} | {"sitecustomize", "usercustomize"}
+    folders = [Path(part) for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
+    return not any(taken & {path.stem for path in folder.iterdir()} for folder in folders if folder.is_dir())
+
+
+class Forker(NamedTuple):
+    """The process that forks."""
+
+    process: "subprocess.Popen[bytes]"
+    channel: socket.socket
+    environment: dict[str, str]
+
+
+@functools.cache
+def forker() -> Forker:
+    """Start the process that forks; it ends with this one."""
+    environment = cpu_environment()
+    environment.pop("PYTHONPATH", None)
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, preloaded.__file__, str(theirs.fileno())],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
+    atexit.register(lambda: (mine.close(), process.wait()))
+    return Forker(process, mine, environment)
+
+
+def fork(command: Sequence[str], environment: Mapping[str, str], cwd: Path | str, output: int) -> Fork:
+    """Fork what `command`, a `python` with arguments, would start."""
+    request = {"arguments": list(command[1:]), "environment": dict(environment), "cwd": str(cwd)}
+    report, reports = os.pipe()
+    channel = forker().channel
+    socket.send_fds(channel, [json.dumps(request).encode()], [output, reports])
+    os.close(reports)
+    answer = channel.recv(8)
+    assert answer, "the process that forks ranks could not be started"
+    return Fork(command, int.from_bytes(answer, "little"), report)

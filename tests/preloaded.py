@@ -1,0 +1,114 @@
+"""A process that has imported what every rank imports first, and forks where a test starts one.
+
+Importing torch and its like takes a processor longer than most of the trainings that tests run. A fork has the
+arguments, folder, environment, output and search path of the command that it stands for, and ends as that would.
+Nothing of the project is imported here, so that a fork reads it as a fresh interpreter does. The other side, and what
+may not be forked, is in launching.py.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+IMPORTED = (
+    "accelerate",
+    "anndata",
+    "datasets",
+    "omegaconf",
+    "pandas",
+    "psutil",
+    "pydantic",
+    "safetensors.torch",
+    "scipy.sparse",
+    "torch",
+    "torch._dynamo",  # what creating an optimizer imports
+    "torch.utils.data",
+    "yaml",
+)
+MAX_REQUEST = 1 << 20
+
+
+def main(descriptor: int) -> None:
+    """Serve requests that come over a socket until it closes, and do in each fork what was asked."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    with socket.socket(fileno=descriptor) as channel:
+        command = serve(channel)
+    if command is not None:
+        command()
+
+
+def serve(channel: socket.socket) -> Callable[[], None] | None:
+    """Fork for each request, and tell how each fork ended; return in a fork, with what it has to do."""
+    woken, wakes = os.pipe()
+    os.set_blocking(woken, False)
+    os.set_blocking(wakes, False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    reports: dict[int, int] = {}
+    while True:
+        ready = select.select([channel, woken], [], [])[0]
+        if woken in ready:
+            os.read(woken, 4096)
+        for child, status in ended(reports):
+            with contextlib.suppress(BrokenPipeError):  # whoever asked has gone
+                os.write(reports[child], json.dumps(os.waitstatus_to_exitcode(status)).encode())
+            os.close(reports.pop(child))
+        if channel not in ready:
+            continue
+        request, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST, 2)
+        if not request:
+            return None
+        output, report = descriptors
+        child = os.fork()
+        if child == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for held in (woken, wakes, report, *reports.values()):
+                os.close(held)
+            return lambda: become(json.loads(request), output)
+        os.close(output)
+        reports[child] = report
+        channel.sendall(child.to_bytes(8, "little"))
+
+
+def ended(children: dict[int, int]) -> list[tuple[int, int]]:
+    """Return the process numbers and statuses of children that have ended since."""
+    found = [os.waitpid(child, os.WNOHANG) for child in children]
+    return [(child, status) for child, status in found if child]
+
+
+def become(request: dict[str, Any], output: int) -> None:
+    """Be the process that `python *arguments` would start."""
+    os.setsid()
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    arguments: list[str] = request["arguments"]
+    is_module = arguments[0] == "-m"
+    first = request["cwd"] if is_module else os.path.dirname(os.path.abspath(arguments[0]))
+    own = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    sys.path[:] = [first, *own, *sys.path]
+    importlib.invalidate_caches()
+    if is_module:
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    del sys.path[0]  # this folder, which `python SCRIPT` puts there
+    main(int(sys.argv[1]))
