@@ -13,6 +13,7 @@ class EvenWindows(ABC):
     """Rows of a window."""
     num_rows: int
     """Rows of an epoch."""
+    is_with_replacement = False
 
     @property
     def num_windows(self) -> int:

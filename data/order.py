@@ -26,6 +26,8 @@ class Order(Protocol):
     shuffle: bool
     block: int
     window: int
+    is_with_replacement: bool
+    """Whether a row may come more than once in an epoch, and another not at all."""
 
     @property
     def num_windows(self) -> int:
@@ -58,6 +60,8 @@ class GlobalOrder:
 
     Memory is 8 to 16 bytes a block, not a cell: 12 to 24 MB for 100 million cells in blocks of 64.
     """
+
+    is_with_replacement = False
 
     def __init__(
         self,

@@ -22,6 +22,7 @@ class WeightedOrder(EvenWindows):
 
     shuffle = True
     block = 1
+    is_with_replacement = True
 
     def __init__(
         self,

@@ -150,6 +150,8 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         if ranks.is_main:
             trackers = {} if saved is None else saved.shared("run_state.safetensors")["trackers"]
             run.recorder = Recorder.open(config, folder, step, trackers, redone_record(run))
+            if step is not None:
+                run.recorder.goes_on(step, run.cells_seen.epochs)
             start_scoring(run, folder)
         resumed_from = (
             None if resume.checkpoint is None else f"{resume.checkpoint} (step {run.progress.global_step})"

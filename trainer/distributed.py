@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
+from numpy.typing import NDArray
 from torch import nn
 
 from trainer import zero_building, zero_config
@@ -23,6 +25,8 @@ from trainer.config.schema import BatchPlan, RunConfig
 from trainer.errors import ConfigError, UserError
 from trainer.strategy import Strategy
 from trainer.zero import ZeroStrategy
+
+_BYTES_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,17 @@ class Ranks:
             buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         torch.distributed.broadcast(buffer, src=0, group=self.group)
         return json.loads(bytes(buffer.tolist()))
+
+    def unite(self, bits: NDArray[np.uint8]) -> None:
+        """Set on rank 0 every bit that is set on any rank, all arrays of one length; the others' are then undefined.
+
+        The ranks' numbers travel through host memory, where gloo has the operation that NCCL lacks.
+        """
+        if self.count == 1:
+            return
+        for start in range(0, len(bits), _BYTES_AT_ONCE):
+            part = torch.from_numpy(bits[start : start + _BYTES_AT_ONCE])
+            torch.distributed.reduce(part, dst=0, op=torch.distributed.ReduceOp.BOR, group=self.group)
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""

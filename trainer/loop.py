@@ -106,6 +106,7 @@ def train_step(
     if run.scheduler is not None:
         run.scheduler.step()
     progress.count_step(totals.cells, totals.tokens)
+    run.cells_seen.add_step(phase, progress, micro_batches)
     meters.add_step({"kind": "train", **position(progress, phase), **settings}, sums, norm, totals)
     if meters.knows_of_a_skipped_step:
         write_records(run, meters)
@@ -135,6 +136,7 @@ def end_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     was_stopped = bool(progress.is_stopped)  # by an evaluation at this very step
     by_steps = is_due(progress.phase_step, config.eval_every_steps)
     every = config.eval_every_epochs or (None if config.eval_every_steps else 1)
+    run.cells_seen.end_epoch(phase, progress)
     progress.next_epoch()
     is_last = is_over(progress, phase)
     is_due_now = by_steps or is_last or is_due(progress.epoch, every)

@@ -63,9 +63,13 @@ class MetricsFile:
             redone: Fields of the record at that step itself that the run writes again; None: none of them.
         """
         self.path = Path(path)
+        self.num_dropped_steps = self.num_dropped_cells = 0
+        """The steps whose records were dropped, and the cells of them: they are computed again."""
         late: list[dict[str, MetricValue]] = []
         if self.path.exists():
-            end, late = _kept_records(self.path, resume_step, redone)
+            end, late, dropped = _kept_records(self.path, resume_step, redone)
+            self.num_dropped_steps = len(dropped)
+            self.num_dropped_cells = sum(int(cells) for cells in dropped if isinstance(cells, int))
             os.truncate(self.path, end)
         self._file = open(self.path, "ab")  # noqa: SIM115
         for record in late:
@@ -196,12 +200,13 @@ def _whole_lines(path: Path) -> Iterator[tuple[int, dict[str, MetricValue]]]:
 
 def _kept_records(
     path: Path, resume_step: int | None, redone: Mapping[str, MetricValue] | None
-) -> tuple[int, list[dict[str, MetricValue]]]:
-    """Return the size to which the file is cut, and the records behind it that are to be written again.
+) -> tuple[int, list[dict[str, MetricValue]], list[MetricValue]]:
+    """Return the size to which the file is cut, the records behind it that are to be written again, and lost cells.
 
-    These are benchmarks and scores of steps up to the one that the run goes on from, which were written later.
+    Those are benchmarks and scores of steps up to the one that the run goes on from, which were written later; these
+    are the `cells` of every optimizer step after it.
     """
-    kept, late, is_cut = 0, [], False
+    kept, late, dropped, is_cut = 0, [], [], False
     for end, record in _whole_lines(path):
         step = record.get("global_step")
         if not isinstance(step, int):
@@ -209,8 +214,10 @@ def _kept_records(
         is_redone = bool(redone) and step == resume_step and redone.items() <= record.items()
         if is_redone or (resume_step is not None and step > resume_step):
             is_cut = True
+            if record.get("kind") == "train":
+                dropped.append(record.get("cells"))
         elif is_cut and record.get("kind") in ("benchmark", "score"):
             late.append(record)
         if not is_cut:
             kept = end
-    return kept, late
+    return kept, late, dropped

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trainer.cells_index import FILE as CELLS_FILE
+from trainer.cells_index import CellsIndex, EpochCells, lines, read_index, write_index
 from trainer.config.schema import RunConfig
 from trainer.console import ProgressLine, checkpoint_line, evaluation_line, notice
 from trainer.errors import UserError
@@ -25,6 +27,7 @@ class Recorder:
         self._metrics: MetricsFile | None = None
         self._trackers: Trackers | None = None
         self._line: ProgressLine | None = None
+        self._cells = CellsIndex(step=0, epochs=[])
         self._clock = time.perf_counter()
         self.validation: dict[str, dict[str, Any]] = {}
 
@@ -40,6 +43,9 @@ class Recorder:
         """Open the run's files; a resumed run drops the records after its checkpoint's step, and those redone at it."""
         recorder = cls(folder)
         recorder._metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step, redone=redone)
+        recorder._cells = _cells_so_far(folder) or recorder._cells
+        recorder._cells.steps_computed_again += recorder._metrics.num_dropped_steps
+        recorder._cells.cells_computed_again += recorder._metrics.num_dropped_cells
         recorder._trackers = build_trackers(
             config.trackers,
             run_folder=_tracker_folder(config, folder),
@@ -104,6 +110,28 @@ class Recorder:
         if self._metrics is not None:
             checkpoint_line(step, folder, seconds)
 
+    def goes_on(self, step: int, epochs: Sequence[EpochCells]) -> None:
+        """Put the account of cells back to the checkpoint that the run goes on from, and say what it computes again."""
+        if self._folder is None or self._metrics is None:
+            return
+        self._cells.step, self._cells.epochs = step, [epoch.model_copy() for epoch in epochs]
+        if self._metrics.num_dropped_steps:
+            notice(
+                f"{self._metrics.num_dropped_cells:,} cells of {self._metrics.num_dropped_steps:,} steps after step "
+                f"{step} are computed again: they were lost, and count once"
+            )
+        self._write_cells()
+
+    def account_for_cells(self, step: int, epochs: Sequence[EpochCells]) -> None:
+        """Write what each epoch has been given, and say it of the open one and of those ended since the last time."""
+        if self._folder is None or self._metrics is None:
+            return
+        num_said = sum(epoch.is_over for epoch in self._cells.epochs)
+        for line in lines(epochs[num_said:]):
+            notice(line)
+        self._cells.step, self._cells.epochs = step, [epoch.model_copy() for epoch in epochs]
+        self._write_cells()
+
     def sync(self) -> None:
         """Bring the records to the disk, before a checkpoint that counts on them."""
         if self._metrics is not None:
@@ -113,6 +141,13 @@ class Recorder:
         """Return what the trackers need to go on after a resume."""
         return {} if self._trackers is None else self._trackers.state()
 
+    def _write_cells(self) -> None:
+        assert self._folder is not None
+        try:
+            write_index(self._folder, self._cells)
+        except OSError as error:
+            notice(f"{self._folder / CELLS_FILE} is not written ({error.strerror})")
+
     def close(self, exit_code: int) -> None:
         """Finish the trackers and the terminal's line."""
         if self._line is not None:
@@ -121,6 +156,18 @@ class Recorder:
             self._trackers.finish(exit_code)
         if self._metrics is not None:
             self._metrics.close()
+
+
+def _cells_so_far(folder: Path) -> CellsIndex | None:
+    """Return the account of cells that an earlier start left in the run folder, if it can be read."""
+    try:
+        return read_index(folder)
+    except (OSError, ValueError) as error:
+        notice(
+            f"{folder / CELLS_FILE} cannot be read ({type(error).__name__}): how many cells earlier starts computed "
+            "again is not known"
+        )
+        return None
 
 
 def _tracker_folder(config: RunConfig, run_folder: Path) -> Path:

@@ -49,6 +49,7 @@ def roll_back(
         run.recorder.close(0)
         trackers = saved.shared("run_state.safetensors")["trackers"]
         run.recorder = Recorder.open(config, folder, saved.step, trackers)
+        run.recorder.goes_on(saved.step, run.cells_seen.epochs)
     if run.scores is not None:
         run.scores.rewind(saved.step)
     run.saver = Saver(writer, config, facts, progress)

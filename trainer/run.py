@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from data.loader import MicroBatch
 from trainer import preemption
 from trainer.activity import Activity
+from trainer.cells_seen import CellsSeen
 from trainer.config.schema import RunConfig
 from trainer.costs import batch_flops, peak_of_device
 from trainer.distributed import Ranks
@@ -42,6 +43,12 @@ class Run:
     """`trainer.scoring_queue.ScoringQueue` on rank 0 of a run that scores held-out cells, else None."""
     activity: Activity = field(default_factory=Activity)
     """What the main thread is doing, which trainer/watch.py watches."""
+    cells_seen: CellsSeen = field(init=False)
+    """What the steps that the run stands on have been given."""
+
+    def __post_init__(self) -> None:
+        """Begin the account of cells."""
+        self.cells_seen = CellsSeen(self.ranks)
 
     @functools.cached_property
     def peak(self) -> float | None:
@@ -85,6 +92,8 @@ def write_records(run: Run, meters: Meters) -> None:
     if run.scores is not None:
         run.scores.poll()
     for record in records:
+        if record["is_skipped"]:
+            run.cells_seen.add_skipped(record["cells"])
         progress.skipped_steps += record["is_skipped"]
         progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if record["is_skipped"] else 0
         if progress.skipped_in_a_row >= run.config.max_nonfinite_steps:

@@ -45,6 +45,10 @@ class Saver:
         if run.progress.to_dict() == self._last:
             return
         self._last = run.progress.to_dict()
+        saving = run.activity.now[0]
+        run.activity.begin("adding up the cells", step, is_collective=True)
+        run.cells_seen.merge()
+        run.activity.begin(saving, step)
         run.recorder.sync()
         shared = collect_shared(run, self._config, self._facts) if run.ranks.is_main else {}
         phase = run.phases[min(run.progress.phase_index, len(run.phases) - 1)]
@@ -60,6 +64,7 @@ class Saver:
         self._writer.save(step, rank_files, shared, metric=self._metric, summary=summary)
         self._metric = None
         run.recorder.saved(step, f"checkpoint_{step}", self._writer.stall_seconds)
+        run.recorder.account_for_cells(step, run.cells_seen.epochs)
 
     def save_for_good(self, run: Run) -> None:
         """Save as `save` does, and return when all that was saved is complete on every rank."""
@@ -88,6 +93,7 @@ def collect_shared(run: Run, config: RunConfig, facts: DataFacts) -> dict[str, A
     files: dict[str, Any] = {
         "model.safetensors": strategy.weights(),
         "run_state.safetensors": state,
+        **run.cells_seen.files(),
         "config.yaml": dump_yaml(config),
     }
     if facts.gene_space is not None:
@@ -140,7 +146,7 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
         run.scheduler.load_state_dict(state["scheduler"])
     for field in dataclasses.fields(Progress):
         setattr(run.progress, field.name, getattr(Progress.from_dict(state["progress"]), field.name))
-    return _restore_rank(run, saved, config)
+    return [*_restore_rank(run, saved, config), *run.cells_seen.restore(saved)]
 
 
 def _restore_rank(run: Run, saved: SavedCheckpoint, config: RunConfig) -> list[str]:
