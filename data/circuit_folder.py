@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from data.circuit_labels import read_label_array
 from data.errors import DataError
+from data.plain_yaml import load_plain
 from data.stored_tensor import StoredTensor
 
 _PLAIN, _MIXED = "CircuitsConfigDataset", "MixedCircuitsConfigDataset"
@@ -146,8 +147,8 @@ def _open_set(folder: Path) -> CircuitSet:
 
 def _read_yaml(path: Path) -> Mapping[str, Any]:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        config = load_plain(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise DataError(f"{path}: it cannot be read as plain YAML ({error})") from error
     if not isinstance(config, Mapping):
         raise DataError(f"{path}: it holds no table")

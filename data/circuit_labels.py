@@ -226,7 +226,7 @@ def _read_pickle(path: Path) -> bytes:
         raise DataError(
             f"{path}: there is no such file; config.yaml says that it holds the labels"
         ) from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: it is no archive of labels, or a damaged one ({error})") from error

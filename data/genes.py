@@ -47,6 +47,8 @@ class GeneSpace:
             raise DataError(f"gene space: {len(self.ids)} ids but {len(self.symbols)} symbols")
         if not self.ids:
             raise DataError("gene space: it holds no gene")
+        if not all(symbol is None or isinstance(symbol, str) for symbol in self.symbols):
+            raise DataError("gene space: a symbol is no text")
         check_gene_names(self.ids, "gene space")
 
     def __len__(self) -> int:
@@ -118,7 +120,9 @@ class GeneSpace:
                 key=parsed["key"],
             )
             expected = parsed["sha256"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except DataError:
+            raise
+        except (ValueError, RecursionError, KeyError, TypeError) as error:
             raise DataError(f"{where}: not a gene space as `genes.json` holds it ({error!r})") from error
         if expected != space.sha256:
             raise DataError(f"{where}: its genes do not have the sha256 that it names; the file was edited")
@@ -272,8 +276,13 @@ def read_gene_list(path: str | Path) -> GeneSpace:
 def _table_columns(text: str, delimiter: str, path: Path) -> tuple[list[str] | None, list[str] | None]:
     """Return the id column and the symbol column of a table with a header, None for one it lacks."""
     reader = csv.reader(text.splitlines(), delimiter=delimiter)
-    header = [name.strip() for name in next(reader, [])]
-    rows = [row for row in reader if any(cell.strip() for cell in row)]
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        rows = [row for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise DataError(
+            f"gene list {path}: line {reader.line_num} is no line of a table ({error})"
+        ) from error
     columns: list[list[str] | None] = []
     for wanted in (ID_COLUMNS, SYMBOL_COLUMNS):
         name = next((name for name in wanted if name in header), None)

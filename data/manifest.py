@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +14,7 @@ from data.errors import DataError
 FORMAT = 1
 COUNT_DTYPES = ("uint16", "uint32", "float32")
 LABEL_COLUMNS = ("technical_batch", "target_gene", "cell_type")
+_DTYPES = ("int64", "float32", "float64")
 RESERVED_COLUMNS = ("genes", "counts", "source", "total", "n_genes")
 UNLABELLED = "unlabelled"
 """Class of the cells that have no label in a column that was asked for."""
@@ -122,11 +124,47 @@ class Manifest:
                 for name, column in content["columns"].items()
             }
             manifest = cls(**content)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            manifest._check()
+        except DataError:
+            raise
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: not a corpus manifest ({error!r})") from error
         if sum(shard.rows for shard in manifest.shards) != manifest.num_cells:
             raise DataError(f"{where}: its shards do not add up to num_cells {manifest.num_cells}")
         return manifest
+
+    def _check(self) -> None:
+        """Raise ValueError where a value is none that a conversion writes.
+
+        A manifest may come from anywhere: a shard that it names lies in its own folder, and is counted once.
+        """
+        files = [shard.file for shard in self.shards]
+        counts = [count for shard in self.shards for count in (shard.rows, shard.bytes)]
+        ranges = [bound for source in self.sources for pair in source.measured_genes for bound in pair]
+        texts = [
+            *self.technical_batches,
+            *(name for column in self.columns.values() for name in column.names),
+        ]
+        texts += [self.control_label] if self.control_label is not None else []
+        problems = {
+            "value_kind": self.value_kind not in ("counts", "lognorm"),
+            "count_dtype": self.count_dtype not in COUNT_DTYPES,
+            "storage": self.storage not in ("arrow", "parquet"),
+            "a shard's file": not all(isinstance(f, str) and f and PurePath(f).name == f for f in files)
+            or len(set(files)) < len(files),
+            "rows and bytes": not all(type(count) is int and count >= 0 for count in counts),
+            "measured_genes": not all(type(bound) is int and bound >= 0 for bound in ranges),
+            "a name": not all(isinstance(text, str) for text in texts),
+            "columns": any(
+                name in RESERVED_COLUMNS
+                or column.kind not in ("class", "number")
+                or column.dtype not in _DTYPES
+                for name, column in self.columns.items()
+            ),
+        }
+        wrong = [what for what, is_wrong in problems.items() if is_wrong]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: what it says is nothing that a conversion writes")
 
 
 def corpus_features(count_dtype: str, columns: Mapping[str, ObsColumn]) -> dict[str, Any]:

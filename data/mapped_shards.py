@@ -154,8 +154,14 @@ class MappedShards:
             with pa.ipc.open_stream(region) as stream:
                 schema = stream.schema
                 batches = [batch for batch in stream if batch.num_rows]
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read as an Arrow stream file ({error})") from error
+        try:
+            for batch in batches:
+                # Rows are copied by address: a length that is more than there is would reach into other memory.
+                batch.validate()
+        except pa.ArrowException as error:
+            raise DataError(f"{path}: a column lies outside the file, which is damaged ({error})") from error
         missing = [name for name in self._columns if name not in schema.names]
         if missing:
             raise DataError(f"{path}: no column {', '.join(missing)}; it has: {', '.join(schema.names)}")
@@ -167,6 +173,7 @@ class MappedShards:
             )
         self._check_columns(schema, batches, path)
         pieces = {name: _pieces([batch.column(name) for batch in batches]) for name in self._columns}
+        self._check_places(pieces, path)
         alike = self._check_lists(batches, path)
         return _Shard(region, batches, starts[:-1] + self._shard_starts[number], pieces, alike)
 
@@ -188,6 +195,14 @@ class MappedShards:
                 name: np.dtype(f"i{_offset_width(kind)}") if _is_list(kind) else None
                 for name, kind in kinds.items()
             }
+
+    def _check_places(self, pieces: dict[str, _Pieces], path: str) -> None:
+        """Refuse numbers that lie between the places of an array of their kind, which no writer of Arrow makes."""
+        for name, column in pieces.items():
+            offset_type = self._offset_types[name]
+            width = 1 if offset_type is None else offset_type.itemsize
+            if (column.values % self._dtypes[name].itemsize).any() or (column.offsets % width).any():
+                raise DataError(f"{path}: column {name!r} is not aligned; the file is damaged")
 
     def _check_lists(self, batches: list[pa.RecordBatch], path: str) -> frozenset[str]:
         """Check once that all lists lie inside their file; return the columns whose lists are alike."""

@@ -135,12 +135,12 @@ def read_names(names: Sequence[str] | str, where: str) -> list[str]:
         return list(names)
     path = Path(names)
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        if path.suffix not in (".csv", ".tsv"):
+            return [line.strip() for line in lines if line.strip()]
+        rows = list(csv.DictReader(lines, delimiter="," if path.suffix == ".csv" else "\t"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{where}: {path} cannot be read ({error})") from error
-    if path.suffix not in (".csv", ".tsv"):
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    rows = list(csv.DictReader(text.splitlines(), delimiter="," if path.suffix == ".csv" else "\t"))
     if not rows or "target_gene" not in rows[0]:
         raise DataError(f"{where}: {path} has no column target_gene, or no row")
     return [row["target_gene"] for row in rows if row["target_gene"]]

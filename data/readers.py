@@ -48,7 +48,24 @@ class CorpusReader:
                 f"{self.info.path}: a cell among rows {rows.min()} to {rows.max()} has more or fewer "
                 "counts than genes; the corpus is damaged, convert the files again"
             )
+        self._check_indices(genes.values, cast(dict[str, NDArray[Any]], columns))
         return RaggedBatch(genes.offsets, genes.values, counts.values, cast(dict[str, NDArray[Any]], columns))
+
+    def _check_indices(self, genes: NDArray[np.int32], columns: dict[str, NDArray[Any]]) -> None:
+        """Refuse an index of a gene, a source or a class that is none: it would stand for another one further on."""
+        limits = {name: len(kept.names) for name, kept in self.info.columns.items() if kept.kind == "class"}
+        limits["source"] = len(self.info.manifest.sources)
+        found = [("genes", genes, len(self.info.gene_space))]
+        found += [(name, columns[name], limit) for name, limit in limits.items() if name in columns]
+        for name, values, limit in found:
+            if not len(values):
+                continue
+            # Negative numbers are the largest when they are read without sign.
+            if values.dtype.kind not in "iu" or values.view(f"u{values.dtype.itemsize}").max() >= limit:
+                raise DataError(
+                    f"{self.info.path}: column {name!r} holds a number outside of the {limit} that there are; the "
+                    "corpus is damaged, convert the files again"
+                )
 
     def expect(self, rows: NDArray[np.int64]) -> None:
         """Prepare for rows that will be read soon; no rows: drop what was prepared and stop reading."""

@@ -68,7 +68,7 @@ def _read_entry(path: Path, name: str) -> tuple[dict[str, Any], int]:
         raise DataError(
             f"{path}: there is no such file; config.yaml says that it is part of the data"
         ) from error
-    except (struct.error, ValueError, RecursionError) as error:
+    except (OSError, struct.error, ValueError, RecursionError) as error:
         raise DataError(f"{path}: it is no safetensors file, or a damaged one ({error})") from error
     names = sorted(header.keys() - {"__metadata__"})
     if name not in names:

@@ -209,6 +209,8 @@ def test_files_that_are_no_archive_of_labels_are_refused(tmp_path: Path):
         read_label_array(path)
     with pytest.raises(DataError, match="no such file"):
         read_label_array(tmp_path / "other.pt")
+    with pytest.raises(DataError, match="no archive of labels"):
+        read_label_array(tmp_path)
     cut = io.BytesIO()
     torch.save({"0": LABELS}, cut, pickle_protocol=5)
     path.write_bytes(cut.getvalue()[:-40])

@@ -143,6 +143,72 @@ def test_another_format_version_is_refused(tmp_path):
         open_corpus(folder)
 
 
+def changed_manifest(folder, change):
+    """Let `change` edit the manifest of a corpus in place, and return the folder."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("value_kind", "other", "value_kind"),
+        ("count_dtype", "O", "count_dtype"),
+        ("storage", "pickle", "storage"),
+        ("technical_batches", [["a"]], "a name"),
+        ("control_label", 5, "a name"),
+        ("columns", {"genes": {"kind": "number", "dtype": "int64"}}, "columns"),
+        ("columns", {"age": {"kind": "number", "dtype": "O"}}, "columns"),
+        ("num_cells", [], "do not add up"),
+    ],
+)
+def test_a_manifest_that_no_conversion_wrote_is_refused(tmp_path, key, value, message):
+    folder = changed_manifest(write_small(tmp_path / "c"), lambda manifest: manifest.update({key: value}))
+    with pytest.raises(DataError, match=message):
+        open_corpus(folder)
+
+
+@pytest.mark.parametrize("value", ["3", 3.0, -1, True, None])
+def test_a_shard_whose_rows_are_no_count_is_refused(tmp_path, value):
+    def change(manifest):
+        manifest["shards"][0]["rows"] = value
+
+    with pytest.raises(DataError, match="rows and bytes"):
+        open_corpus(changed_manifest(write_small(tmp_path / "c"), change))
+
+
+@pytest.mark.parametrize("file", ["../{}", "{folder}/{}", "./{}", ""])
+def test_a_shard_outside_of_the_corpus_is_refused(tmp_path, file):
+    folder = write_small(tmp_path / "c")
+
+    def change(manifest):
+        shard = manifest["shards"][0]
+        shutil.copy(folder / shard["file"], tmp_path)
+        shard["file"] = file.format(shard["file"], folder=tmp_path)
+
+    with pytest.raises(DataError, match="a shard's file"):
+        open_corpus(changed_manifest(folder, change))
+
+
+def test_a_shard_that_is_named_twice_is_refused(tmp_path):
+    def change(manifest):
+        manifest["shards"] *= 2
+        manifest["num_cells"] *= 2
+
+    with pytest.raises(DataError, match="a shard's file"):
+        open_corpus(changed_manifest(write_small(tmp_path / "c"), change))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": ' + "9" * 5_000 + "}"])
+def test_a_manifest_that_python_cannot_parse_is_refused(tmp_path, text):
+    folder = write_small(tmp_path / "c")
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match="not a corpus manifest"):
+        open_corpus(folder)
+
+
 def test_a_corpus_opens_through_an_fsspec_url(tmp_path):
     local = open_corpus(write_small(tmp_path / "c"))
     memory = fsspec.filesystem("memory")

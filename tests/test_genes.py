@@ -79,6 +79,7 @@ def test_a_symbol_of_two_genes_is_ambiguous():
         ((), (), "symbol", "holds no gene"),
         (("A",), (), "symbol", "1 ids but 0 symbols"),
         (("A",), ("A",), "entrez", "key 'entrez' is not one of"),
+        (("A",), (["A"],), "symbol", "a symbol is no text"),
     ],
 )
 def test_impossible_gene_spaces_are_refused(ids, symbols, key, message):
@@ -185,7 +186,9 @@ def test_gene_lists_are_read_in_every_format(tmp_path):
         ("a.txt", f"{P53}.1\n{P53}.2\n", f"occur more than once.*: {P53}"),
         ("a.csv", "x,y\n1,2\n", "names neither an id column"),
         ("a.csv", "length,symbol\n1\n", "line 2 has no column 'symbol'"),
+        ("a.csv", "id\n" + "A" * 200_000, "line 2 is no line of a table"),
         ("a.json", "{", "not a gene space"),
+        ("a.json", "[" * 100_000, "not a gene space"),
     ],
 )
 def test_unusable_gene_lists_are_refused(tmp_path, name, text, message):

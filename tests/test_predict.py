@@ -204,6 +204,7 @@ def test_held_out_contexts_are_predicted_in_these_alone(place, tmp_path):
     [
         (["--targets", "GENE400"], "--targets: no gene of the model 'GENE400'; close to it: GENE40|GENE4"),
         (["--targets", CONTROL], "is the control label, not a target"),
+        (["--targets", ",".join(["GENE400"] * 60)], "--targets: no gene of the model 'GENE400'"),
         (["--contexts", "type_7"], "--contexts: no cell type 'type_7'"),
         (["--phase", "other"], "no phase 'other' read sets of perturbed cells; there are: p0"),
         (["--num-steps", "0"], "--num-steps 0: it must be at least 1"),
@@ -219,6 +220,20 @@ def test_mistakes_are_told_and_nothing_is_written(place, tmp_path, capsys, optio
     assert predict(place, tmp_path / "out.h5ad", *options) == 2
     assert re.search(message.replace("+", r"\+"), capsys.readouterr().err)
     assert not list(tmp_path.glob("*.h5ad"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("GENE1,²", "line 2: n_cells is '²'; it must be a whole number"),
+        ("GENE1," + "9" * 5_000, "line 2: n_cells is '9999"),
+        ("A" * 200_000 + ",1", "cannot be read (field larger than"),
+    ],
+)
+def test_a_line_of_targets_that_cannot_be_read_is_told(place, tmp_path, capsys, line, message):
+    (tmp_path / "targets.csv").write_text(f"target_gene,n_cells\n{line}\n")
+    assert predict(place, tmp_path / "out.h5ad", "--targets", tmp_path / "targets.csv") == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_target_that_is_named_twice_is_told_with_its_context(place, tmp_path, capsys):

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data.columns import RaggedColumn
 from data.corpus import open_corpus
 from data.errors import DataError
 from data.mapped_shards import MappedShards
@@ -249,6 +250,48 @@ def test_a_list_that_points_outside_its_file_is_refused(tmp_path: Path):
     shards = MappedShards([str(path)], [2], ["x"])
     with pytest.raises(DataError, match="lies outside the file, which is damaged"):
         shards.gather(np.array([0, 1]))
+
+
+@pytest.mark.parametrize("length", [2**20, 2**61, -1])
+def test_a_list_whose_values_are_said_to_be_more_than_there_are_is_refused(length: int, tmp_path: Path):
+    """Its offsets fit what is said, so that only the bytes of the file tell."""
+    values = np.arange(777, dtype=np.int64)
+    path = Path(write_stream(tmp_path / "file", pa.table({"x": pa.array([values], pa.list_(pa.int64()))})))
+    content, said = path.read_bytes(), np.array([777], np.int64).tobytes()
+    metadata = content[: content.index(values.tobytes())]
+    place = metadata.index(said)
+    changed = bytearray(content)
+    changed[place : place + 8] = np.array([length], np.int64).tobytes()
+    offsets = np.array([0, 777], np.int32).tobytes()
+    place = metadata.index(offsets)
+    changed[place : place + 8] = np.array([0, min(max(length, 777), 2**31 - 1)], np.int32).tobytes()
+    path.write_bytes(changed)
+    with pytest.raises(DataError, match="Arrow stream file|outside the file, which is damaged"):
+        MappedShards([str(path)], [1], ["x"]).gather(np.array([0]))
+
+
+@pytest.mark.parametrize("storage", ["arrow", "parquet"])
+@pytest.mark.parametrize("column", ["genes", "technical_batch", "source"])
+@pytest.mark.parametrize("is_negative", [False, True])
+def test_an_index_that_stands_for_nothing_is_refused(
+    storage: str, column: str, is_negative: bool, cells: Cells, tmp_path: Path
+):
+    """As -1 it would count from the end, and as a token stand for another one."""
+    folder = write_corpus(tmp_path / "corpus", cells, 400, storage)
+    reader = open_reader(open_corpus(folder))
+    gather = reader.table.gather
+
+    def changed(rows: np.ndarray) -> dict:
+        found = dict(gather(rows))
+        values = found[column]
+        array = values.values.copy() if isinstance(values, RaggedColumn) else values.copy()
+        array[0] = -1 if is_negative else 400
+        found[column] = RaggedColumn.flat(values.offsets, array) if column == "genes" else array
+        return found
+
+    reader.table.gather = changed
+    with pytest.raises(DataError, match=f"column '{column}' holds a number outside of the"):
+        reader.read(np.arange(3))
 
 
 def test_a_truncated_parquet_file_is_refused(folders: dict[str, Path], tmp_path: Path):

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.plain_yaml import load_plain
 from models.circuit_diffusion import CircuitDiffusion
 from models.prompts import PromptTable
 from trainer.errors import CheckpointError
@@ -120,13 +121,15 @@ def read_genqc_pipeline(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """
     path = folder / CONFIG_FILE
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_plain(path.read_text(encoding="utf-8"))
         params = content["params"]
         network, dataset = params["model"], params["add_config"]["dataset"]["params"]
         name = str(network["target"]).rpartition(".")[2]
         arguments = dict(network["params"])
         gate_pool = [str(gate) for gate in dataset["gate_pool"]]
-    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+        scheduler = dict(params.get("scheduler") or {})
+        noise = dict(scheduler.get("params") or {})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         raise CheckpointError(
             f"{path}: not the configuration of a saved pipeline (target, params.model and the gate pool in "
             f"params.add_config.dataset.params): {type(error).__name__} {error}"
@@ -143,8 +146,6 @@ def read_genqc_pipeline(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
     except (SafetensorError, OSError, KeyError) as error:
         raise CheckpointError(f"{folder}: its weights cannot be read ({error})") from None
     weights["embedding_table"] = table.float()
-    scheduler = params.get("scheduler") or {}
-    noise = {key: value for key, value in dict(scheduler.get("params") or {}).items() if key != "device"}
     return weights, {
         "unet_class": unet_class,
         "unet_args": {key: value for key, value in arguments.items() if key not in ("clr_dim", "num_clrs")},
@@ -152,6 +153,6 @@ def read_genqc_pipeline(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]
         "gate_pool": gate_pool,
         "scheduler": {
             "type": str(scheduler.get("target", "DDIMScheduler")).rpartition(".")[2],
-            "params": noise,
+            "params": {key: value for key, value in noise.items() if key != "device"},
         },
     }

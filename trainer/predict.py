@@ -3,6 +3,7 @@
 import argparse
 import csv
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -309,17 +310,18 @@ def _read_targets(text: str, corpus: PerturbedCorpus) -> tuple[list[Wanted], boo
     """Return the perturbations of a file or a list, and whether they name contexts by the column `context`."""
     path = Path(text)
     if path.suffix not in (".csv", ".tsv"):
-        given = read_names(text, "--targets") if path.is_file() else text.split(",")
+        # `Path.is_file` raises where a list of names is longer than a file's name may be.
+        given = read_names(text, "--targets") if os.path.isfile(text) else text.split(",")
         names = [name.strip() for name in given if name.strip()]
         if not names:
             raise UserError(f"--targets {text}: it names no target")
         return [Wanted(name) for name in dict.fromkeys(names)], False
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        reader = csv.DictReader(lines, delimiter="," if path.suffix == ".csv" else "\t")
+        header, rows = list(reader.fieldnames or []), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--targets {path}: cannot be read ({error})") from error
-    reader = csv.DictReader(lines, delimiter="," if path.suffix == ".csv" else "\t")
-    header, rows = list(reader.fieldnames or []), list(reader)
     if "target_gene" not in header or not rows:
         raise UserError(
             f"--targets {path}: it has no column target_gene, or no row; its columns: {listed(header)}"
@@ -335,10 +337,10 @@ def _read_targets(text: str, corpus: PerturbedCorpus) -> tuple[list[Wanted], boo
         if not row["target_gene"]:
             raise UserError(f"{where}: target_gene is empty")
         if row.get("n_cells"):
-            count = int(row["n_cells"]) if row["n_cells"].isdigit() else 0
+            count = int(row["n_cells"]) if re.fullmatch("[0-9]{1,9}", row["n_cells"]) else 0
             if count < 1:
                 raise UserError(
-                    f"{where}: n_cells is {row['n_cells']!r}; it must be a whole number, at least 1"
+                    f"{where}: n_cells is {row['n_cells']!r}; it must be a whole number, 1 to 999999999"
                 )
         if columns and row[columns[0]]:
             check_known(row[columns[0]], corpus.cell_types, where, "cell type")

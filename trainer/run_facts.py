@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from data.plain_yaml import load_plain
 from trainer.errors import UserError
 from trainer.journal import END, read_events
 from trainer.metrics_file import decode_record
@@ -251,11 +252,11 @@ def _read_json(path: Path, gaps: list[str]) -> dict[str, Any]:
 
 def _read_yaml(path: Path, gaps: list[str]) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_plain(path.read_text(encoding="utf-8"))
     except OSError as error:
         gaps.append(f"{path.name} cannot be read: {error.strerror}")
         return {}
-    except (ValueError, RecursionError, yaml.YAMLError):
+    except (ValueError, yaml.YAMLError):
         content = None
     if not isinstance(content, dict):
         gaps.append(f"{path.name} is damaged")

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from data.plain_yaml import load_plain
 from trainer.atomicfile import replace_text, sync_folder
 from trainer.config.schema import ExportConfig, RunConfig
 from trainer.config.yaml_text import write_yaml
@@ -180,7 +181,7 @@ def write_metadata(folder: Path, facts: Mapping[str, Any], files: list[str]) -> 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """Return what `metadata.yaml` of a folder says; empty where there is none that can be read."""
     try:
-        content = yaml.safe_load((folder / METADATA_FILE).read_text(encoding="utf-8"))
+        content = load_plain((folder / METADATA_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -258,7 +258,7 @@ def _set_value(content: dict[str, Any], key: str, value: Any) -> None:
 
 def _index(items: list[Any], part: str, path: list[str]) -> int:
     where = ".".join(path)
-    if not part.isdigit():
+    if not (part.isascii() and part.isdigit() and len(part) < 10):
         raise ConfigError(f"{where} is a list; give an index, as {where}.0")
     if int(part) >= len(items):
         last = f", the last index is {len(items) - 1}" if items else ""

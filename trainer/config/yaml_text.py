@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from data.plain_yaml import PlainLoader, load_plain
 from trainer.errors import ConfigError
 
 _FLOAT = re.compile(
@@ -19,7 +20,7 @@ _INTEGER = re.compile(r"^(?:[-+]?(?:0|[1-9][0-9_]*)|0b[01]+|0o[0-7]+|0x[0-9a-fA-
 _REPLACED_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("float", "int", "timestamp", "value")}
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """Build plain containers, numbers and text, and refuse a key that is given twice."""
 
     yaml_implicit_resolvers = {
@@ -60,7 +61,7 @@ class _Dumper(yaml.SafeDumper):
 
 def parse_yaml(text: str) -> Any:
     """Return what a YAML text says; `yaml.YAMLError` when it is not valid."""
-    return yaml.load(text, Loader=_Loader)
+    return load_plain(text, _Loader)
 
 
 def read_yaml_section(text: str, source: str) -> dict[str, Any]:
@@ -77,12 +78,7 @@ def read_yaml_section(text: str, source: str) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise ConfigError(f"{source}: expected keys and values, got {describe(content)}")
-    try:
-        return _without_sharing(content)
-    except RecursionError:
-        raise ConfigError(
-            f"{source}: a YAML alias (*name) refers to a section that it is itself part of"
-        ) from None
+    return _without_sharing(content)
 
 
 def write_yaml(content: Any) -> str:

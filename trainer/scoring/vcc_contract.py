@@ -157,7 +157,7 @@ def read_names(path: str | Path) -> list[str]:
     path = Path(path).expanduser()
     try:
         rows = [row for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if row]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read as a list of names: {error}") from None
     column = 0
     if rows and PERTURBATION_COLUMN in rows[0]:

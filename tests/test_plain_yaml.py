@@ -1,0 +1,59 @@
+"""YAML from files that nobody vouches for: every mistake is one kind of error, and nothing hangs or grows."""
+
+import pytest
+import yaml
+
+from data.circuit_folder import open_circuit_sets
+from data.errors import DataError
+from data.plain_yaml import load_plain
+from trainer.config.compose import compose
+from trainer.errors import ConfigError
+
+# 600 bytes that stand for 9**10 values.
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)
+)
+
+
+def test_aliases_are_shared_values():
+    assert load_plain("a: &a {x: 1}\nb: [*a, *a]\nc: {<<: *a, y: 2}\n") == {
+        "a": {"x": 1},
+        "b": [{"x": 1}, {"x": 1}],
+        "c": {"x": 1, "y": 2},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "aliases stand for more than 1,000,000 values"),
+        ("a: &a [*a]", r"the alias \*a refers to a section that it is itself part of"),
+        ("a: &a {<<: *a}", r"the alias \*a refers to a section that it is itself part of"),
+        ("[" * 20_000, "nested more than 64 levels deep"),
+        ("{a: " * 5_000, "nested more than 64 levels deep"),
+        ("a: !!int abc", "'abc' is no int"),
+        ("a: !!float abc", "'abc' is no float"),
+        ("a: !!timestamp abc", "'abc' is no timestamp"),
+        ("a: !!bool maybe", "'maybe' is no bool"),
+        ("a: " + "9" * 5_000, "'9+' is no int"),
+        ("a: 0x" + "f" * 5_000, "a whole number is too long"),
+        ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
+    ],
+)
+def test_a_text_that_is_no_plain_value_is_a_yaml_error(text, message):
+    with pytest.raises(yaml.YAMLError, match=message):
+        load_plain(text)
+
+
+def test_a_configuration_of_aliases_that_unfold_is_refused_with_its_line(tmp_path):
+    (tmp_path / "main.yml").write_text(BOMB)
+    with pytest.raises(
+        ConfigError, match=r"main.yml: line \d+, .*aliases stand for more than 1,000,000 values"
+    ):
+        compose(tmp_path / "main.yml", [])
+
+
+def test_a_set_of_circuits_described_by_aliases_that_unfold_is_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text(BOMB + "target: *a9\n")
+    with pytest.raises(DataError, match="aliases stand for more than 1,000,000 values"):
+        open_circuit_sets(tmp_path)
