@@ -14,7 +14,7 @@ from data.loader import StepLoader
 from data.order import GlobalOrder
 from data.weighted_order import WeightedOrder
 from trainer import run_state
-from trainer.cells_index import FILE, CellsIndex, EpochCells, describe, lines, read_index
+from trainer.cells_index import FILE, CellsIndex, EpochCells, Stretch, describe, lines, read_index
 from trainer.cells_seen import CellsSeen
 from trainer.distributed import Ranks
 from trainer.progress import Progress
@@ -260,10 +260,9 @@ def test_an_index_reads_back_equal(finished):
 
 
 def test_epochs_of_which_the_same_is_to_be_said_share_a_line():
-    epochs = [
-        EpochCells(phase="one", phase_index=0, epoch=n, num_cells=9, drawn=9, seen=9, is_over=True)
-        for n in (1, 2, 3)
-    ]
+    stretch = Stretch(num_ranks=1, first_step=1, last_step=9, begins_with="start")
+    common = {"phase": "one", "phase_index": 0, "num_cells": 9, "is_over": True, "stretches": [stretch]}
+    epochs = [EpochCells(**common, epoch=number, drawn=9, seen=9) for number in (1, 2, 3)]
     assert lines(epochs) == ["cells of 'one' epochs 1 to 3, each: 9 seen once, 0 repeated, 0 skipped"]
 
 

@@ -240,6 +240,65 @@ def test_faults_skipped_steps_and_rollbacks_are_named(page):
     assert "the benchmark of phase 'second' after epoch 2 failed" in said
 
 
+STRETCH = {"num_ranks": 2, "first_step": 1, "last_step": 40, "begins_with": "start"}
+EPOCH = {
+    "phase": "first",
+    "phase_index": 0,
+    "epoch": 1,
+    "num_cells": 640,
+    "drawn": 640,
+    "seen": 640,
+    "is_over": True,
+}
+
+
+def with_cells(folder, *epochs, **more):
+    found = [{**EPOCH, "stretches": [STRETCH], **changes} for changes in epochs]
+    (folder / "cells_seen.json").write_text(json.dumps({"step": 60, "epochs": found, **more}))
+    return folder
+
+
+def test_the_cells_of_each_epoch_are_laid_out_with_what_interrupted_it(tmp_path):
+    again = {**STRETCH, "num_ranks": 1, "first_step": 21, "begins_with": "resume"}
+    folder = with_cells(
+        made_up_run(tmp_path / "made"),
+        {"stretches": [STRETCH, again]},
+        {"epoch": 2, "is_over": False, "seen": 320, "drawn": 320},
+        steps_computed_again=3,
+        cells_computed_again=48,
+    )
+    page = page_of(folder)
+    table = rows(sections(page)["Cells seen"])
+    assert table[0] == ["phase", "epoch", "steps", "cells", "seen", "repeated", "skipped", "ranks and breaks"]
+    assert table[1] == ["first", "1", "1 to 40", "640", "640", "0", "0", "2 ranks, then 1; 1 restart"]
+    assert table[2][1:] == ["2 (so far)", "1 to 40", "640", "320", "0", "–", "2 ranks"]
+    assert "48 cells of 3 steps were lost by a kill or a rollback" in words(sections(page)["Cells seen"])
+    assert 'class="bad"' not in sections(page)["Cells seen"]
+
+
+def test_cells_that_are_repeated_or_skipped_stand_out_and_are_faults(tmp_path):
+    page = page_of(with_cells(made_up_run(tmp_path / "made"), {"seen": 624}))
+    found = sections(page)
+    assert found["Cells seen"].count('<b class="bad">16</b>') == 2
+    assert "cells of phase 'first', epoch 1: 16 repeated, 16 skipped" in words(found["Faults"])
+
+
+def test_repeats_that_are_meant_do_not_stand_out(tmp_path):
+    page = page_of(with_cells(made_up_run(tmp_path / "made"), {"seen": 624, "is_with_replacement": True}))
+    found = sections(page)
+    assert "drawn with replacement" in words(found["Cells seen"])
+    assert 'class="bad"' not in found["Cells seen"] and "16 repeated" not in words(found["Faults"])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"step": 1, "epochs": [{"phase": 3}]}'])
+def test_a_damaged_account_of_cells_is_missing_from_the_report(tmp_path, content):
+    folder = made_up_run(tmp_path / "made")
+    (folder / "cells_seen.json").write_text(content)
+    found = sections(page_of(folder))
+    assert "cells_seen.json is damaged" in words(found["Missing from this report"])
+    assert "Not known." in words(found["Cells seen"])
+
+
 def test_a_failed_run_says_its_reason_first(tmp_path):
     failed = {**DONE, "exit_code": 1, "reason": "RuntimeError: out of memory"}
     page = page_of(made_up_run(tmp_path / "made", events=(START, failed)))

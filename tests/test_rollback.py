@@ -8,6 +8,7 @@ from running import comparable_records, newest_run, records, toy, train, train_r
 
 from models.encoder import MaskedCellEncoder
 from models.fp8_switch import switch
+from trainer.cells_index import read_index
 from trainer.run import TrainingStopped
 from trainer.statefile import load_tree
 
@@ -72,7 +73,16 @@ def test_a_run_goes_back_and_on_in_bf16_and_then_in_fp8_again(corpus, tmp_path, 
     assert not any(record["is_skipped"] for record in steps[6:])
     progress = load_tree(folder / "checkpoint_12" / "run_state.safetensors")["progress"]
     assert (progress["rollbacks"], progress["bf16_until"]) == (1, 9)
-    assert "rollback 1: FP8 steps up to 7 were not finite; on from step 6 in bf16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "rollback 1: FP8 steps up to 7 were not finite; on from step 6 in bf16" in said
+
+
+def test_cells_of_steps_that_were_rolled_back_count_once(corpus, tmp_path):
+    index = read_index(train(tmp_path, config(corpus, 3)))
+    assert [(epoch.drawn, epoch.seen, epoch.skipped) for epoch in index.epochs] == 3 * [(64, 64, 0)]
+    assert index.epochs[1].history == "1 rollback"
+    assert index.epochs[1].in_skipped_steps == 32  # steps 5 and 6 are in the checkpoint
+    assert (index.steps_computed_again, index.cells_computed_again) == (1, 16)
 
 
 def test_a_resume_within_the_fallback_goes_on_in_bf16(corpus, tmp_path):

@@ -56,7 +56,7 @@ class EpochCells(BaseModel):
     """What ended the epoch before them."""
     unknown_until_step: int | None = None
     """The account begins after this global step; None: with the epoch."""
-    stretches: list[Stretch] = Field(default_factory=list)
+    stretches: list[Stretch] = Field(min_length=1)
 
     @property
     def repeated(self) -> int | None:
@@ -85,7 +85,7 @@ class EpochCells(BaseModel):
     def history(self) -> str:
         """Return on how many ranks it was computed, and what interrupted it; empty for one rank without a break."""
         ranks = [str(number) for number, _ in groupby(each.num_ranks for each in self.stretches)]
-        parts = [] if ranks in ([], ["1"]) else [_counted(int(ranks[0]), "rank", ranks[1:])]
+        parts = [] if ranks == ["1"] else [_counted(int(ranks[0]), "rank", ranks[1:])]
         for kind, noun in (("resume", "restart"), ("rollback", "rollback")):
             count = sum(each.begins_with == kind for each in self.stretches[1:])
             parts += [_counted(count, noun)] if count else []

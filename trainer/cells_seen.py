@@ -136,28 +136,27 @@ class CellsSeen:
         self._row_mask = getattr(source, "row_mask", None)
         num_bytes = 0 if source is None else -(-len(source) // 8)
         self._own = np.zeros(num_bytes, np.uint8)
-        if not self._is_open(phase, progress):
-            self._of_all = np.zeros(num_bytes if self._ranks.is_main else 0, np.uint8)
-            is_from_start = progress.epoch_step == 1
-            self.epochs.append(
-                EpochCells(
-                    phase=phase.name,
-                    phase_index=phase.index,
-                    epoch=progress.epoch + 1,
-                    num_cells=None if source is None else _num_training_cells(source),
-                    is_with_replacement=getattr(
-                        getattr(phase.loader, "order", None), "is_with_replacement", False
-                    ),
-                    unknown_until_step=None if is_from_start else progress.global_step - 1,
-                )
-            )
         stretch = Stretch(
             num_ranks=self._ranks.count,
             first_step=progress.global_step,
             last_step=progress.global_step,
             begins_with=self._next_begins_with,
         )
-        self.epochs[-1].stretches.append(stretch)
+        if self._is_open(phase, progress):
+            self.epochs[-1].stretches.append(stretch)
+        else:
+            self._of_all = np.zeros(num_bytes if self._ranks.is_main else 0, np.uint8)
+            order = getattr(phase.loader, "order", None)
+            epoch = EpochCells(
+                phase=phase.name,
+                phase_index=phase.index,
+                epoch=progress.epoch + 1,
+                num_cells=None if source is None else _num_training_cells(source),
+                is_with_replacement=getattr(order, "is_with_replacement", False),
+                unknown_until_step=None if progress.epoch_step == 1 else progress.global_step - 1,
+                stretches=[stretch],
+            )
+            self.epochs.append(epoch)
         self._next_begins_with, self._is_in_stretch = "start", True
         return self.epochs[-1]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.cells_index import EpochCells
 from trainer.report_charts import NUM_COLOURS, Series, Span, chart, running_mean
 from trainer.run_facts import RunFacts, as_number
 
@@ -86,6 +87,7 @@ def _sections(run: RunFacts) -> list[str]:
     return [
         _section("Missing from this report", _list(run.gaps)) if run.gaps else "",
         _section("Training", *_training(run)),
+        _section("Cells seen", *_cells_seen(run)),
         _section("Evaluations", *_evaluations(run)),
         _section("Starts and ends", _attempts(run)),
         _section("Faults", _list(_faults(run)) if _faults(run) else _line("None.")),
@@ -232,6 +234,66 @@ def _training(run: RunFacts) -> list[str]:
         "MFU",
     ]
     return [*charts, _table(*_without_empty(headers, rows))]
+
+
+def _cells_seen(run: RunFacts) -> list[str]:
+    index = run.cells
+    if index is None or not index.epochs:
+        return [_line("Not known.")]
+
+    def judged(count: int | None, is_fault: bool) -> Any:
+        return Html(f'<b class="bad">{count:,}</b>') if count and is_fault else _count(count)
+
+    rows = []
+    for each in index.epochs:
+        first, last = each.stretches[0], each.stretches[-1]
+        rows.append(
+            [
+                each.phase,
+                f"{each.epoch}" if each.is_over else f"{each.epoch} (so far)",
+                f"{first.first_step:,} to {last.last_step:,}",
+                _count(each.num_cells),
+                f"{each.drawn:,}" if each.num_cells is None else f"{each.seen:,}",
+                judged(each.repeated, not each.is_with_replacement),
+                judged(each.skipped, True),
+                judged(each.outside, True) if each.outside else None,
+                f"{each.left_out:,}: {each.left_out_by}" if each.left_out else None,
+                f"{each.in_skipped_steps:,}" if each.in_skipped_steps else None,
+                each.history or None,
+                _remark(each),
+            ]
+        )
+    headers = [
+        "phase",
+        "epoch",
+        "steps",
+        "cells",
+        "seen",
+        "repeated",
+        "skipped",
+        "not of its training cells",
+        "not reached",
+        "in skipped steps",
+        "ranks and breaks",
+        "remark",
+    ]
+    said = [f"As of step {index.step:,}, from the cells that every process trained on."]
+    if index.unknown_until_step:
+        said.append(f"What was seen up to step {index.unknown_until_step:,} is not known.")
+    if index.steps_computed_again:
+        lost = (
+            f"{index.cells_computed_again:,} cells of {_counted(index.steps_computed_again, 'step', 'steps')}"
+        )
+        said.append(f"{lost} were lost by a kill or a rollback and computed again; they count once.")
+    return [_line(" ".join(said)), _table(*_without_empty(headers, rows))]
+
+
+def _remark(epoch: EpochCells) -> str | None:
+    if epoch.num_cells is None:
+        return "its loader has no row numbers: cells are counted and cannot be told apart"
+    if epoch.unknown_until_step is not None:
+        return f"unknown up to step {epoch.unknown_until_step:,}"
+    return "drawn with replacement" if epoch.is_with_replacement else None
 
 
 def _evaluations(run: RunFacts) -> list[str]:
@@ -389,6 +451,11 @@ def _faults(run: RunFacts) -> list[str]:
     rollbacks = progress.get("rollbacks") if isinstance(progress, dict) else None
     if rollbacks:
         faults.append(f"rollbacks of FP8 to a checkpoint: {rollbacks}")
+    faults += [
+        f"cells of phase '{each.phase}', epoch {each.epoch}: {', '.join(each.faults)}"
+        for each in (run.cells.epochs if run.cells else [])
+        if each.faults
+    ]
     faults += [
         f"the {each.kind} of phase '{each.phase}' after epoch {each.epoch} failed (see benchmarks/worker.log)"
         for each in run.evaluations

@@ -14,6 +14,8 @@ import yaml
 from numpy.typing import NDArray
 
 from data.plain_yaml import load_plain
+from trainer.cells_index import FILE as CELLS_FILE
+from trainer.cells_index import CellsIndex, read_index
 from trainer.errors import UserError
 from trainer.journal import END, read_events
 from trainer.metrics_file import decode_record
@@ -104,6 +106,8 @@ class RunFacts:
     state: dict[str, Any] = field(default_factory=dict)
     """Of the newest checkpoint's run state what is no tensor."""
     genes: dict[str, Any] = field(default_factory=dict)
+    cells: CellsIndex | None = None
+    """What each epoch was given; None: it is not known."""
     checkpoints: list[CheckpointFacts] = field(default_factory=list)
     attempts: list[Attempt] = field(default_factory=list)
     status: dict[str, Any] = field(default_factory=dict)
@@ -141,6 +145,7 @@ def read_run(folder: Path) -> RunFacts:
         gaps.append(
             "there is no checkpoint yet: data fingerprints, technical batches and genes are not known"
         )
+    run.cells = _read_cells(folder, gaps)
     _read_attempts(run)
     return run
 
@@ -262,6 +267,16 @@ def _read_yaml(path: Path, gaps: list[str]) -> dict[str, Any]:
         gaps.append(f"{path.name} is damaged")
         return {}
     return content
+
+
+def _read_cells(folder: Path, gaps: list[str]) -> CellsIndex | None:
+    try:
+        return read_index(folder)
+    except OSError as error:
+        gaps.append(f"{CELLS_FILE} cannot be read: {error.strerror}")
+    except ValueError:
+        gaps.append(f"{CELLS_FILE} is damaged")
+    return None
 
 
 def _read_state(path: Path, gaps: list[str]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Prove on a user's own configuration that a killed run resumes to the same result: `python -m trainer verify-resume`.
 
-One run is left alone, a second one is killed with SIGKILL and resumed; records and weights are compared bit for bit.
+One run is left alone, a second one is killed with SIGKILL and resumed; records, the cells that
+each epoch was given, and weights are compared bit for bit.
 """
 
 import argparse
@@ -12,9 +13,12 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 from trainer import proofs
+from trainer.cells_index import FILE as CELLS_FILE
+from trainer.cells_index import EpochCells, decode_epochs
 from trainer.config import load_run_config
 from trainer.config.schema import LaunchConfig, RunConfig, TrackerConfig
 from trainer.console import notice
@@ -220,10 +224,33 @@ def prove_resume(
         )
     records = [proofs.records_until(run_folder, last) for run_folder in (expected, resumed)]
     weights = [proofs.weights_at(run_folder, last) for run_folder in (expected, resumed)]
-    difference = proofs.compare_records(records[0], records[1]) or proofs.compare_weights(*weights)
+    difference = (
+        proofs.compare_records(records[0], records[1])
+        or compare_cells(*(cells_at(run_folder, last) for run_folder in (expected, resumed)))
+        or proofs.compare_weights(*weights)
+    )
     return Proof(
         last, not reaches_last, killed_at, resumed_from, len(records[0]), len(weights[0]), difference
     )
+
+
+def cells_at(run_folder: Path, step: int) -> list[EpochCells]:
+    """Return what each epoch had been given at a checkpoint."""
+    path = run_folder / f"checkpoint_{step}" / CELLS_FILE
+    return decode_epochs(path.read_text(encoding="utf-8"), str(path))
+
+
+def compare_cells(expected: Sequence[EpochCells], got: Sequence[EpochCells]) -> Difference | None:
+    """Return the first count of cells that differs, None where the epochs were given equally many of each kind."""
+    for one, other in zip_longest(expected, got):
+        named = other if one is None else one
+        assert named is not None
+        place = f"cells of phase '{named.phase}', epoch {named.epoch}"
+        for name in ("drawn", "seen", "outside", "in_skipped_steps", "is_over"):
+            values = [getattr(each, name, None) for each in (one, other)]
+            if values[0] != values[1]:
+                return Difference(named.stretches[-1].last_step, place, name, values[0], values[1])
+    return None
 
 
 def watched_config(config: RunConfig, output_dir: Path, save_every: int, keep: int) -> RunConfig:
@@ -321,7 +348,7 @@ def _causes(difference: Difference, resumed_from: int) -> list[str]:
         "a loader that does not come back to its place: make it addressable by row (a map-style data set), or give it "
         "state_dict and load_state_dict; see docs/your_own_code.md"
     )
-    if name in ("cells", "tokens", "padded_tokens"):
+    if name in ("cells", "tokens", "padded_tokens", "drawn", "seen", "outside"):
         return [loader]
     if name == "lr" or name.startswith("lr/"):
         return ["a scheduler or optimizer of your own whose state_dict does not hold all of its state"]
