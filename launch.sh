@@ -230,6 +230,9 @@ if not isinstance(values, dict) or "distributed_type" not in values:
 kind = str(values["distributed_type"])
 if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
     sys.exit("%s asks for DeepSpeed, and %s has none; run `make install`, or choose ddp" % (path, sys.executable))
+# The shell reads what is printed as words and numbers, and would execute a `$(...)` in a number.
+if not kind.replace("_", "").isalnum():
+    sys.exit("%s: distributed_type is %r, which is none of accelerate's" % (path, kind[:80]))
 processes = int(values.get("num_processes") or 0) // max(1, int(values.get("num_machines") or 1))
 print({"False": "NO", "no": "NO"}.get(kind, kind), int(bool(values.get("use_cpu"))), max(0, processes))
 PYTHON

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,6 +161,32 @@ def test_results_of_steps_that_are_trained_anew_are_dropped(tmp_path, place):
     assert open_checkpoint(first).step < last
     train(tmp_path, config(place, epochs=2), resume_from=str(folder))
     assert results_of(folder) == before
+
+
+@pytest.mark.parametrize("key", ["own_file", "result", "output", "cells", "baselines", "shared"])
+@pytest.mark.parametrize("where", ["../precious", "{tmp_path}/precious", ".."])
+@pytest.mark.parametrize("step", [0, 99])
+def test_a_request_that_names_files_elsewhere_is_passed_over(tmp_path, key, where, step, monkeypatch, capsys):
+    """A run folder may have come from anywhere; what its requests name is written, and deleted."""
+    monkeypatch.setattr(scoring_queue.subprocess, "Popen", lambda *a, **k: pytest.fail("scored"))
+    folder = tmp_path / "run" / "benchmarks"
+    folder.mkdir(parents=True)
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "run" / "precious").write_text("kept")
+    request = {
+        "kind": "benchmark",
+        "global_step": step,
+        "phase": "p",
+        "phase_step": 0,
+        "epoch": 0,
+        "own_file": "a",
+    }
+    request[key] = where.format(tmp_path=tmp_path)
+    (folder / "a.request.json").write_text(json.dumps(request))
+    run = SimpleNamespace(progress=SimpleNamespace(global_step=5))
+    ScoringQueue(run, tmp_path / "run").close(wait=True)
+    assert (tmp_path / "precious").exists() and (tmp_path / "run" / "precious").exists()
+    assert "is nothing that a run has left there, and is passed over" in capsys.readouterr().out
 
 
 def test_a_failed_benchmark_is_said_and_the_run_goes_on(tmp_path, place, monkeypatch, capsys):

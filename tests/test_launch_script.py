@@ -396,6 +396,15 @@ def test_a_mistake_is_named_and_nothing_starts(place, arguments, env, message):
     assert not list(place.notes.iterdir()) and not list(place.temporary.iterdir())
 
 
+def test_a_command_in_an_accelerate_config_is_not_executed(place, tmp_path):
+    """Bash executes what stands in brackets of a number, which words of this key would become."""
+    command = f"MULTI_GPU 1 PIPESTATUS[$(touch${{IFS}}{tmp_path}/executed)]"
+    (place.cwd / "own.yaml").write_text(f"distributed_type: '{command}'\nnum_processes: 1\n")
+    output = place.run("--dry-run", "--accelerate-config=own.yaml", "my runs/first.yml", expect=2)
+    assert "own.yaml: distributed_type is 'MULTI_GPU 1 PIPE" in output and "none of accelerate's" in output
+    assert not (tmp_path / "executed").exists()
+
+
 def test_more_processes_than_gpus_are_refused_unless_the_cpu_is_asked_for(place):
     place.add_gpus(2)
     env = {"PROCESSES_PER_NODE": "4", "CUDA_VISIBLE_DEVICES": None}

@@ -251,6 +251,26 @@ def test_a_resume_that_is_refused_gives_the_run_back(tmp_path: Path) -> None:
         RunLease(run).release()
 
 
+@pytest.mark.parametrize(
+    "name", ["run.lock", "metrics.jsonl", "config.yaml", "benchmarks/worker.log", "benchmarks"]
+)
+def test_a_run_folder_with_links_is_not_written_to(tmp_path: Path, name: str) -> None:
+    run, other = make_run(tmp_path / "a_20260304_050607", 1), tmp_path / "precious"
+    other.write_text("one line")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(other)
+    with pytest.raises(UserError, match=rf"{Path(name).name} is a link"):
+        RunLease(run)
+    assert other.read_text() == "one line"
+
+
+def test_a_checkpoint_may_be_a_link(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a_20260304_050607", 1)
+    (run / "checkpoint_1").rename(tmp_path / "elsewhere")
+    (run / "checkpoint_1").symlink_to(tmp_path / "elsewhere")
+    RunLease(run).release()
+
+
 def test_a_full_disk_has_room_for_a_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

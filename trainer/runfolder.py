@@ -203,9 +203,10 @@ class RunLease:
         """Take the lease.
 
         Raises:
-            UserError: another process has it, or the folder cannot be locked.
+            UserError: another process has it, the folder cannot be locked, or a link in it leads elsewhere.
         """
         self.path = Path(run_folder) / "run.lock"
+        _refuse_links(Path(run_folder))
         self._process = os.getpid()
         self._descriptor: int | None = _lock(self.path)
         _held_descriptors.add(self._descriptor)
@@ -251,6 +252,23 @@ def _close_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_close_in_child)
+
+
+def _refuse_links(run_folder: Path) -> None:
+    """Refuse a run folder in which a file is a link: writing to it would change a file somewhere else.
+
+    Such a folder may have come from anywhere, and a run that goes on empties, replaces and appends to its files.
+    """
+    for folder in (run_folder, run_folder / "benchmarks"):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            links = sorted(entry.name for entry in os.scandir(folder) if entry.is_symlink())
+            links = [name for name in links if checkpoint_step(name) is None]
+            if links:
+                raise UserError(
+                    f"{folder}: {_listed(links)} {'is a link' if len(links) == 1 else 'are links'}, and a run would "
+                    "write to what lies behind; put the files themselves there, or start a new run (init_from takes "
+                    "the weights)"
+                )
 
 
 def _lock(path: Path) -> int:

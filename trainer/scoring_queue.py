@@ -25,6 +25,8 @@ BENCHMARK, SCORE = "benchmark", "score"
 """Kinds of requests, and of their records: of embeddings, and of predicted cells."""
 _MODEL = "model"
 _WHERE = ("kind", "global_step", "phase", "phase_step", "epoch")
+_FILES = ("own_file", "result", "output", "cells", "baselines", "shared")
+"""What names files of the queue's folder."""
 _HEADLINES = {
     "linear_probe": "accuracy",
     "embedding_quality": "bio_conservation",
@@ -125,7 +127,9 @@ class ScoringQueue:
             kind = path.suffixes[0] if len(path.suffixes) > 1 else ""
             if kind not in (".request", ".result"):
                 continue
-            told = json.loads(path.read_text())
+            told = _read(path)
+            if told is None:
+                continue
             if told["global_step"] > step:
                 path.unlink()
                 (self.folder / told.get("own_file", path.name)).unlink(missing_ok=True)
@@ -216,6 +220,23 @@ def _headline(rows: list[dict[str, Any]]) -> str:
             others = ", ".join(f"{name} {value:.3f}" for name, value in found.items() if name != _MODEL)
             parts.append(f"{title} {metric} {found[_MODEL]:.3f}" + (f" ({others})" if others else ""))
     return "; ".join(parts)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return a request or a result that lies there from before; None for what no run has left there.
+
+    A run folder may have come from anywhere, and files that a request names are deleted and written.
+    """
+    try:
+        told = json.loads(path.read_text())
+        names = [told[key] for key in _FILES if key in told]
+        is_ours = all(key in told for key in _WHERE) and type(told["global_step"]) is int
+        if is_ours and all(name not in ("", "..") and Path(name).name == name for name in names):
+            return told
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+    warn_once(f"{path} is nothing that a run has left there, and is passed over; delete it")
+    return None
 
 
 def _result_of(request: Path) -> Path:
