@@ -16,9 +16,9 @@ from data.errors import DataError
 from data.gene_columns import HIDDEN, GeneColumns, Unmeasured
 from data.hashing import DrawKey, Stream
 from data.memory import keep_freed_memory
-from data.perturbation_split import Part, SplitPart, split_groups
+from data.perturbation_split import CellGroups, Part, SplitPart, split_groups
 from data.perturbation_targets import Pairs, PerturbationTargets, UnknownTargets, counted, read_targets
-from data.perturbed_sets import PerturbedSets, group_cells, number_sets, read_cell_labels
+from data.perturbed_sets import CellLabels, PerturbedSets, group_cells, number_sets, read_cell_labels
 from data.readers import CorpusReader, RaggedBatch, open_reader
 from data.technical_batches import batch_indices
 from data.tokenizers import ExpressionTransform
@@ -321,17 +321,7 @@ def perturbation_loader(
         split_dataset=split_dataset,
         split_part=split_part,
     )
-    is_control = np.flatnonzero(labels.perturbation == known.control)
-    if not len(is_control):
-        raise DataError(f"{info.path}: no cell is a control; their label is {known.names[known.control]!r}")
-    controls = ControlCells(
-        is_control,
-        labels.cell_type[is_control],
-        labels.technical_batch[is_control],
-        num_cell_types=len(groups.cell_types),
-        num_batches=len(groups.technical_batches),
-        min_controls=min_controls,
-    )
+    controls = _controls(info, labels, known, groups, min_controls)
     description = {
         "set_size": set_size,
         "tokenizers": [dict(tokenizer), None if control_tokenizer is None else dict(control_tokenizer)],
@@ -344,24 +334,14 @@ def perturbation_loader(
     sources: dict[Part, PerturbationSource] = {}
     notices = [*known.notices, *columns.notices, *notices]
     for part in (Part.TRAINING, Part.VALIDATION):
-        chosen = parts[group_of] == part
-        if not chosen.any():
+        chosen = rows[parts[group_of] == part]
+        if not len(chosen):
             continue
-        name = "training" if part == Part.TRAINING else "validation"
-        sets, dropped = number_sets(
-            labels, rows[chosen], controls, set_size, min_cells, is_mixed=mix_technical_batches
-        )
-        if dropped:
-            notices.append(
-                f"{name}: {counted(dropped, 'group')} of fewer than {min_cells} cells left out (min_cells)"
-            )
+        sets, said = _sets(part, labels, chosen, controls, set_size, min_cells, mix_technical_batches)
+        notices += said
         if sets is None:
             continue
         controls.check(sets.pairs, control_match, (groups.cell_types, groups.technical_batches))
-        notices.append(
-            f"{name}: {counted(len(sets), 'set')} of {set_size} in an epoch, from {counted(len(sets.rows), 'cell')} of "
-            f"{counted(len(np.unique(sets.perturbation)), 'perturbation')}; {controls.account(sets.pairs)}"
-        )
         sources[part] = PerturbationSource(
             open_reader(info, columns.reader_columns), sets, controls, known, columns, built, built_control, transform,
             description=description, pooling=pooling, mix_technical_batches=mix_technical_batches,
@@ -378,6 +358,47 @@ def perturbation_loader(
             each.tokenizer = fitted[0] if fits[0] else each.tokenizer
             each.control_tokenizer = fitted[1] if fits[1] else each.control_tokenizer
     return source
+
+
+def _controls(
+    info: CorpusInfo, labels: CellLabels, known: PerturbationTargets, groups: CellGroups, min_controls: int
+) -> ControlCells:
+    """Find the control cells of a corpus."""
+    rows = np.flatnonzero(labels.perturbation == known.control)
+    if not len(rows):
+        raise DataError(f"{info.path}: no cell is a control; their label is {known.names[known.control]!r}")
+    return ControlCells(
+        rows,
+        labels.cell_type[rows],
+        labels.technical_batch[rows],
+        num_cell_types=len(groups.cell_types),
+        num_batches=len(groups.technical_batches),
+        min_controls=min_controls,
+    )
+
+
+def _sets(
+    part: Part,
+    labels: CellLabels,
+    rows: NDArray[np.int64],
+    controls: ControlCells,
+    set_size: int,
+    min_cells: int,
+    is_mixed: bool,
+) -> tuple[PerturbedSets | None, list[str]]:
+    """Number the sets of one part, and say what they are and what was left out."""
+    name, notices = "training" if part == Part.TRAINING else "validation", []
+    sets, dropped = number_sets(labels, rows, controls, set_size, min_cells, is_mixed=is_mixed)
+    if dropped:
+        notices.append(
+            f"{name}: {counted(dropped, 'group')} of fewer than {min_cells} cells left out (min_cells)"
+        )
+    if sets is not None:
+        notices.append(
+            f"{name}: {counted(len(sets), 'set')} of {set_size} in an epoch, from {counted(len(sets.rows), 'cell')} of "
+            f"{counted(len(np.unique(sets.perturbation)), 'perturbation')}; {controls.account(sets.pairs)}"
+        )
+    return sets, notices
 
 
 def _check_arguments(

@@ -366,13 +366,10 @@ def _conditions(config: ScModelForgeConfig, command: str) -> list[tuple[tuple[st
     """Return fields, whether they act, and why they would not."""
     data, tokenizer, model, training = config.data, config.tokenizer, config.model, config.training
     steps = data.preprocessing
-    target = TARGETS.get(model.pretraining_task)
     is_census = data.source == "cellxgene_census"
     is_mae = model.architecture == "masked_autoencoder"
-    is_autoregressive = model.architecture == "autoregressive_transformer"
     strategy = f"tokenizer.strategy is {tokenizer.strategy}"
     architecture = f"model.architecture is {model.architecture}"
-    task = f"model.pretraining_task is {model.pretraining_task}"
     conditions = [
         (_fields("data.census"), is_census, f"data.source is {data.source}"),
         (
@@ -418,24 +415,23 @@ def _conditions(config: ScModelForgeConfig, command: str) -> list[tuple[tuple[st
         (("training.save_top_k",), training.val_split > 0, "training.val_split is 0"),
     ]
     if command == "train":
-        conditions += [
-            (
-                (
-                    "tokenizer.masking.random_replace_ratio",
-                    "tokenizer.masking.keep_ratio",
-                ),
-                target in ("gene", "both"),
-                task,
-            ),
-            (("tokenizer.masking.mask_ratio", "model.mask_ratio"), target is not None, task),
-            (
-                ("model.gene_loss_weight", "model.expression_loss_weight"),
-                is_autoregressive or target == "both",
-                task,
-            ),
-        ]
-        return conditions
+        return [*conditions, *_pretraining_conditions(config)]
     return [*_fine_tuning_conditions(config), *conditions]
+
+
+def _pretraining_conditions(config: ScModelForgeConfig) -> list[tuple[tuple[str, ...], bool, str]]:
+    target = TARGETS.get(config.model.pretraining_task)
+    has_both_losses = target == "both" or config.model.architecture == "autoregressive_transformer"
+    task = f"model.pretraining_task is {config.model.pretraining_task}"
+    return [
+        (
+            ("tokenizer.masking.random_replace_ratio", "tokenizer.masking.keep_ratio"),
+            target in ("gene", "both"),
+            task,
+        ),
+        (("tokenizer.masking.mask_ratio", "model.mask_ratio"), target is not None, task),
+        (("model.gene_loss_weight", "model.expression_loss_weight"), has_both_losses, task),
+    ]
 
 
 def _fine_tuning_conditions(config: ScModelForgeConfig) -> list[tuple[tuple[str, ...], bool, str]]:

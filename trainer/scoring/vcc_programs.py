@@ -182,10 +182,28 @@ def run_calls(
     }
     path = folder / "calls.json"
     path.write_text(json.dumps(request, indent=2))
+    code, said = _run_process(path, options.preset.program, timeout_seconds)
+    ended = _ended(folder / "ended.json")
+    failed = {name: error for name, error in ended.items() if error is not None}
+    for call in calls:
+        log = logs[call.name]
+        if call.name not in ended and code:
+            last = _tail(log.read_text(errors="replace")) if log.exists() else ""
+            raise UserError(
+                f"{options.preset.program} ended with {code} at '{call.name}':\n{last}\n{_tail(said)}"
+            )
+        if call.is_needed and call.name in failed:
+            shown = _tail(log.read_text(errors="replace"))
+            raise UserError(f"{options.preset.program} failed at '{call.name}': {failed[call.name]}\n{shown}")
+    return failed
+
+
+def _run_process(request: Path, program: str, timeout_seconds: float) -> tuple[int, str]:
+    """Make the calls of a file in a process of their own; return its exit code and what it printed."""
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer.scoring.vcc_calls", str(path)],
+        [sys.executable, "-m", "trainer.scoring.vcc_calls", str(request)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -196,25 +214,12 @@ def run_calls(
     try:
         said, _ = process.communicate(timeout=timeout_seconds)
     except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{options.preset.program} had not ended after {timeout_seconds:g} seconds (--timeout)"
-        ) from None
+        raise UserError(f"{program} had not ended after {timeout_seconds:g} seconds (--timeout)") from None
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
-    ended = _ended(folder / "ended.json")
-    failed = {name: error for name, error in ended.items() if error is not None}
-    for call in calls:
-        if call.name not in ended and process.returncode:
-            last = _tail(logs[call.name].read_text(errors="replace")) if logs[call.name].exists() else ""
-            raise UserError(
-                f"{options.preset.program} ended with {process.returncode} at '{call.name}':\n{last}\n{_tail(said)}"
-            )
-        if call.is_needed and call.name in failed:
-            shown = _tail(logs[call.name].read_text(errors="replace"))
-            raise UserError(f"{options.preset.program} failed at '{call.name}': {failed[call.name]}\n{shown}")
-    return failed
+    return process.returncode, said
 
 
 def aggregates(folder: Path) -> dict[str, float]:
