@@ -11,6 +11,8 @@ from data.h5ad_matrix import MatrixChunk
 
 ValueKind = Literal["counts", "lognorm"]
 MAX_COUNT = 2**32 - 1
+MAX_LOGARITHM = 32
+"""Logarithms of counts, to base 2 or more, are no larger."""
 _VALUES_WORTH_A_SORT = 256
 """Fewer values than this in one call of sort cost more than the other way of sorting."""
 
@@ -52,20 +54,22 @@ class CellRows:
 class ValueVerdict:
     """Say what a sample of a matrix's values looks like."""
 
-    kind: Literal["counts", "lognorm", "mixed", "negative", "not finite"]
+    kind: Literal["counts", "lognorm", "not logged", "mixed", "negative", "not finite"]
     reason: str
-    maximum: float
 
 
 def judge_values(samples: Iterable[np.ndarray]) -> ValueVerdict:
-    """Tell counts from normalised values; `mixed` is mostly whole numbers with fractions among them."""
+    """Tell counts from log-normalised values, and both from what is neither.
+
+    `mixed` is mostly whole numbers with fractions among them, `not logged` fractions too large for logarithms.
+    """
     num_nonzero = num_whole = 0
     minimum, maximum = 0.0, 0.0
     for values in samples:
         if values.dtype.kind == "f":
             if not np.isfinite(values).all():
                 bad = values[~np.isfinite(values)][0]
-                return ValueVerdict("not finite", f"it holds {bad}", np.inf)
+                return ValueVerdict("not finite", f"it holds {bad}")
             values = values[values != 0]
             num_whole += int(np.count_nonzero(values == np.rint(values)))
         else:
@@ -75,17 +79,16 @@ def judge_values(samples: Iterable[np.ndarray]) -> ValueVerdict:
         if len(values):
             minimum, maximum = min(minimum, float(values.min())), max(maximum, float(values.max()))
     if minimum < 0:
-        return ValueVerdict(
-            "negative", f"it holds negative values (down to {minimum:.6g}), so it is scaled", maximum
-        )
+        return ValueVerdict("negative", f"it holds negative values (down to {minimum:.6g}), so it is scaled")
     if num_whole == num_nonzero:
-        return ValueVerdict("counts", f"whole numbers up to {maximum:.0f}", maximum)
+        return ValueVerdict("counts", f"whole numbers up to {maximum:.0f}")
     share = num_whole / num_nonzero
     if share > 0.5:
-        return ValueVerdict(
-            "mixed", f"{share:.1%} of its non-zero values are whole, the others fractional", maximum
-        )
-    return ValueVerdict("lognorm", f"fractional values up to {maximum:.6g}", maximum)
+        return ValueVerdict("mixed", f"{share:.1%} of its non-zero values are whole, the others fractional")
+    if maximum > MAX_LOGARITHM:
+        reason = f"fractional values up to {maximum:.6g}, too large for logarithms"
+        return ValueVerdict("not logged", reason)
+    return ValueVerdict("lognorm", f"fractional values up to {maximum:.6g}")
 
 
 def exact_counts(values: np.ndarray) -> np.ndarray:

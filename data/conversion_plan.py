@@ -1,6 +1,7 @@
 """Decide what a conversion reads: the matrix of each file, the gene space, and the obs columns."""
 
 import glob
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,11 @@ OBS_DEFAULTS = {
 MAX_CLASSES = 100_000
 MAX_SOURCES = 2**15
 DEFAULT_CONTROL_LABEL = "non-targeting"
+_NAMES_SHOWN = 10
+_LIKE_CONTROL = re.compile(
+    r"control|ctrl|negative|non.?targ|scramble|\bntc?\b|dmso|vehicle|untreated|mock", re.IGNORECASE
+)
+"""What control cells are called: such labels are shown first where the user has to choose one."""
 
 Say = Callable[[str], None]
 
@@ -163,6 +169,7 @@ def plan_corpus(
     """Plan one corpus: decide its obs columns and control label."""
     requested = parse_obs(settings.obs)
     chosen = choose_obs(sources, requested, say)
+    _say_what_is_left(sources, chosen, say)
     columns: dict[str, ObsColumn] = {}
     for name, per_source in chosen.items():
         columns[name] = _merge_column(name, sources, per_source, is_requested=name in requested, say=say)
@@ -193,15 +200,14 @@ def choose_matrix(file: H5adFile, layer: str, say: Say) -> ChosenMatrix:
         else names.get(layer, f"layers/{layer}")
     )
     verdict = judge_values(file.matrix(name).sample())
-    if verdict.kind == "counts" or (layer == "counts" and verdict.kind in ("mixed", "lognorm")):
+    if verdict.kind == "counts" or (layer == "counts" and verdict.kind in ("mixed", "lognorm", "not logged")):
         if verdict.kind != "counts":
             _refuse_values(file, name, "counts", verdict)
         say(f"{file.name}: {name} ({verdict.reason}): counts")
         return ChosenMatrix(name, "counts")
-    if verdict.kind in ("negative", "not finite"):
+    if verdict.kind in ("negative", "not finite", "not logged"):
         _refuse_values(file, name, "lognorm", verdict)
     say(f"{file.name}: {name} ({verdict.reason}): taken as log-normalised values")
-    _warn_of_unlogged(file, name, verdict, say)
     return ChosenMatrix(name, "lognorm")
 
 
@@ -226,26 +232,24 @@ def _choose_automatically(file: H5adFile, say: Say) -> ChosenMatrix:
         if verdict.kind == "lognorm":
             say(f"{file.name}: {name}: no matrix holds counts; the first non-negative one is taken as "
                 f"log-normalised ({reasons})")  # fmt: skip
-            _warn_of_unlogged(file, name, verdict, say)
             return ChosenMatrix(name, "lognorm")
         if verdict.kind == "mixed":
             hint = f"; if these are normalised values, name the matrix with --layer {name.removeprefix('layers/')}"
             _refuse_values(file, name, "counts", verdict, hint)
-    name = candidates[0]
+    name = next((name for name in candidates if verdicts[name].kind == "not logged"), candidates[0])
     _refuse_values(file, name, "lognorm", verdicts[name], f" ({reasons})")
-
-
-def _warn_of_unlogged(file: H5adFile, name: str, verdict: ValueVerdict, say: Say) -> None:
-    if verdict.maximum > 50:
-        say(
-            f"{file.name}: {name}: values up to {verdict.maximum:.6g} do not look like logarithms; take log1p first"
-        )
 
 
 def _refuse_values(
     file: H5adFile, name: str, value_kind: ValueKind, verdict: ValueVerdict, hint: str = ""
 ) -> NoReturn:
     """Raise with the cell and gene of the first value that is not of the kind, where rows can be read."""
+    there = ", ".join(file.matrix_names())
+    if value_kind == "lognorm" and verdict.kind == "not logged":
+        raise DataError(
+            f"{file.path}: {name} holds neither counts nor log-normalised values: {verdict.reason}; round corrected "
+            f"counts, take log1p of normalised values, or name another matrix with --layer (there are: {there})"
+        )
     matrix = file.matrix(name)
     exact = exact_counts if value_kind == "counts" else exact_lognorm
     if not isinstance(matrix, CscMatrix):
@@ -254,7 +258,6 @@ def _refuse_values(
                 exact(chunk.values)
             except BadValueError as error:
                 raise DataError(f"{bad_value(file, name, chunk, error, value_kind)}{hint}") from None
-    there = ", ".join(file.matrix_names())
     raise DataError(
         f"{file.path}: {name}: {verdict.reason}; name another matrix with --layer (there are: {there}){hint}"
     )
@@ -321,7 +324,9 @@ def parse_obs(requests: Sequence[str]) -> dict[str, str]:
     for request in requests:
         name, equals, column = request.partition("=")
         if not equals or not name:
-            raise DataError(f"--obs {request}: not of the form NAME=COLUMN")
+            raise DataError(
+                f"--obs {request}: not of the form NAME=COLUMN, such as cell_type={request or 'celltype'}"
+            )
         if name in parsed:
             raise DataError(f"--obs {request}: {name} is named twice")
         if not column and name not in OBS_DEFAULTS:
@@ -360,6 +365,19 @@ def choose_obs(sources: Sequence[SourcePlan], requested: Mapping[str, str], say:
         if column and name not in chosen:
             chosen[name] = [column] * len(sources)
     return chosen
+
+
+def _say_what_is_left(sources: Sequence[SourcePlan], chosen: Mapping[str, Sequence[str]], say: Say) -> None:
+    """Name the obs columns that the corpus will not have, labels before numbers."""
+    is_number: dict[str, bool] = {}
+    for index, source in enumerate(sources):
+        kept = {per_source[index] for per_source in chosen.values()}
+        with H5adFile(source.path) as file:
+            left = [column for column in file.obs.columns() if column not in kept]
+            is_number |= {column: file.obs.is_number(column) for column in left}
+    if is_number:
+        names = sorted(is_number, key=lambda column: (is_number[column], column))
+        say(f"obs columns that are not kept: {_some(names)}; --obs NAME=COLUMN keeps one")
 
 
 def _require(file: H5adFile, name: str, column: str) -> None:
@@ -428,10 +446,16 @@ def _control_label(target_genes: ObsColumn | None, wanted: str | None, say: Say)
     label = wanted or DEFAULT_CONTROL_LABEL
     if label in target_genes.names:
         return label
-    some = ", ".join(target_genes.names[:10])
+    some = _some(sorted(target_genes.names, key=lambda name: _LIKE_CONTROL.search(name) is None))
     if wanted is not None:
         raise DataError(f"--control-label {wanted}: no cell has this target_gene; there are: {some}")
     say(
         f"no cell has the target_gene {label!r}, so no control is recorded; --control-label names it ({some})"
     )
     return None
+
+
+def _some(names: Sequence[str]) -> str:
+    """Show the first names of a long list and how many are left out."""
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more

@@ -76,13 +76,16 @@ def convert_once(
     Raises:
         DataError: no file is named or a file cannot be converted.
     """
+    called: Callable[[str], str] = str if is_command else _in_config
     try:
-        return _convert_once(paths, cache_dir, settings)
+        return _convert_once(paths, cache_dir, settings, lambda line: say(called(line)))
     except DataError as error:
-        raise DataError(str(error) if is_command else _in_config(str(error))) from error
+        raise DataError(called(str(error))) from error
 
 
-def _convert_once(paths: Sequence[str], cache_dir: Path, settings: ConversionSettings) -> CorpusInfo:
+def _convert_once(
+    paths: Sequence[str], cache_dir: Path, settings: ConversionSettings, tell: Callable[[str], None]
+) -> CorpusInfo:
     if not paths:
         raise DataError("paths: no h5ad file is named; give at least one")
     inputs = find_inputs(paths)
@@ -101,7 +104,7 @@ def _convert_once(paths: Sequence[str], cache_dir: Path, settings: ConversionSet
 
     def convert() -> None:
         say(f"{_files(inputs)}: converted once to {folder}, and read from there from now on")
-        plan = plan_conversions(inputs, folder, settings, is_per_file=False, say=say)[0]
+        plan = plan_conversions(inputs, folder, settings, is_per_file=False, say=tell)[0]
         manifest = run_conversion(plan, mode="overwrite", jobs=1, progress=_Progress(plan.num_cells)).manifest
         for source, path, digest in zip(manifest.sources, inputs, hashes, strict=True):
             if source.sha256 != digest:

@@ -99,6 +99,11 @@ class H5adFile:
             symbols = index
             if all(name.isdigit() for name in index):
                 symbols = _first_text(var, SYMBOL_COLUMNS, is_ensembl=False) or index
+            if ids is None and symbols is index and _are_row_numbers(index):
+                raise DataError(
+                    f"{var.where}: the genes have no names, only row numbers ({', '.join(index[:3])}, ...); name the "
+                    f"column of var that has them with --gene-column (there are: {', '.join(var.columns()) or 'none'})"
+                )
         return SourceGenes(var.where, None if ids is None else _stripped(ids), symbols)
 
     def gene_names(self, matrix: str) -> tuple[str, ...]:
@@ -189,6 +194,13 @@ class Frame:
             return "class"
         return "number"
 
+    def is_number(self, column: str) -> bool:
+        """Tell whether a column holds numbers; false for an encoding that cannot be read."""
+        try:
+            return self.kind(column) == "number"
+        except DataError:
+            return False
+
     def number_type(self, column: str) -> str:
         """Return the type that a number column is kept in: int64, float32 or float64."""
         dtype = self._dtype(self.require(column))
@@ -278,11 +290,17 @@ def _open_hdf5(path: Path) -> h5py.File:
         raise DataError(f"{path}: a folder, not an h5ad file")
     try:
         if not h5py.is_hdf5(path):
-            raise DataError(f"{path}: not an HDF5 file, so not an h5ad file")
+            hint = "; it is compressed: gunzip it first" if _begins(path, b"\x1f\x8b") else ""
+            raise DataError(f"{path}: not an HDF5 file, so not an h5ad file{hint}")
         return h5py.File(path, "r", rdcc_nbytes=_CHUNK_CACHE_BYTES)
     except OSError as error:
         what = "the file is truncated" if "truncated" in str(error) else "it cannot be opened"
         raise DataError(f"{path}: {what} ({error})") from error
+
+
+def _begins(path: Path, bytes_: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(bytes_)) == bytes_
 
 
 def _open_matrix(where: str, item: Any) -> Matrix:
@@ -333,6 +351,11 @@ def _as_names(values: np.ndarray, where: str) -> list[str]:
         return [str(value) for value in values.tolist()]
     names = values.tolist()
     return [name.decode() if isinstance(name, bytes) else name for name in names]
+
+
+def _are_row_numbers(names: tuple[str, ...]) -> bool:
+    """Tell whether names count from 0 or 1; numbers that do not, as Entrez ids, are names."""
+    return any(names == tuple(map(str, range(first, first + len(names)))) for first in (0, 1))
 
 
 def _stripped(names: tuple[str, ...]) -> tuple[str, ...]:

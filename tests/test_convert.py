@@ -1,4 +1,5 @@
 import errno
+import gzip
 import json
 import os
 import random
@@ -327,6 +328,24 @@ def test_scaled_data_is_refused_by_name(tmp_path, capsys):
     assert "name another matrix with --layer (there are: raw.X, X)" in message
 
 
+@pytest.mark.parametrize("layer", ["auto", "X"])
+def test_normalised_values_without_a_logarithm_are_refused(tmp_path, capsys, layer):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8) * 7.3)
+    message = fails(capsys, path, "--output", tmp_path / "c", "--layer", layer)
+    assert (
+        "X holds neither counts nor log-normalised values: fractional values up to 357.7, too large"
+        in message
+    )
+    assert "take log1p of normalised values" in message
+
+
+def test_auto_passes_over_normalised_values_without_a_logarithm(tmp_path):
+    counts = random_counts(20, 8)
+    path = write_h5ad(tmp_path / "a.h5ad", np.log1p(counts * 7.3), raw=counts * 7.3)
+    assert convert(path, "--output", tmp_path / "c") == 0
+    assert open_corpus(tmp_path / "c").manifest.sources[0].matrix == "X"
+
+
 def test_mostly_whole_values_are_normalised_values_only_when_named(tmp_path, capsys):
     values = random_counts(20, 8).astype(float)
     values[5, 3] = 2.5
@@ -379,6 +398,19 @@ def test_gene_names_that_repeat_or_are_empty_are_listed(tmp_path, capsys):
     versions = ["ENSG00000000003.1", "ENSG00000000003.2", "ENSG00000000005.1"]
     collide = write_h5ad(tmp_path / "collide.h5ad", np.ones((2, 3)), genes=versions)
     assert "ENSG00000000003; make them unique" in fails(capsys, collide, "--output", tmp_path / "c")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_row_numbers_are_no_gene_names(tmp_path, capsys, first):
+    genes = [str(first + index) for index in range(4)]
+    path = write_h5ad(tmp_path / "a.h5ad", np.ones((3, 4)), genes=genes)
+    assert "the genes have no names, only row numbers" in fails(capsys, path, "--output", tmp_path / "c")
+
+
+def test_numbers_that_are_ids_are_gene_names(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", np.ones((3, 3)), genes=["7157", "672", "675"])
+    assert convert(path, "--output", tmp_path / "c") == 0
+    assert open_corpus(tmp_path / "c").gene_space.ids == ("7157", "672", "675")
 
 
 def test_too_few_matched_genes_are_refused(tmp_path, capsys, cells):
@@ -448,7 +480,7 @@ def test_a_missing_obs_column_lists_those_there_are(tmp_path, capsys, cells):
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        ("batch", "not of the form NAME=COLUMN"),
+        ("batch", "not of the form NAME=COLUMN, such as cell_type=batch"),
         ("genes=batch", "the corpus itself has a column genes"),
         ("mine=", "can be left out"),
         ("cell_type=dose", "fractional numbers cannot be labels"),
@@ -470,7 +502,7 @@ def test_cells_without_a_label_are_refused_unless_the_column_is_named(tmp_path, 
 
 def test_the_control_label_must_be_a_target(tmp_path, capsys, cells):
     message = fails(capsys, cells, "--output", tmp_path / "c", "--control-label", "DMSO")
-    assert "no cell has this target_gene; there are: GENE1, GENE2, non-targeting" in message
+    assert "no cell has this target_gene; there are: non-targeting, GENE1, GENE2" in message
     message = fails(capsys, TENX, "--output", tmp_path / "c", "--control-label", "DMSO")
     assert "no target_gene column is kept" in message
     assert convert(cells, "--output", tmp_path / "c", "--control-label", "GENE2") == 0
@@ -482,6 +514,21 @@ def test_a_missing_default_control_is_noticed(tmp_path, capsys):
     assert convert(path, "--output", tmp_path / "c") == 0
     assert "no cell has the target_gene 'non-targeting'" in capsys.readouterr().out
     assert open_corpus(tmp_path / "c").manifest.control_label is None
+
+
+def test_labels_that_look_like_controls_are_offered_first(tmp_path, capsys):
+    labels = [*(f"GENE{index:02}" for index in range(15)), "control"]
+    path = write_h5ad(tmp_path / "a.h5ad", np.ones((16, 2)), obs={"target_gene": labels})
+    assert convert(path, "--output", tmp_path / "c") == 0
+    assert "--control-label names it (control, GENE00, " in capsys.readouterr().out
+
+
+def test_obs_columns_that_are_not_kept_are_named(tmp_path, capsys):
+    obs = {"age": [31.5, 40.0], "celltype": ["T", "B"], "donor": ["P1", "P2"], "batch": ["1", "2"]}
+    path = write_h5ad(tmp_path / "a.h5ad", np.ones((2, 2)), obs=obs)
+    assert convert(path, "--output", tmp_path / "c", "--obs", "donor=donor") == 0
+    kept = "obs columns that are not kept: celltype, age; --obs NAME=COLUMN keeps one\n"
+    assert kept in capsys.readouterr().out
 
 
 # Inputs
@@ -503,6 +550,8 @@ def test_cells_that_are_all_empty_leave_nothing(tmp_path, capsys):
 def test_broken_files_end_with_one_clean_message(tmp_path, capsys):
     (tmp_path / "text.h5ad").write_text("no")
     assert "not an HDF5 file" in fails(capsys, tmp_path / "text.h5ad", "--output", tmp_path / "c")
+    (tmp_path / "a.h5ad.gz").write_bytes(gzip.compress(b"cells"))
+    assert "gunzip it first" in fails(capsys, tmp_path / "a.h5ad.gz", "--output", tmp_path / "c")
     cut = write_h5ad(tmp_path / "cut.h5ad", random_counts(300, 30))
     cut.write_bytes(cut.read_bytes()[:-3000])
     assert "truncated" in fails(capsys, cut, "--output", tmp_path / "c")

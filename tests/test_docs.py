@@ -463,6 +463,17 @@ def test_the_converters_options_in_the_documentation_exist():
     assert seen >= 5
 
 
+def test_the_converters_defaults_in_the_documentation_are_the_programs():
+    from trainer.convert_h5ad import build_parser
+
+    defaults = {name: action.default for action in build_parser()._actions for name in action.option_strings}
+    text = (ROOT / "docs" / "converting.md").read_text().partition("## All options")[2]
+    told = re.findall(r"^\| `(--[\w-]+)[^`]*` \| `?([\w.]+)`? \|", text, re.MULTILINE)
+    told = {name: value for name, value in told if value in ("off", "auto", "union", "arrow") or value[0].isdigit()}
+    assert told.keys() >= {"--rows-per-shard", "--min-genes", "--min-match", "--jobs", "--layer", "--resume"}
+    assert told == {name: "off" if defaults[name] is False else str(defaults[name]) for name in told}
+
+
 def test_the_trainers_commands_in_the_documentation_are_understood():
     from trainer.train import _parse
 

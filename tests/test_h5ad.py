@@ -269,6 +269,8 @@ def test_a_matrix_that_does_not_fit_obs_and_var_is_refused(tmp_path):
         ([0.0, 3.0, 1.0], "counts"),
         ([], "counts"),
         ([0.5, 1.2, 0.0, 1.0], "lognorm"),
+        ([0.5, 31.9], "lognorm"),
+        ([0.5, 1027.87], "not logged"),
         ([1.0, 2.0, 0.5], "mixed"),
         ([1.0, -2.0], "negative"),
         ([1.0, np.nan], "not finite"),

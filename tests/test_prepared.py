@@ -148,6 +148,12 @@ def test_processes_that_ask_at_once_convert_once(cells, cache, capfd):
     assert capfd.readouterr().err.count("converted once to") == 1
 
 
+def test_what_a_conversion_says_names_the_loaders_arguments(cells, cache, capsys):
+    load(cells, cache_dir=cache)
+    told = capsys.readouterr().err
+    assert "are not kept: " in told and "; obs NAME=COLUMN keeps one" in told and "--obs" not in told
+
+
 def test_a_process_that_waits_says_for_what(cells, cache, tmp_path, capsys):
     import threading
     import time
