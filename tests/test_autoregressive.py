@@ -1,52 +1,18 @@
 """The autoregressive model: what it sees and predicts, what it costs, and the cells that it draws."""
 
-from typing import Any
-
 import fake_te
 import pytest
 import torch
 import torch.nn.functional as F
-from test_encoder import N_BINS, NUM_GENES, VOCAB, make_batch
+from cell_batches import N_BINS, NUM_GENES, VOCAB, cells, make_autoregressive, make_batch, packed
 from test_plan import bytes_saved
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.attention import AttentionSpans, attend_one_by_one, attend_padded
-from models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from models.cell_model import places_of
 from models.errors import ModelError
 from models.layers import SelfAttention
-
-
-def cells(num_tokens: int = 9, **options: Any) -> dict[str, Any]:
-    batch = make_batch(masked=0, num_tokens=num_tokens, **options)
-    return {k: v for k, v in batch.items() if k not in ("masked_index", "labels", "value_labels")}
-
-
-def packed(batch: dict[str, Any]) -> dict[str, Any]:
-    """Return the cells of a padded batch one after the other."""
-    mask = batch["attention_mask"]
-    bounds = F.pad(mask.sum(dim=1).cumsum(0), (1, 0)).int()
-    flat = {k: batch[k][mask].unsqueeze(0) for k in ("tokens", "bins", "values") if k in batch}
-    kept = {k: batch[k] for k in ("depth", "batch_idx")}
-    sizes = {"max_length": int(mask.sum(dim=1).max()), "num_tokens": int(mask.sum())}
-    return {**flat, **kept, **sizes, "cu_seqlens": bounds}
-
-
-def make_model(seed: int = 0, **options: Any) -> AutoregressiveModel:
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "n_bins": N_BINS,
-        "n_technical_batches": 2,
-        "hidden_dim": 16,
-        "num_layers": 2,
-        "num_heads": 4,
-        "dropout": 0.0,
-        "init_std": 0.2,
-    }
-    return AutoregressiveModel(AutoregressiveConfig(**settings | options))
-
 
 # Causal attention
 
@@ -81,7 +47,7 @@ def test_packed_cells_attend_causally_each_within_itself(attend):
 def test_transformer_engine_attends_causally_too(monkeypatch):
     fake_te.install(monkeypatch)
     sizes = {"hidden_dim": 32, "num_heads": 2}
-    plain, other = make_model(**sizes), make_model(**sizes, layer_backend="te")
+    plain, other = make_autoregressive(**sizes), make_autoregressive(**sizes, layer_backend="te")
     other.load_state_dict(plain.state_dict())
     batch = cells(padded=True)
     fake_te.LOG.clear()
@@ -95,14 +61,14 @@ def test_padding_before_a_token_is_refused():
     batch = cells(padded=True)
     batch["attention_mask"] = batch["attention_mask"].flip(1)
     with pytest.raises(ModelError, match="padding before a token"):
-        make_model().loss_weight(batch)
+        make_autoregressive().loss_weight(batch)
 
 
 # What is predicted, and from what
 
 
 def test_each_token_but_the_first_of_its_cell_is_predicted():
-    model, batch = make_model(), cells(padded=True)
+    model, batch = make_autoregressive(), cells(padded=True)
     output = model(batch)
     expected = [row * 9 + t for row, length in enumerate((7, 9, 9)) for t in range(1, length)]
     assert output.positions.tolist() == expected
@@ -111,7 +77,7 @@ def test_each_token_but_the_first_of_its_cell_is_predicted():
 
 
 def test_the_loss_is_that_of_the_next_gene_and_of_its_bin():
-    model, batch = make_model(gene_loss_weight=2.0, expression_loss_weight=0.5), cells(padded=True)
+    model, batch = make_autoregressive(gene_loss_weight=2.0, expression_loss_weight=0.5), cells(padded=True)
     output, loss = model(batch), model.compute_loss(batch)
     genes, bins = (batch[key].flatten()[output.positions] for key in ("tokens", "bins"))
     gene = F.cross_entropy(output.gene_logits, genes, reduction="sum")
@@ -122,7 +88,7 @@ def test_the_loss_is_that_of_the_next_gene_and_of_its_bin():
 
 
 def test_continuous_expression_is_predicted_by_its_squared_error():
-    model, batch = make_model(n_bins=None, gene_loss_weight=0.0), cells(binned=False)
+    model, batch = make_autoregressive(n_bins=None, gene_loss_weight=0.0), cells(binned=False)
     output = model(batch)
     truth = batch["values"].flatten()[output.positions]
     torch.testing.assert_close(model.compute_loss(batch).sum, (output.value_logits - truth).square().sum())
@@ -130,7 +96,7 @@ def test_continuous_expression_is_predicted_by_its_squared_error():
 
 @pytest.mark.parametrize("n_bins", [N_BINS, None])
 def test_no_later_token_changes_a_prediction_by_anything(n_bins):
-    model, batch = make_model(n_bins=n_bins).eval(), cells(binned=n_bins is not None)
+    model, batch = make_autoregressive(n_bins=n_bins).eval(), cells(binned=n_bins is not None)
     for t in range(1, 9):
         changed = {**batch, "tokens": batch["tokens"].clone(), "values": batch["values"].clone()}
         changed["tokens"][:, t:] = 4 + (batch["tokens"][:, t:] - 4 + 7) % NUM_GENES
@@ -147,7 +113,7 @@ def test_no_later_token_changes_a_prediction_by_anything(n_bins):
 
 
 def test_the_expression_of_the_next_gene_is_predicted_without_looking_at_it():
-    model, batch = make_model().eval(), cells()
+    model, batch = make_autoregressive().eval(), cells()
     other = {**batch, "bins": batch["bins"].clone()}
     other["bins"][:, 4] = (other["bins"][:, 4] + 2) % N_BINS
     before, after = model(batch), model(other)
@@ -157,7 +123,7 @@ def test_the_expression_of_the_next_gene_is_predicted_without_looking_at_it():
 
 
 def test_expression_is_a_target_alone_where_the_model_does_not_read_it():
-    model, batch = make_model(use_expression_values=False).eval(), cells()
+    model, batch = make_autoregressive(use_expression_values=False).eval(), cells()
     other = {**batch, "bins": (batch["bins"] + 1) % N_BINS, "values": batch["values"] + 1}
     assert torch.equal(model(batch).hidden, model(other).hidden)
     assert model.compute_loss(batch).sum != model.compute_loss(other).sum
@@ -165,7 +131,7 @@ def test_expression_is_a_target_alone_where_the_model_does_not_read_it():
 
 def test_packed_cells_have_the_loss_and_embeddings_of_padded_ones():
     for pooling in ("mean", "cls"):
-        model = make_model(pooling=pooling, position_embedding="learned", max_seq_len=9).eval()
+        model = make_autoregressive(pooling=pooling, position_embedding="learned", max_seq_len=9).eval()
         batch = cells(padded=True)
         one, two = model.compute_loss(batch), model.compute_loss(packed(batch))
         torch.testing.assert_close(one.sum, two.sum)
@@ -174,7 +140,7 @@ def test_packed_cells_have_the_loss_and_embeddings_of_padded_ones():
 
 
 def test_a_list_of_fixed_length_for_gpus_has_the_loss_of_the_exact_one(monkeypatch):
-    model, batch = make_model(), cells(padded=True)
+    model, batch = make_autoregressive(), cells(padded=True)
     exact = model.compute_loss(batch)
 
     def fixed(is_wanted, at_most):
@@ -189,7 +155,7 @@ def test_a_list_of_fixed_length_for_gpus_has_the_loss_of_the_exact_one(monkeypat
 
 def test_masked_cells_are_refused():
     with pytest.raises(ModelError, match="without masking"):
-        make_model().loss_weight(make_batch())
+        make_autoregressive().loss_weight(make_batch())
 
 
 # Embeddings
@@ -197,7 +163,7 @@ def test_masked_cells_are_refused():
 
 def test_cls_pooling_is_the_last_token_and_mean_pooling_that_of_genes():
     batch = cells(padded=True)
-    by_last, by_mean = make_model(pooling="cls").eval(), make_model(pooling="mean").eval()
+    by_last, by_mean = make_autoregressive(pooling="cls").eval(), make_autoregressive(pooling="mean").eval()
     hidden = by_last(batch).hidden
     assert torch.equal(by_last.encode(batch), torch.stack([hidden[0, 6], hidden[1, 8], hidden[2, 8]]))
     torch.testing.assert_close(by_mean.encode(batch)[0], by_mean(batch).hidden[0, 1:7].mean(dim=0))
@@ -205,7 +171,7 @@ def test_cls_pooling_is_the_last_token_and_mean_pooling_that_of_genes():
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_every_gene_of_a_cell_changes_its_embedding(pooling):
-    model, batch = make_model(pooling=pooling).eval(), cells()
+    model, batch = make_autoregressive(pooling=pooling).eval(), cells()
     before = model.encode(batch)
     for t in range(1, 9):
         other = {**batch, "bins": batch["bins"].clone()}
@@ -219,7 +185,7 @@ def test_every_gene_of_a_cell_changes_its_embedding(pooling):
 def test_recomputing_blocks_leaves_gradients_as_they_are():
     gradients = []
     for checkpointing in (False, True):
-        model = make_model(activation_checkpointing=checkpointing)
+        model = make_autoregressive(activation_checkpointing=checkpointing)
         model.compute_loss(cells(padded=True)).sum.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert all(gradient is not None for gradient in gradients[0].values())
@@ -229,7 +195,7 @@ def test_recomputing_blocks_leaves_gradients_as_they_are():
 
 def test_emulated_fp8_trains_near_fp32():
     sizes = {"hidden_dim": 32, "num_heads": 2}
-    plain, other = make_model(**sizes), make_model(**sizes, layer_backend="emulate")
+    plain, other = make_autoregressive(**sizes), make_autoregressive(**sizes, layer_backend="emulate")
     other.load_state_dict(plain.state_dict())
     one, two = (model.compute_loss(cells()).sum for model in (plain, other))
     assert one != two
@@ -237,7 +203,7 @@ def test_emulated_fp8_trains_near_fp32():
 
 
 def test_the_value_prior_and_gene_vectors_start_from_the_data(tmp_path):
-    model = make_model()
+    model = make_autoregressive()
     account = model.initialise_from_data([cells(seed=seed) for seed in range(3)])
     assert account["prior_values"] == 3 * 3 * 8 and model.value_head.prior[4:].any()
 
@@ -254,7 +220,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_the_operations_are_those_that_torch_counts(changes):
-    model = make_model(hidden_dim=32, n_technical_batches=0, **changes)
+    model = make_autoregressive(hidden_dim=32, n_technical_batches=0, **changes)
     batch = cells(25, num_cells=4, binned=model.config.n_bins is not None)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.compute_loss(batch).sum.backward()
@@ -264,7 +230,7 @@ def test_the_operations_are_those_that_torch_counts(changes):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_the_activations_are_what_autograd_keeps(changes, dtype):
-    model = make_model(hidden_dim=32, n_technical_batches=0, **changes)
+    model = make_autoregressive(hidden_dim=32, n_technical_batches=0, **changes)
     batch = cells(30, num_cells=8, binned=model.config.n_bins is not None)
     planned = model.activation_bytes(num_tokens=240, num_cells=8, num_masked=0, is_mixed=dtype is not None)
     forward = planned.body + planned.heads + planned.logits / 3
@@ -281,7 +247,7 @@ def generated(model, prompt=PROMPT, num_genes=6, **options):
 
 
 def test_drawn_genes_are_new_ones_and_no_special_tokens():
-    model = make_model()
+    model = make_autoregressive()
     found = generated(model, num_genes=28)
     for row, genes in enumerate(found.genes.tolist()):
         together = [token for token in PROMPT[row].tolist() if token > 3] + genes
@@ -291,14 +257,14 @@ def test_drawn_genes_are_new_ones_and_no_special_tokens():
 
 
 def test_a_seed_draws_the_same_cells_and_another_one_others():
-    model = make_model()
+    model = make_autoregressive()
     one, same, other = (generated(model, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(one.genes, same.genes) and torch.equal(one.expression, same.expression)
     assert not torch.equal(one.genes, other.genes)
 
 
 def test_temperature_0_takes_the_likeliest_gene_and_bin_of_what_is_left():
-    model = make_model().eval()
+    model = make_autoregressive().eval()
     found = generated(model, PROMPT[1:2], 3, temperature=0.0, prompt_expression=torch.tensor([[0, 1, 2]]))
     tokens = torch.cat([PROMPT[1:2], found.genes], dim=1)
     bins = torch.cat([torch.tensor([[0, 1, 2]]), found.expression], dim=1)
@@ -313,7 +279,7 @@ def test_temperature_0_takes_the_likeliest_gene_and_bin_of_what_is_left():
 
 
 def test_cells_are_drawn_in_a_batch_as_alone():
-    model = make_model().eval()
+    model = make_autoregressive().eval()
     together = generated(model, temperature=0.0)
     for row, length in enumerate((2, 3, 1)):
         alone = generated(model, PROMPT[row : row + 1, :length], temperature=0.0)
@@ -322,7 +288,7 @@ def test_cells_are_drawn_in_a_batch_as_alone():
 
 
 def test_a_trained_model_draws_the_cells_that_it_saw():
-    model = make_model(n_technical_batches=0)
+    model = make_autoregressive(n_technical_batches=0)
     tokens = torch.tensor([[3, 10, 20, 30, 12], [3, 11, 21, 31, 13]])
     bins = torch.tensor([[0, 4, 3, 2, 1], [0, 1, 2, 3, 4]])
     batch = {"tokens": tokens, "bins": bins, "attention_mask": torch.ones_like(tokens, dtype=torch.bool)}
@@ -352,9 +318,9 @@ def test_a_trained_model_draws_the_cells_that_it_saw():
 )
 def test_a_prompt_that_cannot_be_continued_says_why(options, arguments, message):
     with pytest.raises(ModelError, match=message):
-        generated(make_model(**options), **arguments)
+        generated(make_autoregressive(**options), **arguments)
 
 
 def test_genes_are_drawn_without_expression_where_the_model_has_none():
-    found = generated(make_model(expression_loss_weight=0.0, use_expression_values=False))
+    found = generated(make_autoregressive(expression_loss_weight=0.0, use_expression_values=False))
     assert found.expression is None and found.genes.shape == (3, 6)

@@ -4,87 +4,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cell_batches import N_BINS, NUM_GENES, VOCAB, make_batch, make_encoder, pad_longer
 from safetensors.torch import save_file
 
-from models.encoder import EncoderConfig, MaskedCellEncoder
+from models.encoder import EncoderConfig
 from models.errors import ModelError
 from models.gene_embeddings import fit_to_width, load_gene_embeddings
-
-NUM_GENES = 30
-VOCAB = 4 + NUM_GENES
-N_BINS = 5
-
-
-def make_batch(
-    num_cells: int = 3,
-    num_tokens: int = 9,
-    *,
-    masked: int = 3,
-    target: str = "expression",
-    binned: bool = True,
-    padded: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    genes = torch.stack(
-        [torch.randperm(NUM_GENES, generator=generator)[: num_tokens - 1] for _ in range(num_cells)]
-    )
-    tokens = torch.cat([torch.full((num_cells, 1), 3), genes + 4], dim=1)
-    bins = torch.randint(0, N_BINS, tokens.shape, generator=generator)
-    values = bins.float()
-    labels = torch.full_like(tokens, -100)
-    value_labels = torch.full_like(tokens, -100) if binned else torch.full_like(values, torch.nan)
-    places = slice(1, 1 + masked)
-    value_labels[:, places] = (bins if binned else values)[:, places]
-    is_masked = torch.zeros_like(tokens, dtype=torch.bool)
-    is_masked[:, places] = True
-    if target == "gene":
-        labels[:, places] = tokens[:, places]
-        tokens[is_masked] = 2
-    bins[is_masked], values[is_masked] = N_BINS, 0.0
-    bins[:, 0], values[:, 0] = 0, 0.0
-    attention_mask = torch.ones_like(is_masked)
-    if padded:
-        attention_mask[0, -2:] = False
-        tokens[0, -2:], bins[0, -2:], values[0, -2:] = 0, 0, 0.0
-    batch = {
-        "tokens": tokens,
-        "values": values,
-        "attention_mask": attention_mask,
-        "labels": labels,
-        "value_labels": value_labels,
-        "masked_index": is_masked.flatten().nonzero().flatten(),
-        "depth": torch.linspace(3, 8, num_cells),
-        "batch_idx": torch.arange(num_cells) % 2,
-        "num_tokens": int(attention_mask.sum()),
-    }
-    return batch | {"bins": bins} if binned else batch
-
-
-def make_model(seed: int = 0, **options: Any) -> MaskedCellEncoder:
-    torch.manual_seed(seed)
-    settings: dict[str, Any] = {
-        "vocab_size": VOCAB,
-        "n_bins": N_BINS,
-        "n_technical_batches": 2,
-        "hidden_dim": 16,
-        "num_layers": 2,
-        "num_heads": 4,
-        "dropout": 0.0,
-        "init_std": 0.2,
-    }
-    return MaskedCellEncoder(EncoderConfig(**settings | options))
-
-
-def pad_longer(batch: dict[str, Any], extra: int) -> dict[str, Any]:
-    longer = dict(batch)
-    width = batch["tokens"].shape[1]
-    for name, fill in (("tokens", 0), ("bins", 0), ("values", 0), ("attention_mask", 0), ("labels", -100)):
-        longer[name] = torch.nn.functional.pad(batch[name], (0, extra), value=fill)
-    longer["value_labels"] = torch.nn.functional.pad(batch["value_labels"], (0, extra), value=-100)
-    index = batch["masked_index"]
-    longer["masked_index"] = index // width * (width + extra) + index % width
-    return longer
 
 
 def permute(batch: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
@@ -96,14 +21,14 @@ def permute(batch: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
 
 
 def test_output_has_hidden_states_of_all_tokens_and_logits_of_masked_ones():
-    output = make_model()(make_batch(target="gene"))
+    output = make_encoder()(make_batch(target="gene"))
     assert output.hidden.shape == (3, 9, 16)
     assert output.gene_logits.shape == (9, VOCAB)
     assert output.value_logits.shape == (9, N_BINS)
 
 
 def test_continuous_model_predicts_one_number_a_position():
-    model = make_model(n_bins=None)
+    model = make_encoder(n_bins=None)
     batch = make_batch(binned=False)
     output = model(batch)
     assert output.value_logits.shape == (9,)
@@ -114,7 +39,7 @@ def test_continuous_model_predicts_one_number_a_position():
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_padding_a_batch_longer_changes_nothing(pooling):
-    model = make_model(pooling=pooling).eval()
+    model = make_encoder(pooling=pooling).eval()
     batch = make_batch()
     longer = pad_longer(batch, 4)
     torch.testing.assert_close(model(batch).value_logits, model(longer).value_logits)
@@ -124,7 +49,7 @@ def test_padding_a_batch_longer_changes_nothing(pooling):
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_order_of_genes_does_not_matter_without_positions(pooling):
-    model = make_model(pooling=pooling).eval()
+    model = make_encoder(pooling=pooling).eval()
     batch = make_batch()
     order = torch.tensor([0, 5, 1, 8, 3, 2, 4, 7, 6])
     permuted = permute(batch, order)
@@ -134,14 +59,14 @@ def test_order_of_genes_does_not_matter_without_positions(pooling):
 
 
 def test_order_of_genes_matters_with_learned_positions():
-    model = make_model(position_embedding="learned", max_seq_len=9).eval()
+    model = make_encoder(position_embedding="learned", max_seq_len=9).eval()
     batch = make_batch()
     order = torch.tensor([0, 5, 1, 8, 3, 2, 4, 7, 6])
     assert not torch.allclose(model(batch).hidden[:, order], model(permute(batch, order)).hidden)
 
 
 def test_logits_of_masked_positions_equal_those_of_all_positions_gathered():
-    model = make_model().eval()
+    model = make_encoder().eval()
     batch = make_batch(target="gene")
     hidden = model(batch).hidden.flatten(end_dim=1)
     every = torch.arange(len(hidden))
@@ -156,7 +81,7 @@ def test_logits_of_masked_positions_equal_those_of_all_positions_gathered():
 @pytest.mark.parametrize("target", ["expression", "gene"])
 @pytest.mark.parametrize("binned", [True, False])
 def test_labels_have_no_influence_on_hidden_states(target, binned):
-    model = make_model(n_bins=N_BINS if binned else None).eval()
+    model = make_encoder(n_bins=N_BINS if binned else None).eval()
     batch = make_batch(target=target, binned=binned)
     changed = copy.deepcopy(batch)
     index = batch["masked_index"]
@@ -173,7 +98,7 @@ def test_labels_have_no_influence_on_hidden_states(target, binned):
 
 
 def test_visible_expression_has_an_influence():
-    model = make_model().eval()
+    model = make_encoder().eval()
     batch = make_batch()
     changed = copy.deepcopy(batch)
     changed["bins"][:, -1] = (changed["bins"][:, -1] + 1) % N_BINS
@@ -181,7 +106,7 @@ def test_visible_expression_has_an_influence():
 
 
 def test_value_head_answers_for_the_gene_that_the_label_names():
-    model = make_model().eval()
+    model = make_encoder().eval()
     batch = make_batch(target="gene")
     other = copy.deepcopy(batch)
     other["labels"].view(-1)[batch["masked_index"]] = 4
@@ -191,7 +116,7 @@ def test_value_head_answers_for_the_gene_that_the_label_names():
 @pytest.mark.parametrize("target", ["expression", "gene"])
 @pytest.mark.parametrize("binned", [True, False])
 def test_every_parameter_gets_a_gradient(target, binned):
-    model = make_model(
+    model = make_encoder(
         n_bins=N_BINS if binned else None, position_embedding="learned", max_seq_len=9, tie_gene_head=False
     )
     model.compute_loss(make_batch(target=target, binned=binned)).sum.backward()
@@ -204,7 +129,7 @@ def test_every_parameter_gets_a_gradient(target, binned):
 
 @pytest.mark.parametrize("binned", [True, False])
 def test_batch_without_masked_positions_gives_zero_with_a_graph_over_all_parameters(binned):
-    model = make_model(n_bins=N_BINS if binned else None)
+    model = make_encoder(n_bins=N_BINS if binned else None)
     batch = make_batch(masked=0, binned=binned)
     loss = model.compute_loss(batch)
     assert loss.sum.item() == 0 and loss.weight == 0 == model.loss_weight(batch)
@@ -215,31 +140,31 @@ def test_batch_without_masked_positions_gives_zero_with_a_graph_over_all_paramet
 
 
 def test_weight_is_the_number_of_masked_positions():
-    model = make_model()
+    model = make_encoder()
     batch = make_batch()
     assert model.compute_loss(batch).weight == model.loss_weight(batch) == 9
 
 
 def test_loss_is_the_weighted_sum_of_both_targets():
-    model = make_model(gene_loss_weight=0.5, expression_loss_weight=2.0)
+    model = make_encoder(gene_loss_weight=0.5, expression_loss_weight=2.0)
     loss = model.compute_loss(make_batch(target="gene"))
     expected = 0.5 * loss.metrics["gene_loss"] + 2.0 * loss.metrics["expression_loss"]
     torch.testing.assert_close(loss.sum.detach(), expected)
 
 
 def test_a_target_with_weight_zero_has_no_head():
-    assert make_model(gene_loss_weight=0).gene_head is None
-    assert make_model(expression_loss_weight=0).value_head is None
+    assert make_encoder(gene_loss_weight=0).gene_head is None
+    assert make_encoder(expression_loss_weight=0).value_head is None
     batch = make_batch(target="gene")
     del batch["value_labels"]
-    assert make_model(expression_loss_weight=0).compute_loss(batch).metrics.keys() == {
+    assert make_encoder(expression_loss_weight=0).compute_loss(batch).metrics.keys() == {
         "gene_loss",
         "gene_accuracy",
     }
 
 
 def test_accuracy_counts_correct_positions():
-    model = make_model().eval()
+    model = make_encoder().eval()
     batch = make_batch()
     best = model(batch).value_logits.argmax(dim=-1)
     batch["value_labels"].view(-1)[batch["masked_index"]] = best
@@ -249,7 +174,7 @@ def test_accuracy_counts_correct_positions():
 def test_activation_checkpointing_leaves_gradients_as_they_are():
     gradients = []
     for checkpointing in (False, True):
-        model = make_model(activation_checkpointing=checkpointing, dropout=0.2)
+        model = make_encoder(activation_checkpointing=checkpointing, dropout=0.2)
         torch.manual_seed(3)
         model.compute_loss(make_batch()).sum.backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
@@ -259,7 +184,7 @@ def test_activation_checkpointing_leaves_gradients_as_they_are():
 
 @pytest.mark.parametrize("options", [{}, {"n_bins": None}, {"layer_backend": "emulate"}])
 def test_model_learns_a_small_batch_by_heart(options):
-    model = make_model(init_std=0.1, **options)
+    model = make_encoder(init_std=0.1, **options)
     # One gene a cell: without positions the model cannot know which of several masked genes stood where.
     batch = make_batch(target="gene", masked=1, binned="n_bins" not in options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -274,7 +199,7 @@ def test_model_learns_a_small_batch_by_heart(options):
 
 
 def test_encode_does_not_depend_on_the_technical_batch_but_predictions_do():
-    model = make_model().eval()
+    model = make_encoder().eval()
     batch = make_batch()
     moved = batch | {"batch_idx": 1 - batch["batch_idx"]}
     assert torch.equal(model.encode(batch), model.encode(moved))
@@ -282,16 +207,16 @@ def test_encode_does_not_depend_on_the_technical_batch_but_predictions_do():
 
 
 def test_encode_pools_real_genes_only():
-    model = make_model(pooling="mean", use_cell_summary=False).eval()
+    model = make_encoder(pooling="mean", use_cell_summary=False).eval()
     batch = make_batch(padded=True, masked=0)
     hidden = model(batch).hidden
     torch.testing.assert_close(model.encode(batch)[0], hidden[0, 1:-2].mean(dim=0))
-    by_cls = make_model(pooling="cls", use_cell_summary=False).eval()
+    by_cls = make_encoder(pooling="cls", use_cell_summary=False).eval()
     assert torch.equal(by_cls.encode(batch), by_cls(batch).hidden[:, 0])
 
 
 def test_the_cell_summary_sees_visible_genes_only():
-    model = make_model().eval()
+    model = make_encoder().eval()
     batch = make_batch()
     summary = model.cell_summary
     hidden_bin = model.config.n_bins
@@ -307,7 +232,7 @@ def test_the_cell_summary_sees_visible_genes_only():
 def test_depth_changes_predictions_unless_switched_off():
     batch = make_batch()
     deeper = batch | {"depth": batch["depth"] + 2}
-    model, blind = make_model().eval(), make_model(use_depth=False).eval()
+    model, blind = make_encoder().eval(), make_encoder(use_depth=False).eval()
     assert not torch.allclose(model(batch).value_logits, model(deeper).value_logits)
     assert torch.equal(blind(batch).value_logits, blind(deeper).value_logits)
 
@@ -318,7 +243,9 @@ def test_a_model_without_expression_values_reads_genes_alone(n_bins):
     other = {**batch, "values": batch["values"] + 1}
     if n_bins:
         other["bins"] = torch.where(batch["bins"] < n_bins, (batch["bins"] + 1) % n_bins, batch["bins"])
-    without, reading = (make_model(n_bins=n_bins, use_expression_values=use).eval() for use in (False, True))
+    without, reading = (
+        make_encoder(n_bins=n_bins, use_expression_values=use).eval() for use in (False, True)
+    )
     for model, is_equal in ((without, True), (reading, False)):
         for before, after in zip(model(batch)[:3], model(other)[:3], strict=True):
             assert torch.equal(before, after) == is_equal
@@ -332,7 +259,7 @@ def test_cls_pooling_without_cls_tokens_is_refused():
     batch = make_batch()
     batch["tokens"] = batch["tokens"][:, 1:]
     with pytest.raises(ValueError, match="pooling is cls"):
-        make_model().loss_weight(batch)
+        make_encoder().loss_weight(batch)
 
 
 @pytest.mark.parametrize(
@@ -350,12 +277,12 @@ def test_missing_batch_entry_says_what_to_do(key, options, advice):
     batch = make_batch(binned=not options)
     del batch[key]
     with pytest.raises(ValueError, match=f"no '{key}'.*{advice}"):
-        make_model(**options).compute_loss(batch)
+        make_encoder(**options).compute_loss(batch)
 
 
 def test_rows_beyond_max_seq_len_are_refused():
     with pytest.raises(ValueError, match="max_seq_len is 8, but a batch has rows of 9 tokens"):
-        make_model(max_seq_len=8)(make_batch())
+        make_encoder(max_seq_len=8)(make_batch())
 
 
 def test_wrong_config_names_everything_that_is_wrong():
@@ -380,7 +307,7 @@ def test_fp8_config_names_the_field_that_is_no_multiple_of_16():
 
 @pytest.mark.parametrize("from_cell", [True, False])
 def test_expression_from_cell_leaves_the_hidden_states_of_masked_genes_out(from_cell):
-    model = make_model(expression_from_cell=from_cell, pooling="mean").eval()
+    model = make_encoder(expression_from_cell=from_cell, pooling="mean").eval()
     batch = make_batch(masked=3)
 
     def disturb(module, arguments, hidden):
@@ -401,7 +328,7 @@ def test_expression_from_cell_leaves_the_hidden_states_of_masked_genes_out(from_
 @pytest.mark.parametrize("binned", [True, False])
 def test_the_contrast_compares_each_cells_masked_genes_with_the_visible_ones_of_all(target, binned):
     n_bins = N_BINS if binned else None
-    model = make_model(contrast_weight=0.5, n_bins=n_bins).double()
+    model = make_encoder(contrast_weight=0.5, n_bins=n_bins).double()
     options = {"num_cells": 4, "masked": 4, "binned": binned}
     batch = make_batch(target=target, **options)
     batch = {name: each.double() if name in ("values", "depth") else each for name, each in batch.items()}
@@ -419,7 +346,7 @@ def test_the_contrast_compares_each_cells_masked_genes_with_the_visible_ones_of_
     loss = model.compute_loss(batch)
     found = loss.metrics["contrast_loss"] / loss.weight
     torch.testing.assert_close(found, expected.detach(), check_dtype=False, rtol=1e-5, atol=1e-6)
-    without = make_model(n_bins=n_bins).double().compute_loss(batch)
+    without = make_encoder(n_bins=n_bins).double().compute_loss(batch)
     torch.testing.assert_close(
         (loss.sum - without.sum) / loss.weight, 0.5 * expected, check_dtype=False, rtol=1e-4, atol=1e-5
     )
@@ -427,18 +354,18 @@ def test_the_contrast_compares_each_cells_masked_genes_with_the_visible_ones_of_
 
 def test_a_contrast_needs_summaries_to_compare():
     with pytest.raises(ModelError, match="contrast_weight is set, but use_cell_summary is false"):
-        make_model(contrast_weight=0.1, use_cell_summary=False)
+        make_encoder(contrast_weight=0.1, use_cell_summary=False)
     with pytest.raises(ModelError, match="contrast_weight is -1; it must not be negative"):
-        make_model(contrast_weight=-1)
+        make_encoder(contrast_weight=-1)
 
 
 def test_expression_from_cell_needs_a_loss_on_expression():
     with pytest.raises(ModelError, match="expression_from_cell is true, but expression_loss_weight is 0"):
-        make_model(expression_from_cell=True, expression_loss_weight=0)
+        make_encoder(expression_from_cell=True, expression_loss_weight=0)
 
 
 def test_value_prior_is_each_genes_smoothed_distribution():
-    model = make_model()
+    model = make_encoder()
     batches = [make_batch(masked=0, seed=seed, padded=True) for seed in range(4)]
     account = model.initialise_from_data(batches)
     prior = model.value_head.prior
@@ -454,7 +381,7 @@ def test_value_prior_is_each_genes_smoothed_distribution():
 
 
 def test_value_prior_makes_the_first_loss_the_marginal_one():
-    model = make_model(init_std=1e-4)
+    model = make_encoder(init_std=1e-4)
     batches = [make_batch(masked=0, seed=seed) for seed in range(50)]
     model.initialise_from_data(batches)
     batch = make_batch(seed=3)
@@ -465,7 +392,7 @@ def test_value_prior_makes_the_first_loss_the_marginal_one():
 
 
 def test_value_prior_of_continuous_values_is_each_genes_mean():
-    model = make_model(n_bins=None)
+    model = make_encoder(n_bins=None)
     batches = [make_batch(masked=0, binned=False, seed=seed) for seed in range(40)]
     model.initialise_from_data(batches)
     gene = int(batches[0]["tokens"][0, 1])
@@ -475,13 +402,13 @@ def test_value_prior_of_continuous_values_is_each_genes_mean():
 
 def test_value_prior_without_batches_is_refused_and_can_be_switched_off():
     with pytest.raises(ValueError, match="use_value_prior: false"):
-        make_model().initialise_from_data([])
-    assert make_model(use_value_prior=False).initialise_from_data([]) == {}
+        make_encoder().initialise_from_data([])
+    assert make_encoder(use_value_prior=False).initialise_from_data([]) == {}
 
 
 def test_value_prior_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"shape \[3, 5\]; the model needs \[34, 5\]"):
-        make_model().set_value_prior(torch.zeros(3, N_BINS))
+        make_encoder().set_value_prior(torch.zeros(3, N_BINS))
 
 
 def write_vectors(folder, genes, matrix, name="vectors.npy"):
@@ -564,7 +491,7 @@ def test_gene_vectors_keep_their_angles_when_the_width_changes():
 def test_gene_vectors_start_the_token_embedding_and_missing_genes_keep_theirs(tmp_path):
     matrix = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
     path = write_vectors(tmp_path, ["g1", "g4"], matrix)
-    model = make_model(gene_embedding_path=str(path), use_value_prior=False)
+    model = make_encoder(gene_embedding_path=str(path), use_value_prior=False)
     before = model.token_embedding.weight.detach().clone()
     account = model.initialise_from_data([], [f"g{i}" for i in range(NUM_GENES)])
     changed = (model.token_embedding.weight != before).any(dim=1).nonzero().flatten().tolist()
@@ -595,7 +522,7 @@ def test_missing_gene_vector_file_says_what_is_wanted(tmp_path):
 
 
 def test_same_seed_builds_the_same_model_and_the_padding_row_is_zero():
-    first, second = make_model(), make_model()
+    first, second = make_encoder(), make_encoder()
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
     assert not first.token_embedding.weight[0].any()

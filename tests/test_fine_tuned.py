@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cell_batches import cells, packed
 from finetuning import (
     FAMILIES,
     NUM_CLASSES,
@@ -27,7 +28,6 @@ from running import (
     train_ranks,
 )
 from safetensors.torch import load_file, save_file
-from test_autoregressive import cells, packed
 
 from data.loader import DrawKey, cell_loader
 from models.errors import ModelError

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from cell_batches import make_batch, make_encoder
 from corpora import Cells, write_corpus
 from running import (
     comparable_records,
@@ -19,7 +20,6 @@ from running import (
     write_config,
 )
 from safetensors.torch import load_file
-from test_encoder import make_batch, make_model
 
 from data.synthetic import make_synthetic_counts
 from models.encoder import EncoderConfig, MaskedCellEncoder
@@ -108,7 +108,7 @@ def test_recipes_differ(finished):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_model_learns_a_small_batch_by_heart(recipe):
-    model = make_model(init_std=0.1, hidden_dim=32, layer_backend="emulate", fp8_recipe=recipe)
+    model = make_encoder(init_std=0.1, hidden_dim=32, layer_backend="emulate", fp8_recipe=recipe)
     batch = make_batch(target="gene", masked=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     found = []
@@ -125,7 +125,7 @@ def test_a_model_learns_a_small_batch_by_heart(recipe):
 def test_activation_checkpointing_leaves_gradients_and_scales_as_they_are(recipe):
     results = []
     for checkpointing in (False, True):
-        model = make_model(
+        model = make_encoder(
             hidden_dim=32,
             dropout=0.2,
             layer_backend="emulate",
@@ -242,8 +242,8 @@ def test_two_processes_resume_exactly_and_one_process_goes_on_from_both(tmp_path
 
 
 def test_the_technical_batch_product_is_a_look_up_with_rounded_rows():
-    plain = make_model(n_technical_batches=16, num_technical_batches=2).technical_batch_embedding
-    ours = make_model(
+    plain = make_encoder(n_technical_batches=16, num_technical_batches=2).technical_batch_embedding
+    ours = make_encoder(
         n_technical_batches=16, num_technical_batches=2, layer_backend="emulate"
     ).technical_batch_embedding
     index = torch.tensor([1, 0, 1])
@@ -256,19 +256,19 @@ def test_the_technical_batch_product_is_a_look_up_with_rounded_rows():
 
 
 def test_the_technical_batches_can_be_left_out_of_fp8():
-    model = make_model(layer_backend="emulate", exclude_layers=("technical_batch_embedding",))
+    model = make_encoder(layer_backend="emulate", exclude_layers=("technical_batch_embedding",))
     index = torch.tensor([1, 0])
     assert torch.equal(model.technical_batch_embedding(index), model.technical_batch_embedding.weight[index])
 
 
 def test_layers_have_the_names_that_adapters_look_for():
     for backend in ("torch", "emulate"):
-        names = {name.rpartition(".")[2] for name, _ in make_model(layer_backend=backend).named_modules()}
+        names = {name.rpartition(".")[2] for name, _ in make_encoder(layer_backend=backend).named_modules()}
         assert {"out_proj", "linear1", "linear2"} <= names
 
 
 def test_a_copied_model_remembers_on_its_own():
-    model = make_model(hidden_dim=32, layer_backend="emulate", fp8_recipe="delayed_scaling")
+    model = make_encoder(hidden_dim=32, layer_backend="emulate", fp8_recipe="delayed_scaling")
     copied = copy.deepcopy(model)
     model.compute_loss(make_batch()).sum.backward()
     layer = "transformer.layers.0.mlp.linear1"

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from cell_batches import make_batch, make_encoder
 from running import comparable_records, same_weights, train
-from test_encoder import make_batch, make_model
 from test_fp8 import config_of, corpus, losses, until  # noqa: F401
 
 from models.errors import ModelError
@@ -40,8 +40,8 @@ def gradients_of(model, steps=3):
 )
 def test_gradients_are_those_of_the_emulation(backend, recipe):
     skip_unless_available(backend, recipe)
-    emulated = make_model(**SIZES, layer_backend="emulate", fp8_recipe=recipe).cuda()
-    real = make_model(**SIZES, layer_backend=backend, fp8_recipe=recipe).cuda()
+    emulated = make_encoder(**SIZES, layer_backend="emulate", fp8_recipe=recipe).cuda()
+    real = make_encoder(**SIZES, layer_backend=backend, fp8_recipe=recipe).cuda()
     real.load_state_dict(emulated.state_dict())
     expected, found = gradients_of(emulated), gradients_of(real)
     assert expected.keys() == found.keys()
@@ -55,7 +55,7 @@ def test_recomputation_leaves_gradients_and_scales_as_they_are(recipe):
     skip_unless_available("te", recipe)
     results = []
     for checkpointing in (False, True):
-        model = make_model(
+        model = make_encoder(
             **SIZES, layer_backend="te", fp8_recipe=recipe, activation_checkpointing=checkpointing
         ).cuda()
         results.append((gradients_of(model), fp8_state(model)))

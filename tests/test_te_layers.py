@@ -7,7 +7,7 @@ import types
 import fake_te
 import pytest
 import torch
-from test_encoder import make_batch, make_model
+from cell_batches import make_batch, make_encoder
 
 from models import te_layers
 from models.encoder import EncoderConfig
@@ -26,8 +26,8 @@ def te(monkeypatch):
 
 
 def both(**options):
-    plain = make_model(**SIZES, **options)
-    other = make_model(**SIZES, layer_backend="te", **options)
+    plain = make_encoder(**SIZES, **options)
+    other = make_encoder(**SIZES, layer_backend="te", **options)
     other.load_state_dict(plain.state_dict())
     return plain, other
 
@@ -82,7 +82,7 @@ def test_packed_cells_attend_as_without_transformer_engine(te):
 def test_recomputation_is_transformer_engines_and_leaves_gradients_as_they_are(te):
     gradients = []
     for checkpointing in (False, True):
-        model = make_model(**SIZES, layer_backend="te", activation_checkpointing=checkpointing)
+        model = make_encoder(**SIZES, layer_backend="te", activation_checkpointing=checkpointing)
         model.compute_loss(make_batch()).sum.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert ("checkpoint",) in fake_te.LOG
@@ -99,7 +99,7 @@ def test_the_state_dict_holds_no_pickles_and_ignores_them(te):
 
 
 def test_what_delayed_scaling_remembers_is_handed_over_as_tensors(te):
-    model = make_model(**SIZES, layer_backend="te", fp8_recipe="delayed_scaling")
+    model = make_encoder(**SIZES, layer_backend="te", fp8_recipe="delayed_scaling")
     model.compute_loss(make_batch()).sum.backward()
     state = fp8_state(model)
     assert len(state) == 9 and "technical_batch_embedding" in state
@@ -108,7 +108,7 @@ def test_what_delayed_scaling_remembers_is_handed_over_as_tensors(te):
         f"scaling_{way}_{part}" for way in ("fwd", "bwd") for part in ("scale", "amax_history")
     }
     assert saved["scaling_fwd_scale"][0] != 1 and saved["scaling_fwd_amax_history"][-1, 0] > 0
-    fresh = make_model(seed=1, **SIZES, layer_backend="te", fp8_recipe="delayed_scaling")
+    fresh = make_encoder(seed=1, **SIZES, layer_backend="te", fp8_recipe="delayed_scaling")
     assert load_fp8_state(fresh, state) == []
     fresh.compute_loss(make_batch())
     model.load_state_dict(fresh.state_dict())
@@ -119,8 +119,8 @@ def test_what_delayed_scaling_remembers_is_handed_over_as_tensors(te):
 
 
 def test_the_scales_of_another_backend_start_anew(te):
-    emulated = make_model(**SIZES, layer_backend="emulate", fp8_recipe="delayed_scaling")
-    model = make_model(**SIZES, layer_backend="te", fp8_recipe="delayed_scaling")
+    emulated = make_encoder(**SIZES, layer_backend="emulate", fp8_recipe="delayed_scaling")
+    model = make_encoder(**SIZES, layer_backend="te", fp8_recipe="delayed_scaling")
     anew = load_fp8_state(model, fp8_state(emulated))
     assert "transformer.layers.0.attention.qkv" in anew
 
