@@ -37,6 +37,8 @@ PAD, UNKNOWN, MASK, CLS = range(NUM_SPECIAL_TOKENS)
 class CellModel(nn.Module):
     """A transformer over the genes of a cell, without what it is trained for: that is the subclass's.
 
+    The subclass's `forward(batch)` returns a NamedTuple of tensors or None, by which exports are compared.
+
     Args:
         config: its sizes and choices.
         has_heads: whether to build what only pretraining needs. Without it the model has `encode` alone, as a backbone

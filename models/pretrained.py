@@ -317,7 +317,7 @@ def _resolve(path: str, key: str, trusted: list[str], folder: Path) -> Any:
         raise ModelError(
             f"{where} is {path}, which is not of this package, and importing {module_path} would run its code; if you "
             f"trust it, give trusted_modules=({module_path.partition('.')[0]!r},), or the class itself: "
-            "from_pretrained(folder, model_class=...)"
+            f"from_pretrained(folder, model_class=...); to a command, --trust {module_path.partition('.')[0]}"
         )
     try:
         found: Any = importlib.import_module(module_path)

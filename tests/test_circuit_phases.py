@@ -131,6 +131,13 @@ def test_data_without_circuits_gives_a_model_none_of_their_facts():
     }  # fmt: skip
 
 
+def test_a_required_size_that_neither_the_user_nor_the_data_tells_is_named():
+    def network(vocab_size: int, width: int) -> None: ...
+
+    with pytest.raises(ConfigError, match=r"^model\.model_args\.vocab_size: is required, and the data does"):
+        with_data_sizes(network, {"width": 3}, DataFacts({"a": 0}, 1), "model.model_args")
+
+
 def two_stages(second: Path) -> dict[str, Any]:
     """Return a configuration of a small first phase and a bucketed second one, which saves within its epochs."""
     config = circuits(SAMPLES / "srv_3q", second, checkpoint={"keep_last": None})

@@ -152,6 +152,24 @@ def test_run_checkpoint_and_export_open_the_same_model(place, tmp_path, expected
         assert np.array_equal(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_cellphase"], expected)
 
 
+def test_an_export_of_a_model_of_ones_own_is_opened_where_its_module_is_trusted(
+    place, tmp_path, monkeypatch, expected, capsys
+):
+    (tmp_path / "own_encoder.py").write_text(
+        "from models.encoder import MaskedCellEncoder\nclass Own(MaskedCellEncoder): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    export(place / "run", tmp_path / "export")
+    config = tmp_path / "export" / "config.json"
+    config.write_text(config.read_text().replace("models.encoder.MaskedCellEncoder", "own_encoder.Own"))
+    output = tmp_path / "out.h5ad"
+    options = ["--model", tmp_path / "export", "--data", place / "cells.h5ad", "--output", output]
+    assert main([*map(str, options)]) == 2
+    assert "to a command, --trust own_encoder" in capsys.readouterr().err
+    assert main([*map(str, options), "--trust", "own_encoder"]) == 0
+    assert np.array_equal(anndata.read_h5ad(output).obsm["X_cellphase"], expected)
+
+
 def test_an_untrained_network_has_the_same_shape_and_other_weights(place, tmp_path):
     export(place / "run", tmp_path / "export")
     for path in (place / "run", tmp_path / "export"):

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.encoder import EncoderConfig, MaskedCellEncoder
+from models.layers import LayerFactory
 from trainer import costs
 from trainer.checkpoint import open_checkpoint
 from trainer.config import load_run_config
@@ -222,6 +223,16 @@ def test_gpus_are_told_apart_by_what_cuda_calls_them():
     assert find_gpu("h100").peak("fp16") == 989e12
     assert find_gpu("A100-80GB").peak("fp8") is None and find_gpu("H100").peak("fp32") is None
     assert costs.peak_of_device(torch.device("cpu"), "bf16") is None
+
+
+def test_of_a_model_that_mixes_its_own_layers_with_ours_only_ours_are_multiplied_in_fp8():
+    factory = LayerFactory()
+    model = torch.nn.Sequential(
+        factory.norm_linear("0", 24, 32), factory.linear("1", 32, 40), torch.nn.Linear(40, 3)
+    )
+    assert costs.linear_sizes(model) == {
+        "0.in_features": 24, "0.out_features": 32, "1.in_features": 32, "1.out_features": 40,
+    }  # fmt: skip
 
 
 def test_without_a_name_the_machine_s_own_gpu_is_taken(monkeypatch):

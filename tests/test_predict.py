@@ -301,6 +301,21 @@ def test_an_export_predicts_what_its_run_does(place, tmp_path):
     assert is_same(predicted(place, tmp_path / "run.h5ad"), of_export)
 
 
+def test_an_export_of_a_model_of_ones_own_predicts_where_its_module_is_trusted(place, tmp_path, monkeypatch):
+    (tmp_path / "own_transformer.py").write_text(
+        "from models.perturbation_transformer import PerturbationTransformer\n"
+        "class Own(PerturbationTransformer): ...\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    export(place / "run", tmp_path / "export")
+    file = tmp_path / "export" / "config.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps({**described, "model_class": "own_transformer.Own"}))
+    options = ["--model", tmp_path / "export", "--trust", "own_transformer"]
+    written = predicted(place, tmp_path / "out.h5ad", *options)
+    assert is_same(predicted(place, tmp_path / "run.h5ad"), written)
+
+
 def test_a_model_that_cannot_draw_is_refused(place, tmp_path, capsys):
     run = train(tmp_path, {**config(place), "model": {"model_class": "toy_sets.SetModel"}})
     assert predict(place, tmp_path / "out.h5ad", "--model", run) == 2

@@ -33,7 +33,7 @@ from trainer.config.schema import RunConfig
 from trainer.console import notice
 from trainer.console import startup_account as print_account
 from trainer.distributed import Ranks
-from trainer.dotted import check_dotted_paths, resolve
+from trainer.dotted import FROM_DATA, check_dotted_paths, resolve
 from trainer.early_stopping import check_early_stopping
 from trainer.errors import ConfigError, UserError
 from trainer.exits import PREEMPTED
@@ -367,7 +367,7 @@ def build_model(config: RunConfig, facts: DataFacts) -> nn.Module:
     """Construct the model, its sizes taken from the data where the user leaves them out.
 
     Raises:
-        ConfigError: a size that the user set contradicts the data's.
+        ConfigError: a size that the user set contradicts the data's, or neither tells it.
     """
     settings = config.model
     factory = resolve(settings.model_class, "model.model_class")
@@ -411,7 +411,12 @@ def with_data_sizes(factory: Any, given: dict[str, Any], facts: DataFacts, where
             raise ConfigError(
                 f"{where}.{name}: {given[name]} was given, but the data needs {size}; leave it out to take the data's"
             )
-    return arguments | _circuit_arguments(parameters.keys(), given, facts, where)
+    arguments |= _circuit_arguments(parameters.keys(), given, facts, where)
+    for name in FROM_DATA:
+        is_required = name in parameters and parameters[name].default is inspect.Parameter.empty
+        if is_required and name not in arguments:
+            raise ConfigError(f"{where}.{name}: is required, and the data does not tell it; give it here")
+    return arguments
 
 
 def _circuit_arguments(

@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from models.layers import Linear, NormLinear
 from trainer.errors import ConfigError
 
 Sharding = Literal["DDP", "ZeRO-1", "ZeRO-2", "ZeRO-3"]
@@ -234,11 +235,15 @@ def misfits(named_sizes: Mapping[str, int]) -> list[str]:
 
 
 def linear_sizes(model: nn.Module) -> dict[str, int]:
-    """Return the sizes of every `nn.Linear`'s matrix by its name, for a model that does not name its own."""
+    """Return by name the sizes of the matrices that FP8 would multiply, for a model that does not say them itself.
+
+    Those are its layers of `models.layers`; of a model without any, every `nn.Linear`.
+    """
+    named = list(model.named_modules())
+    ours = [(name, layer) for name, layer in named if isinstance(layer, Linear | NormLinear)]
     sizes: dict[str, int] = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, nn.Linear):
-            sizes |= {f"{name}.in_features": layer.in_features, f"{name}.out_features": layer.out_features}
+    for name, layer in ours or [(name, layer) for name, layer in named if isinstance(layer, nn.Linear)]:
+        sizes |= {f"{name}.in_features": layer.in_features, f"{name}.out_features": layer.out_features}
     return sizes
 
 

@@ -27,7 +27,7 @@ from trainer.distributed import leave_group
 from trainer.embedding import Block, embedded_blocks, join_ranks
 from trainer.errors import UserError
 from trainer.exits import is_main_process, run_command
-from trainer.saved_model import SavedModel, open_model
+from trainer.saved_model import TRUST, SavedModel, open_model
 
 DEFAULT_KEY = "X_cellphase"
 _ROWS_PER_CHUNK = 1024
@@ -64,6 +64,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="a run folder (its newest checkpoint), a checkpoint folder, or an exported folder",
     )
+    parser.add_argument("--trust", **TRUST)
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="the h5ad file")
     parser.add_argument(
         "--phase", help="phase of the run whose tokenizer settings are meant, where they differ"
@@ -98,7 +99,7 @@ def open_both(arguments: argparse.Namespace, device: Any) -> tuple[SavedModel, H
     # At the end, as in training: modules of the user's in the current folder are found and shadow nothing.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
-    opened = open_model(arguments.model, arguments.phase, device=device)
+    opened = open_model(arguments.model, arguments.phase, device=device, trusted_modules=arguments.trust)
     cells = H5adCells(
         arguments.data,
         opened.tokenizer,

@@ -16,11 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.autoregressive import AutoregressiveModel
 from models.cell_model import CLS, MASK, PAD, CellModel
-from models.encoder import MaskedCellEncoder
 from models.fine_tuned import FineTunedModel
-from models.masked_autoencoder import MaskedAutoencoder
 from models.masked_heads import NUM_SPECIAL_TOKENS
 from models.pretrained import from_pretrained, state_tensors
 
@@ -35,13 +32,13 @@ _CELLS, _TOKENS, _MASKED = 4, 24, 6
 
 def is_known(model: nn.Module) -> bool:
     """Tell whether a batch can be made up for a model: it is one of ours."""
-    return isinstance(model, MaskedCellEncoder | AutoregressiveModel | MaskedAutoencoder | FineTunedModel)
+    return isinstance(model, CellModel | FineTunedModel)
 
 
 def made_up_batch(model: nn.Module, seed: int = 0) -> dict[str, Any]:
     """Return made-up cells of one of our models' own vocabulary, each of another length, masked for pretraining.
 
-    An autoregressive model and one that is fine-tuned see no masks.
+    A causal model and one that is fine-tuned see no masks.
     """
     backbone = model.backbone if isinstance(model, FineTunedModel) else model
     assert isinstance(backbone, CellModel)
@@ -55,7 +52,7 @@ def made_up_batch(model: nn.Module, seed: int = 0) -> dict[str, Any]:
     values = torch.rand((_CELLS, width), generator=generator) * 5
     labels = torch.full((_CELLS, width), -100)
     is_masked = attention & (torch.arange(width) % max(2, width // _MASKED) == 1)
-    is_masked &= isinstance(model, MaskedCellEncoder | MaskedAutoencoder)
+    is_masked &= isinstance(model, CellModel) and not model.is_causal
     labels[is_masked] = tokens[is_masked]
     tokens = tokens.masked_fill(~attention, PAD).masked_fill(is_masked, MASK)
     batch: dict[str, Any] = {

@@ -1,5 +1,6 @@
 """A trained model of perturbations from what a run left, with what its sets were made by."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,11 @@ class PerturbationModel:
 
 
 def open_perturbation_model(
-    path: str | Path, phase: str | None = None, *, device: str | torch.device = "cpu"
+    path: str | Path,
+    phase: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    trusted_modules: Sequence[str] = (),
 ) -> PerturbationModel:
     """Open a trained model of perturbations.
 
@@ -40,19 +45,21 @@ def open_perturbation_model(
         path: a run folder (its newest checkpoint), a checkpoint folder, or an exported folder.
         phase: whose sets are meant; needed where several phases of the run read sets.
         device: where the model is put.
+        trusted_modules: modules or packages that an export may import beside this program's.
 
     Raises:
         UserError, DataError, ModelError: there is no model, it is damaged, cannot draw cells, or was not trained on
             sets of perturbed cells that this program read.
     """
     path = Path(path)
-    opened = _open_export(path, phase) if (path / CONFIG_FILE).is_file() else _open_checkpoint(path, phase)
+    is_export = (path / CONFIG_FILE).is_file()
+    opened = _open_export(path, phase, trusted_modules) if is_export else _open_checkpoint(path, phase)
     opened.model.to(device).eval()
     return opened
 
 
-def _open_export(folder: Path, phase: str | None) -> PerturbationModel:
-    model = from_pretrained(folder)
+def _open_export(folder: Path, phase: str | None, trusted_modules: Sequence[str]) -> PerturbationModel:
+    model = from_pretrained(folder, trusted_modules=trusted_modules)
     check_can_draw(model, str(folder))
     genes = GeneSpace.from_json(read_json(folder / GENES_FILE), str(folder / GENES_FILE))
     batches = read_json(folder / TECHNICAL_BATCHES_FILE)

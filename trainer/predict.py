@@ -44,6 +44,7 @@ from trainer.prediction import (
     predicted_blocks,
     predicts_cells_apart,
 )
+from trainer.saved_model import TRUST
 
 PRESETS: dict[str, tuple[Space, int]] = {"vcc2025": ("lognorm", 100), "vcc2026": ("counts", 400)}
 """The space of values of each challenge, and its cells of a perturbation without real ones."""
@@ -73,6 +74,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
     option("--model", "a run folder (its newest checkpoint), a checkpoint folder, or an exported folder",
            type=Path, required=True, metavar="PATH")  # fmt: skip
+    parser.add_argument("--trust", **TRUST)
     option("--data", "a corpus folder, or an h5ad file, with control cells", required=True, metavar="PATH")
     option("--output", "the h5ad file to write", type=Path, required=True, metavar="FILE")
     option("--targets", "a .csv or .tsv with a column target_gene (and n_cells, cell_type or context), another file "
@@ -121,7 +123,9 @@ def _predict(arguments: argparse.Namespace) -> int:
         sys.path.append(os.getcwd())
     ranks, device = join_ranks(arguments.device)
     try:
-        opened = open_perturbation_model(arguments.model, arguments.phase, device=device)
+        opened = open_perturbation_model(
+            arguments.model, arguments.phase, device=device, trusted_modules=arguments.trust
+        )
         corpus = open_perturbed_corpus(_open_data(arguments, opened.settings), opened.settings)
         for line in corpus.notices:
             notice(line)

@@ -1,6 +1,6 @@
 """A trained model from what a run left: its run folder, one of its checkpoints, or an export."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,15 @@ from models.pretrained import CONFIG_FILE, construct, from_pretrained
 from trainer.build import build_model
 from trainer.errors import UserError
 from trainer.export import find_checkpoint, load_trained, tokenizer_settings
+
+
+TRUST: dict[str, Any] = {
+    "action": "append",
+    "default": [],
+    "metavar": "MODULE",
+    "help": "a module or package that an exported model of your own is imported from, which runs its code",
+}
+"""The option `--trust` of commands that open exports."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,11 @@ class SavedModel:
 
 
 def open_model(
-    path: str | Path, phase: str | None = None, *, device: str | torch.device = "cpu"
+    path: str | Path,
+    phase: str | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    trusted_modules: Sequence[str] = (),
 ) -> SavedModel:
     """Open a trained model, whatever strategy and number of processes trained it.
 
@@ -68,13 +81,15 @@ def open_model(
         path: a run folder (its newest checkpoint), a checkpoint folder, or an exported folder.
         phase: whose tokenizer settings are meant; needed where the phases of the run differ in them.
         device: where the model is put.
+        trusted_modules: modules or packages that an export may import beside this program's.
 
     Raises:
         UserError, DataError, ModelError: there is no model, it is damaged, it cannot embed cells, or its cells were
             not tokenized by this program.
     """
     path = Path(path)
-    opened = _open_export(path, phase) if (path / CONFIG_FILE).is_file() else _open_checkpoint(path, phase)
+    is_export = (path / CONFIG_FILE).is_file()
+    opened = _open_export(path, phase, trusted_modules) if is_export else _open_checkpoint(path, phase)
     if not callable(getattr(opened.model, "encode", None)):
         raise ModelError(
             f"{path}: {type(opened.model).__name__} has no method encode(batch), which embeds cells; give it one that "
@@ -91,12 +106,12 @@ def embed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     return encode(_on_device(model, batch)).float().cpu()
 
 
-def _open_export(folder: Path, phase: str | None) -> SavedModel:
+def _open_export(folder: Path, phase: str | None, trusted_modules: Sequence[str]) -> SavedModel:
     return SavedModel(
         folder,
-        from_pretrained(folder),
+        from_pretrained(folder, trusted_modules=trusted_modules),
         load_tokenizer(folder, phase),
-        lambda: construct(folder),
+        lambda: construct(folder, trusted_modules=trusted_modules),
     )
 
 
