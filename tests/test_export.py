@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import stat
+from typing import NamedTuple
 
 import anndata
 import numpy as np
@@ -24,8 +25,11 @@ from data.errors import DataError
 from data.exported import PhaseSettings, load_tokenizer, tokenizer_record
 from data.loader import DrawKey, cell_loader
 from data.tokenizer_options import build_tokenizer, complete_options
+from models.cell_layout import cell_layout
+from models.cell_model import CellModel
 from models.encoder import EncoderConfig, MaskedCellEncoder
 from models.errors import ModelError
+from models.model_config import ModelConfig
 from models.pretrained import ModelDescription, from_pretrained, save_pretrained
 from trainer import export as export_module
 from trainer import export_probe
@@ -174,6 +178,26 @@ def test_a_batch_is_made_up_for_every_kind_of_encoder(changes):
     assert all(
         tensor.isfinite().all() for tensor in export_probe.answer(model, "logits", batch, None).values()
     )
+
+
+def test_a_family_that_is_named_nowhere_is_compared_by_what_it_computes():
+    class Answer(NamedTuple):
+        hidden: torch.Tensor
+
+    class Causal(CellModel):
+        is_causal = True
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.transformer = self._build_transformer()
+
+        def forward(self, batch):
+            return Answer(self._hidden_states(batch, cell_layout(batch)))
+
+    model = Causal(ModelConfig(vocab_size=9, hidden_dim=16, num_layers=1, num_heads=2)).eval()
+    batch = export_probe.made_up_batch(model)
+    assert export_probe.is_known(model) and "masked_index" not in batch
+    assert export_probe.answer(model, "logits", batch, None).keys() == {"hidden", "embedding"}
 
 
 # The folder
