@@ -582,7 +582,12 @@ def forge(folder: Path, **changes: Any) -> None:
         {"files": {"a": {"num_bytes": "1", "sha256": ""}}},
         {"step": "10"},
         {"world_size": None},
-        {"format": 2},
+        {"world_size": 0},
+        {"metric": "0.5"},
+        {"summary": None},
+        {"time": None},
+        {"save": 1},
+        {"format": checkpoint_folder.FORMAT + 1},
     ],
 )
 def test_a_forged_manifest_is_an_error(run: Path, changes: dict[str, Any]) -> None:
@@ -629,6 +634,20 @@ def test_a_damaged_newest_checkpoint_is_an_error_or_passed_over_with_an_account(
         "model.safetensors",
         "config.yaml",
     ]
+
+
+def test_a_checkpoint_of_another_format_is_never_passed_over(run: Path) -> None:
+    forge(run / "checkpoint_10", format=checkpoint_folder.FORMAT + 1)
+    for fall_back in (False, True):
+        with pytest.raises(CheckpointError, match="go on with the version that wrote it"):
+            find_newest(run, fall_back=fall_back)
+
+
+def test_a_format_that_was_changed_by_damage_is_damage(run: Path) -> None:
+    manifest = run / "checkpoint_10" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 3'))
+    newest, skipped = find_newest(run, fall_back=True)
+    assert newest == run / "checkpoint_2" and "does not match its own hash" in skipped[0]
 
 
 def test_only_names_of_checkpoints_are_taken_for_checkpoints(run: Path) -> None:

@@ -108,8 +108,15 @@ def test_early_stopping_without_validation_data_is_found_at_the_start(tmp_path):
 def test_progress_keeps_its_best_figure_exactly():
     progress = Progress(best_metric=0.1 + 0.2, evaluations_since_best=1)
     assert Progress.from_dict(progress.to_dict()) == progress
-    with pytest.raises(CheckpointError):
-        Progress.from_dict({"global_step": 1})
+
+
+def test_progress_of_an_earlier_version_begins_what_it_did_not_count():
+    assert Progress.from_dict({"global_step": 7, "cells": 9}) == Progress(global_step=7, cells=9)
+
+
+def test_progress_of_a_later_version_is_refused():
+    with pytest.raises(CheckpointError, match="counts retries, which this version does not"):
+        Progress.from_dict({**Progress().to_dict(), "retries": 1})
 
 
 @pytest.mark.slow

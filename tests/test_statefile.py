@@ -116,6 +116,11 @@ def test_optimizer_state_comes_back_and_loads(tmp_path: Path) -> None:
     layer.load_state_dict(restored["model"])
 
 
+def test_what_is_left_out_is_not_read(tmp_path: Path) -> None:
+    save_tree(tmp_path / "t", {"step": 3, "moments": {"w": torch.ones(2)}, "kept": {"moments": 1}})
+    assert load_tree(tmp_path / "t", leave_out=("moments",)) == {"step": 3, "kept": {"moments": 1}}
+
+
 def test_aliased_tensors_come_back_as_one_tensor(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.randn(3, 4))
     tree = {

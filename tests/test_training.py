@@ -1,6 +1,7 @@
 import errno
 import math
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from running import comparable_records, final_weights, records, same_weights, to
 from safetensors.torch import load_file
 
 from data.errors import DataError
-from trainer import build
+from trainer import build, statefile
 from trainer.checkpoint_folder import read_manifest
 from trainer.errors import CheckpointError, ConfigError, UserError
 from trainer.run import TrainingStopped
@@ -295,6 +296,42 @@ def test_every_file_of_a_resumed_run_is_the_same(tmp_path):
     # The counts of cells tell of the restart as well.
     for name in sorted(files[0].keys() - {"config.yaml", "cells_seen.json"}):
         assert files[0][name] == files[1][name], name
+
+
+def test_a_resume_reads_the_optimizers_state_once(tmp_path, monkeypatch):
+    config = toy({"epochs": 2, "save_every_steps": 1})
+    cut_back(train(tmp_path, config), 2)
+    reads, real = Counter(), statefile.safe_open
+
+    class Counted:
+        def __init__(self, *args, **options):
+            self._file = real(*args, **options)
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def __enter__(self):
+            self._file.__enter__()
+            return self
+
+        def __exit__(self, *error):
+            return self._file.__exit__(*error)
+
+        def get_tensor(self, name):
+            reads[name] += 1
+            return self._file.get_tensor(name)
+
+    monkeypatch.setattr(statefile, "safe_open", Counted)
+    train(tmp_path, config, resume_from="latest")
+    of_optimizer = [count for name, count in reads.items() if name.startswith("optimizer.")]
+    assert of_optimizer and set(of_optimizer) == {1}
+
+
+def test_init_from_takes_the_newest_checkpoint_of_a_run_or_says_why_not(tmp_path):
+    source = train(tmp_path / "a", toy({"epochs": 2, "save_every_steps": 1}))
+    (source / "checkpoint_4" / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="checkpoint_4 is not a complete checkpoint"):
+        train(tmp_path / "b", toy(), init_from=str(source))
 
 
 def test_init_from_takes_weights_alone_and_starts_afresh(tmp_path):

@@ -60,7 +60,7 @@ def read_backbone(path: str | Path, where: str) -> Backbone:
 def _of_checkpoint(folder: Path, where: str) -> Backbone:
     saved = find_checkpoint(folder)
     config = load_run_config(saved.folder / "config.yaml")
-    state = saved.shared("run_state.safetensors")
+    state = saved.state
     genes = GeneSpace.from_json(saved.text(GENES_FILE)) if saved.has(GENES_FILE) else None
     if genes is None or "sizes" not in state:
         raise CheckpointError(

@@ -148,7 +148,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
             notes += restore_reference_checkpoint(resume.checkpoint, run)
         step = None if saved is None else saved.step
         if ranks.is_main:
-            trackers = {} if saved is None else saved.shared("run_state.safetensors")["trackers"]
+            trackers = {} if saved is None else saved.state["trackers"]
             run.recorder = Recorder.open(config, folder, step, trackers, redone_record(run))
             if step is not None:
                 run.recorder.goes_on(step, run.cells_seen.epochs)

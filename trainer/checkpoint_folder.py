@@ -5,6 +5,7 @@ folder gets this name when it is complete (see checkpoint.py), so completeness n
 file `latest` beside it is for people and scripts and decides nothing here.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -23,10 +24,17 @@ from trainer.errors import CheckpointError
 from trainer.statefile import FileFacts, Tree, load_tree, open_tree
 
 MANIFEST = "manifest.json"
+MODEL = "model.safetensors"
+RUN_STATE = "run_state.safetensors"
 SUPERSEDED = "superseded"
 FORMAT = 1
+"""What this version writes and reads; docs/resuming.md says what raises it, and what every format has in common."""
 _FOLDER_NAME = re.compile(r"checkpoint_(0|[1-9][0-9]{0,17})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class OtherFormatError(CheckpointError):
+    """Report a whole checkpoint of a format that this version does not read: it is not damaged."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,14 @@ class SavedCheckpoint:
     def summary(self) -> dict[str, Any]:
         """What the run said about itself."""
         return self.manifest["summary"]
+
+    @functools.cached_property
+    def state(self) -> dict[str, Any]:
+        """What rank 0 saved of the run for all ranks, but for the optimizer's state: shards.py reads that by name.
+
+        All readers take it from here, so that what an earlier format had otherwise is put right in one place.
+        """
+        return load_tree(self._path(RUN_STATE), leave_out=("optimizer",))
 
     def has(self, name: str) -> bool:
         """Whether there is a shared file `name`, or at least one rank's file of this name."""
@@ -138,11 +154,16 @@ def find_newest(run_folder: str | Path, *, fall_back: bool) -> Newest:
     Args:
         run_folder: The folder that holds `checkpoint_<step>` folders.
         fall_back: Pass over damaged checkpoints, with an account of each, instead of raising CheckpointError.
+
+    Raises:
+        OtherFormatError: another version wrote the newest one that is not damaged, and can go on from it.
     """
     skipped: list[str] = []
     for folder in reversed(named_checkpoints(run_folder)):
         try:
             verify_checkpoint(folder)
+        except OtherFormatError:
+            raise
         except CheckpointError as error:
             if not fall_back:
                 raise
@@ -221,11 +242,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read ({error})") from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{folder} is damaged: {MANIFEST} is not readable ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise CheckpointError(f"{path} has format {found!r}; this version reads format {FORMAT}")
-    if manifest.pop("manifest_sha256", None) != _manifest_hash(manifest):
+    if not isinstance(manifest, dict) or manifest.pop("manifest_sha256", None) != _manifest_hash(manifest):
         raise CheckpointError(f"{folder} is damaged: {MANIFEST} does not match its own hash")
+    if manifest.get("format") != FORMAT:
+        raise OtherFormatError(
+            f"{path} has format {manifest.get('format')!r}, and this version reads format {FORMAT}; it is whole: go on "
+            "with the version that wrote it"
+        )
     if not _is_well_formed(manifest):
         raise CheckpointError(f"{path} does not describe a checkpoint, or lists files outside of its folder")
     if manifest["step"] != checkpoint_step(folder):
@@ -279,10 +302,18 @@ def _problem(path: Path, facts: FileFacts, hashes: bool) -> str | None:
 def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
     try:
         files = [FileFacts(**facts) for facts in manifest["files"].values()]
-        numbers = [manifest["step"], manifest["world_size"], *(file.num_bytes for file in files)]
+        numbers = [manifest["step"], manifest["world_size"] - 1, *(file.num_bytes for file in files)]
+        texts, metric = [manifest["time"], manifest["save"]], manifest["metric"]
+        has_summary = isinstance(manifest["summary"], dict)
     except (KeyError, TypeError, AttributeError):
         return False
-    return all(type(number) is int for number in numbers) and all(map(is_file_name, manifest["files"]))
+    return (
+        all(type(number) is int and number >= 0 for number in numbers)
+        and all(isinstance(text, str) for text in texts)
+        and (metric is None or type(metric) in (int, float))
+        and has_summary
+        and all(map(is_file_name, manifest["files"]))
+    )
 
 
 def _manifest_hash(manifest: Mapping[str, Any]) -> str:

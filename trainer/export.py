@@ -61,7 +61,7 @@ from trainer.exits import run_command
 from trainer.metrics_file import WALL_CLOCK_FIELDS, read_metrics
 from trainer.phases import DataFacts, open_phases, saved_circuits
 from trainer.run_state import load_weights
-from trainer.shards import full_weights, has_averages
+from trainer.shards import has_averages, open_tensors, whole_weights
 
 CARD_FILE = "README.md"
 _PACKAGES = ("cellphase", "torch", "safetensors")
@@ -78,7 +78,7 @@ class Trained:
     config: RunConfig
     facts: DataFacts
     state: dict[str, Any]
-    """The tree of `run_state.safetensors`."""
+    """What the checkpoint says of the run (`SavedCheckpoint.state`)."""
     model: nn.Module
     is_averaged: bool = False
     """Whether the weights are moving averages of those that were trained."""
@@ -154,7 +154,7 @@ def export(
     out = Path(os.path.abspath(out))
     check_free(out, overwrite)
     saved = find_checkpoint(checkpoint)
-    if weights == "averaged" and not has_averages(saved):
+    if weights == "averaged" and not has_averages(open_tensors(saved)):
         raise UserError(f"{saved.folder}: the run kept no average of its weights (ema); leave --weights out")
     trained = without_lora(load_trained(saved, averaged=weights != "trained"))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -199,7 +199,7 @@ def load_trained(saved: SavedCheckpoint, *, averaged: bool = True) -> Trained:
     With `averaged` these are the moving averages where the run kept them (`ema`).
     """
     config = load_run_config(saved.folder / "config.yaml")
-    state = saved.shared("run_state.safetensors")
+    state = saved.state
     if "sizes" not in state:
         raise CheckpointError(
             f"{saved.folder} does not say the sizes of its data, so its model cannot be built without them; resume the "
@@ -218,8 +218,9 @@ def load_trained(saved: SavedCheckpoint, *, averaged: bool = True) -> Trained:
     # The layers of an export are plain ones, whose weights are the same: it is to run where there is no FP8.
     config = config.model_copy(update={"precision": None, "fp8": None} if config.precision == "fp8" else {})
     model = build_model(config, facts)
-    load_weights(model, full_weights(saved, averaged=averaged), str(saved.folder))
-    return Trained(saved, config, facts, state, model.eval(), averaged and has_averages(saved))
+    tensors = open_tensors(saved)
+    load_weights(model, whole_weights(tensors, averaged=averaged), str(saved.folder))
+    return Trained(saved, config, facts, state, model.eval(), averaged and has_averages(tensors))
 
 
 def without_lora(trained: Trained) -> Trained:

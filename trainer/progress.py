@@ -66,12 +66,17 @@ class Progress:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "Progress":
-        """Restore the counters; a missing or unknown one is an error."""
-        names = {field.name for field in fields(cls)}
-        if state.keys() != names:
+        """Restore the counters; one that the checkpoint's version did not have stands as in a run that begins.
+
+        Raises:
+            CheckpointError: it has one that this version does not know, and would lose.
+        """
+        unknown = sorted(state.keys() - {field.name for field in fields(cls)})
+        if unknown:
             raise CheckpointError(
-                f"the checkpoint's progress has the counters {sorted(state)}; this version expects {sorted(names)}"
+                f"the checkpoint's progress counts {', '.join(unknown)}, which this version does not; go on with the "
+                "version that wrote it"
             )
-        best = state["best_metric"]
-        counters = {name: int(state[name]) for name in names - {"best_metric"}}
+        best = state.get("best_metric")
+        counters = {name: int(value) for name, value in state.items() if name != "best_metric"}
         return cls(**counters, best_metric=None if best is None else float(best))

@@ -23,7 +23,7 @@ from trainer.config.schema import RunConfig
 from trainer.exits import USER_MISTAKE
 from trainer.launch import ROOT, free_port
 from trainer.metrics_file import MetricValue, comparable, decode_record, read_metrics
-from trainer.shards import full_weights, has_averages
+from trainer.shards import has_averages, open_tensors, whole_weights
 
 _POLL_SECONDS = 0.005
 _TAIL_BYTES = 1 << 16
@@ -316,9 +316,10 @@ def compare_weights(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -
 def weights_at(run_folder: Path, step: int) -> dict[str, Tensor]:
     """Return the weights of a checkpoint, every file verified, and their moving averages where it has some."""
     saved = open_checkpoint(next(p for p in list_checkpoints(run_folder) if checkpoint_step(p) == step))
-    weights = full_weights(saved, averaged=False)
-    if has_averages(saved):
-        averages = full_weights(saved, averaged=True)
+    tensors = open_tensors(saved)
+    weights = whole_weights(tensors, averaged=False)
+    if has_averages(tensors):
+        averages = whole_weights(tensors, averaged=True)
         weights = weights | {f"average of {name}": tensor for name, tensor in averages.items()}
     return weights
 

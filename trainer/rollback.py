@@ -47,7 +47,7 @@ def roll_back(
     progress.rollbacks, progress.bf16_until = rollbacks, saved.step + steps
     if ranks.is_main:
         run.recorder.close(0)
-        trackers = saved.shared("run_state.safetensors")["trackers"]
+        trackers = saved.state["trackers"]
         run.recorder = Recorder.open(config, folder, saved.step, trackers)
         run.recorder.goes_on(saved.step, run.cells_seen.epochs)
     if run.scores is not None:

@@ -10,6 +10,7 @@ from data.tokenizer_options import FITTED_OPTIONS
 from models.fp8_state import fp8_state, load_fp8_state, merged_fp8_state
 from trainer.averaging import drop_average
 from trainer.checkpoint import CheckpointWriter, SavedCheckpoint
+from trainer.checkpoint_folder import MODEL, RUN_STATE
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
@@ -91,8 +92,8 @@ def collect_shared(run: Run, config: RunConfig, facts: DataFacts) -> dict[str, A
     if isinstance(module.loss, nn.Module):
         state["loss"] = dict(module.loss.state_dict())
     files: dict[str, Any] = {
-        "model.safetensors": strategy.weights(),
-        "run_state.safetensors": state,
+        MODEL: strategy.weights(),
+        RUN_STATE: state,
         **run.cells_seen.files(),
         "config.yaml": dump_yaml(config),
     }
@@ -125,7 +126,7 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
     Raises:
         CheckpointError: the checkpoint belongs to another model, data, seed or batch arithmetic.
     """
-    state = saved.shared("run_state.safetensors")
+    state = saved.state
     check_trajectory(state["trajectory"], trajectory(config, run.phases), saved)
     check_facts(state, saved, facts)
     tensors = open_tensors(saved, run.ranks.index if saved.world_size == run.ranks.count else None)
@@ -209,7 +210,7 @@ def trajectory(config: RunConfig, phases: list[Phase]) -> dict[str, Any]:
 def check_trajectory(then: dict[str, Any], now: dict[str, Any], saved: SavedCheckpoint) -> None:
     """Compare what decides the order of cells; finished phases may have changed, the current one may not."""
     problems = [] if then["seed"] == now["seed"] else [f"seed was {then['seed']} and is {now['seed']}"]
-    progress = saved.shared("run_state.safetensors")["progress"]
+    progress = saved.state["progress"]
     current = progress["phase_index"]
     names_then, names_now = [[phase["name"] for phase in run["phases"]] for run in (then, now)]
     if names_then[: current + 1] != names_now[: current + 1]:

@@ -20,6 +20,7 @@ from trainer.atomicfile import replace_text
 from trainer.checkpoint_folder import (
     MANIFEST,
     SUPERSEDED,
+    OtherFormatError,
     checkpoint_step,
     find_newest,
     list_checkpoints,
@@ -309,6 +310,8 @@ def _newest_of_run(run_folder: Path, resume_from: str, hold: bool) -> ResumePlan
         lease = held.enter_context(RunLease(run_folder)) if hold and named_checkpoints(run_folder) else None
         try:
             checkpoint, skipped = find_newest(run_folder, fall_back=resume_from == "auto")
+        except OtherFormatError as error:
+            raise CheckpointError(f"resume_from: {resume_from}: {error}") from error
         except CheckpointError as error:
             raise CheckpointError(
                 f"resume_from: {resume_from}: {error}. Name an earlier checkpoint, or give auto to go on from "

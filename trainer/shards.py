@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from trainer.averaging import AVERAGE
-from trainer.checkpoint_folder import SavedCheckpoint
+from trainer.checkpoint_folder import MODEL, RUN_STATE, SavedCheckpoint
 from trainer.errors import CheckpointError
 from trainer.statefile import LazyTensor
 
@@ -25,6 +25,9 @@ SHARD = "shard"
 
 class Tensors(Protocol):
     """Give the tensors of a checkpoint by parameter name; names start with `model.` or `loss.`."""
+
+    aliases: Mapping[str, str]
+    """Further names of tied weights, each with the name that they are saved by; both the model's own."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every entry of the model's state dict, by the model's own names."""
@@ -53,26 +56,28 @@ def open_tensors(saved: SavedCheckpoint, own_rank: int | None = None) -> Tensors
 
 
 def full_weights(saved: SavedCheckpoint, *, averaged: bool = True) -> dict[str, Tensor]:
+    """Open a checkpoint's tensors for its whole weights alone (see `whole_weights`)."""
+    return whole_weights(open_tensors(saved), averaged=averaged)
+
+
+def whole_weights(tensors: Tensors, *, averaged: bool = True) -> dict[str, Tensor]:
     """Return the model's whole state dict from any checkpoint; fp32 where training kept its weights in fp32.
 
     Args:
-        saved: the checkpoint.
+        tensors: those of the checkpoint.
         averaged: take the moving averages of the weights that have one (`ema`), else all as they were trained.
     """
-    tensors = open_tensors(saved)
     weights = tensors.model_weights()
     if averaged:
-        aliases = saved.lazy("run_state.safetensors").get("aliases") or {}
         for name, weight in weights.items():
-            average = tensors.stretch(f"model.{aliases.get(name, name)}", 0, weight.numel(), AVERAGE)
+            average = tensors.stretch(f"model.{tensors.aliases.get(name, name)}", 0, weight.numel(), AVERAGE)
             if average is not None:
                 weights[name] = average.reshape(weight.shape)
     return weights
 
 
-def has_averages(saved: SavedCheckpoint) -> bool:
+def has_averages(tensors: Tensors) -> bool:
     """Tell whether a checkpoint holds moving averages of its weights."""
-    tensors = open_tensors(saved)
     return any(AVERAGE in tensors.optimizer_keys(f"model.{name}")[0] for name in tensors.shapes())
 
 
@@ -81,8 +86,9 @@ class WholeTensors:
 
     def __init__(self, saved: SavedCheckpoint) -> None:
         """Open the checkpoint's files; nothing is read before it is asked for."""
-        self._model = saved.lazy("model.safetensors")
-        state = saved.lazy("run_state.safetensors")
+        self._model = saved.lazy(MODEL)
+        state = saved.lazy(RUN_STATE)
+        self.aliases: Mapping[str, str] = state.get("aliases") or {}
         self._optimizer: Mapping[str, Mapping[str, Any]] = state["optimizer"] or {}
         self._loss: Mapping[str, Any] = state.get("loss") or {}
 
@@ -133,10 +139,10 @@ class ShardedTensors:
     def __init__(self, saved: SavedCheckpoint, own_rank: int | None = None) -> None:
         """Take the checkpoint; ranks' files are opened as they are needed."""
         self._saved = saved
-        self._whole = saved.lazy("model.safetensors")
-        state = saved.lazy("run_state.safetensors")
-        self._shapes: dict[str, tuple[int, ...]] = {k: tuple(v) for k, v in state["sharded_shapes"].items()}
-        self._aliases: dict[str, str] = dict(state["aliases"])
+        self._whole = saved.lazy(MODEL)
+        shapes: Mapping[str, Iterable[int]] = saved.state["sharded_shapes"]
+        self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.aliases: Mapping[str, str] = saved.state["aliases"]
         self._files: dict[int, dict[str, _Piece]] = {}
         self._own_rank = own_rank
 
@@ -144,7 +150,7 @@ class ShardedTensors:
         """Return the shape of every entry of the model's state dict."""
         found = {name: tensor.shape for name, tensor in self._whole.items()}
         found |= {_own(name): shape for name, shape in self._shapes.items() if name.startswith("model.")}
-        return found | {alias: found[name] for alias, name in self._aliases.items()}
+        return found | {alias: found[name] for alias, name in self.aliases.items()}
 
     def model_weights(self) -> dict[str, Tensor]:
         """Return the model's whole state dict."""
@@ -154,7 +160,7 @@ class ShardedTensors:
                 flat = self.stretch(name, 0, _numel(shape))
                 assert flat is not None
                 weights[_own(name)] = flat.reshape(shape)
-        return weights | {alias: weights[name] for alias, name in self._aliases.items()}
+        return weights | {alias: weights[name] for alias, name in self.aliases.items()}
 
     def stretch(self, name: str, start: int, num: int, key: str | None = None) -> Tensor | None:
         """Return a stretch of a flattened parameter, or of a tensor of its optimizer state."""

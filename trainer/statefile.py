@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -125,9 +125,15 @@ def write_tree(sink: BinarySink, tree: Tree) -> None:
             sink.write(chunk)
 
 
-def load_tree(path: str | Path, device: str | torch.device = "cpu") -> Tree:
-    """Read the tree that `save_tree` wrote, its tensors in fresh memory on `device`."""
-    return _read_tree(path, device, is_lazy=False)
+def load_tree(path: str | Path, device: str | torch.device = "cpu", leave_out: Collection[str] = ()) -> Tree:
+    """Read the tree that `save_tree` wrote, its tensors in fresh memory on `device`.
+
+    Args:
+        path: the file.
+        device: where the tensors go.
+        leave_out: keys of the outermost dict whose values are not read.
+    """
+    return _read_tree(path, device, is_lazy=False, leave_out=leave_out)
 
 
 class LazyTensor:
@@ -155,7 +161,9 @@ def open_tree(path: str | Path) -> Tree:
     return _read_tree(path, "cpu", is_lazy=True)
 
 
-def _read_tree(path: str | Path, device: str | torch.device, *, is_lazy: bool) -> Tree:
+def _read_tree(
+    path: str | Path, device: str | torch.device, *, is_lazy: bool, leave_out: Collection[str] = ()
+) -> Tree:
     try:
         with contextlib.ExitStack() as stack:
             file: Any = safe_open(str(path), framework="pt", device="cpu")
@@ -186,7 +194,7 @@ def _read_tree(path: str | Path, device: str | torch.device, *, is_lazy: bool) -
                     f"(format {metadata.get('format')!r}, expected {FORMAT!r})"
                 )
             restorer = _Restorer(read, str(path), read_later=read_later if is_lazy else None)
-            return restorer.value(json.loads(metadata["tree"]))
+            return restorer.value(json.loads(metadata["tree"]), leave_out)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except CheckpointError:
@@ -333,25 +341,26 @@ class _Restorer:
         self._stored_as_bytes = stored_as_bytes
         self._reshaped: dict[str, torch.Tensor] = {}
 
-    def value(self, node: Any) -> Any:
-        """Return the value that `node` stands for."""
+    def value(self, node: Any, leave_out: Collection[str] = ()) -> Any:
+        """Return the value that `node` stands for, of a dict without the keys in `leave_out`."""
         if node is None or isinstance(node, bool | int | float | str):
             return node
         if isinstance(node, list):
             return [self.value(item) for item in node]
         try:
-            return self._tagged(node)
+            return self._tagged(node, leave_out)
         except (CheckpointError, RecursionError):
             raise
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
             raise CheckpointError(f"{self._source}: its tree is damaged at {str(node)[:80]!r}") from error
 
-    def _tagged(self, node: dict[str, Any]) -> Any:
+    def _tagged(self, node: dict[str, Any], leave_out: Collection[str]) -> Any:
         if "tensor" in node:
             return self._tensor(node)
         ((tag, content),) = node.items()
         if tag in _MAPPING_TYPES:
-            return _MAPPING_TYPES[tag]({self.value(key): self.value(item) for key, item in content})
+            kept = [(key, item) for key, item in content if key not in leave_out]
+            return _MAPPING_TYPES[tag]({self.value(key): self.value(item) for key, item in kept})
         if tag == "tuple":
             return tuple(self.value(item) for item in content)
         if tag == "int":

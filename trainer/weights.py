@@ -21,7 +21,8 @@ from models.fine_tuned import BACKBONES
 from models.lora import plain_name
 from models.pretrained import CONFIG_FILE as EXPORTED_CONFIG
 from models.pretrained import read_folder
-from trainer.checkpoint import list_checkpoints, open_checkpoint
+from trainer.checkpoint import find_newest, open_checkpoint
+from trainer.checkpoint_folder import MANIFEST
 from trainer.circuit_weights import is_genqc_pipeline, load_circuit_weights, read_genqc_pipeline
 from trainer.config.load import load_run_config
 from trainer.config.schema import RunConfig
@@ -30,7 +31,7 @@ from trainer.phases import DataFacts, Phase, saved_circuits
 from trainer.reference_checkpoint import load_reference_checkpoint
 from trainer.run import Run
 from trainer.run_state import check_gene_space, load_weights
-from trainer.shards import full_weights, has_averages
+from trainer.shards import has_averages, open_tensors, whole_weights
 from trainer.zero_building import gathered_where_divided, whole_shape
 
 PRIOR_CELLS = 4096
@@ -164,19 +165,20 @@ def read_source(path: Path) -> Source:
         weights, args = read_genqc_pipeline(path)
         return Source(weights, config_args=args)
     if path.is_dir():
-        folder = path if (path / "manifest.json").is_file() else None
-        complete = list_checkpoints(path) if folder is None else []
-        if folder is None and not complete:
+        is_run = not (path / MANIFEST).is_file()
+        folder = find_newest(path, fall_back=False).checkpoint if is_run else path
+        if folder is None:
             raise CheckpointError(
                 f"init_from: {path} is neither a checkpoint, nor a run folder with a complete one, nor an exported "
                 "model"
             )
-        saved = open_checkpoint(folder if folder is not None else complete[-1])
+        saved = open_checkpoint(folder, verify=not is_run)
         genes = saved.text("genes.json") if saved.has("genes.json") else None
         settings = load_run_config(saved.folder / "config.yaml").model
-        kept = saved.shared("run_state.safetensors").get("tokenizer_options", {})
-        args = {**settings.config_args, **saved_circuits(kept)}
-        return Source(full_weights(saved), genes, settings.model_class, args, is_averaged=has_averages(saved))
+        args = {**settings.config_args, **saved_circuits(saved.state.get("tokenizer_options", {}))}
+        tensors = open_tensors(saved)
+        weights, is_averaged = whole_weights(tensors), has_averages(tensors)
+        return Source(weights, genes, settings.model_class, args, is_averaged=is_averaged)
     if not path.is_file():
         raise CheckpointError(f"init_from: {path} does not exist")
     if path.suffix == ".safetensors":
