@@ -1,6 +1,7 @@
 """Read h5ad files with h5py, in current and old encodings: their matrices, genes and obs columns."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,10 +12,24 @@ import numpy as np
 
 from data.errors import DataError
 from data.genes import ID_COLUMNS, SYMBOL_COLUMNS, SourceGenes, looks_like_ensembl, strip_version
-from data.h5ad_matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix, read
+from data.h5ad_matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix, read, reading
 
 ROWS_PER_OBS_READ = 1 << 16
 _CHUNK_CACHE_BYTES = 1 << 24
+_WRITE_ANEW = "read it with anndata where the other file is, and write it anew, as one file"
+_NAMES_PER_BYTE = 64
+"""More than any compression makes of names that differ."""
+
+
+def _names_damage(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method name the file where what it reads is damaged."""
+
+    @functools.wraps(method)
+    def named(self: Any, *args: Any, **options: Any) -> Any:
+        with reading(self.where):
+            return method(self, *args, **options)
+
+    return named
 
 
 @dataclass(frozen=True)
@@ -32,8 +47,10 @@ class H5adFile:
         """Open the file and check that it is an h5ad file."""
         self.path = Path(path)
         self.name = self.path.name
+        self.where = str(self.path)
         self.handle = _open_hdf5(self.path)
         try:
+            _check_is_whole(self.handle, self.where)
             for part in ("obs", "var"):
                 if part not in self.handle:
                     raise DataError(f"{self.path}: not an h5ad file: {self._what_it_is(part)}")
@@ -57,12 +74,14 @@ class H5adFile:
         """Close the file; what was taken from it cannot be read any more."""
         self.handle.close()
 
+    @_names_damage
     def matrix_names(self) -> list[str]:
         """List the matrices: `layers/NAME`, `raw.X`, `X`."""
         layers = self.handle.get("layers")
         names = [f"layers/{name}" for name in layers] if isinstance(layers, h5py.Group) else []
         return [*names, *(["raw.X"] if self._raw("X") else []), *(["X"] if "X" in self.handle else [])]
 
+    @_names_damage
     def matrix(self, name: str) -> Matrix:
         """Return a reader of one of `matrix_names`, or raise listing them."""
         if name not in self.matrix_names():
@@ -77,6 +96,7 @@ class H5adFile:
             raise DataError(f"{where} is {found}, but obs and var have {self.num_cells} and {num_genes} rows")
         return matrix
 
+    @_names_damage
     def genes(self, matrix: str, column: str | None = None) -> SourceGenes:
         """Return the gene names that belong to a matrix, read from `column` of var where one is named.
 
@@ -106,11 +126,13 @@ class H5adFile:
                 )
         return SourceGenes(var.where, None if ids is None else _stripped(ids), symbols)
 
+    @_names_damage
     def gene_names(self, matrix: str) -> tuple[str, ...]:
         """Return the index of var as text, for messages."""
         var = self._var(matrix)
         return var.text(var.index_name)
 
+    @_names_damage
     def cell_name(self, row: int) -> str:
         """Return the index of obs at a row, for messages."""
         return self.obs.text(self.obs.index_name, row, row + 1)[0]
@@ -139,6 +161,11 @@ class Frame:
     def __init__(self, where: str, item: Any, uns: Any) -> None:
         """Take the HDF5 object; `uns` holds the categories of the old encoding."""
         self.where = where
+        with reading(where):
+            self._open(item, uns)
+
+    def _open(self, item: Any, uns: Any) -> None:
+        where = self.where
         self.item = item
         self.uns = uns
         if isinstance(item, h5py.Dataset):
@@ -151,8 +178,15 @@ class Frame:
             self.index_name = name.decode() if isinstance(name, bytes) else str(name)
             if self.index_name not in item:
                 raise DataError(f"{where}: it has no index column {self.index_name!r}")
-            self.num_rows = _length(item[self.index_name])
+            self.num_rows = _length(where, item[self.index_name])
+        limit = _NAMES_PER_BYTE * item.file.id.get_filesize()
+        if self.num_rows > limit:
+            raise DataError(
+                f"{where}: it says that it has {self.num_rows:,} rows, whose names cannot be in a file of "
+                f"{item.file.id.get_filesize():,} bytes; the file is damaged"
+            )
 
+    @_names_damage
     def columns(self) -> list[str]:
         """List the columns, without the index."""
         if isinstance(self.item, h5py.Dataset):
@@ -169,6 +203,7 @@ class Frame:
             f"{self.where} has no column {column!r}; it has: {', '.join(self.columns()) or 'none'}"
         )
 
+    @_names_damage
     def is_text(self, column: str) -> bool:
         """Tell whether a column holds text or categories of text."""
         categories = self._categories(column)
@@ -176,6 +211,7 @@ class Frame:
             return _is_text_type(categories.dtype)
         return _is_text_type(self._dtype(column))
 
+    @_names_damage
     def text(self, column: str, start: int = 0, stop: int | None = None) -> tuple[str, ...]:
         """Return a column as text, empty where it holds none."""
         column, stop = self.require(column), self.num_rows if stop is None else stop
@@ -187,6 +223,7 @@ class Frame:
         names = np.array([*chunk.names, ""], dtype=object)
         return tuple(names[chunk.codes].tolist())
 
+    @_names_damage
     def kind(self, column: str) -> Literal["class", "number"]:
         """Tell whether a column holds labels (text, categories, booleans) or numbers."""
         column = self.require(column)
@@ -201,11 +238,13 @@ class Frame:
         except DataError:
             return False
 
+    @_names_damage
     def number_type(self, column: str) -> str:
         """Return the type that a number column is kept in: int64, float32 or float64."""
         dtype = self._dtype(self.require(column))
         return "int64" if dtype.kind in "iu" else "float32" if dtype.itemsize <= 4 else "float64"
 
+    @_names_damage
     def numbers(self, column: str, start: int, stop: int) -> np.ndarray:
         """Return the values of a number column in its `number_type`."""
         column = self.require(column)
@@ -218,6 +257,7 @@ class Frame:
             values = np.where(mask, np.nan, values)
         return values.astype(dtype)
 
+    @_names_damage
     def labels(self, column: str, start: int, stop: int) -> LabelChunk:
         """Return the labels of rows [start, stop); an empty text or a missing value is no label."""
         column = self.require(column)
@@ -303,6 +343,32 @@ def _begins(path: Path, bytes_: bytes) -> bool:
         return file.read(len(bytes_)) == bytes_
 
 
+def _check_is_whole(file: h5py.File, where: str) -> None:
+    """Refuse a file that takes content from other files, or whose structure is damaged.
+
+    HDF5 opens what a file names, wherever it lies: content of any file would become a matrix, and a copy of the file
+    that is written to would write there.
+    """
+    waiting, seen = [file["/"]], set()
+    with reading(where):
+        while waiting:
+            group: Any = waiting.pop()
+            for name in group:
+                link = group.get(name, getlink=True)
+                if isinstance(link, h5py.ExternalLink):
+                    raise DataError(
+                        f"{where}: {name!r} lies in another file ({link.filename}); {_WRITE_ANEW}"
+                    )
+                if isinstance(link, h5py.SoftLink):
+                    continue  # what it leads to is met where it lies
+                item = group[name]
+                if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
+                    raise DataError(f"{where}: {name!r} takes its values from other files; {_WRITE_ANEW}")
+                if isinstance(item, h5py.Group) and item.id not in seen:
+                    seen.add(item.id)  # a group may be inside of itself
+                    waiting.append(item)
+
+
 def _open_matrix(where: str, item: Any) -> Matrix:
     if isinstance(item, h5py.Dataset):
         return DenseMatrix(where, item)
@@ -311,12 +377,19 @@ def _open_matrix(where: str, item: Any) -> Matrix:
     kinds = {"csr_matrix": CsrMatrix, "csr": CsrMatrix, "csc_matrix": CscMatrix, "csc": CscMatrix}
     if layout not in kinds or not all(part in item for part in ("data", "indices", "indptr")):
         raise DataError(f"{where}: its encoding {layout!r} is not one of dense array, csr_matrix, csc_matrix")
-    rows, columns = item.attrs.get("shape", item.attrs.get("h5sparse_shape"))
-    return kinds[layout](where, (int(rows), int(columns)), item["data"], item["indices"], item["indptr"])
+    shape = np.asarray(item.attrs.get("shape", item.attrs.get("h5sparse_shape")))
+    parts = [item[part] for part in ("data", "indices", "indptr")]
+    if shape.shape != (2,) or shape.dtype.kind not in "iu":
+        raise DataError(f"{where}: damaged matrix: its shape is {str(shape)[:80]}")
+    if not all(isinstance(part, h5py.Dataset) and part.ndim == 1 for part in parts):
+        raise DataError(f"{where}: damaged matrix: data, indices and indptr must be lists of numbers")
+    return kinds[layout](where, (int(shape[0]), int(shape[1])), *parts)
 
 
-def _length(item: Any) -> int:
+def _length(where: str, item: Any) -> int:
     stored: Any = item.get("values") if isinstance(item, h5py.Group) else item
+    if not isinstance(stored, h5py.Dataset) or stored.ndim != 1:
+        raise DataError(f"{where}: its index column is no list of names")
     return len(stored)
 
 

@@ -1,5 +1,6 @@
 """Read the matrices of an h5ad file by rows in bounded memory: CSR, dense, and CSC through a file on disk."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -257,9 +258,16 @@ class _FileSlices:
 
 def read(where: str, array: Any, start: int, stop: int) -> np.ndarray:
     """Read a slice of an array in a file, naming the file where it is damaged."""
-    try:
+    with reading(where):
         return array[start:stop]
-    except OSError as error:
+
+
+@contextlib.contextmanager
+def reading(where: str) -> Iterator[None]:
+    """Name the file in what h5py raises where a file is damaged."""
+    try:
+        yield
+    except (OSError, RuntimeError, KeyError, UnicodeError) as error:
         raise DataError(f"{where}: cannot be read: the file is truncated or damaged ({error})") from error
 
 

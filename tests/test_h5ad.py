@@ -371,3 +371,110 @@ def test_rows_are_sorted_like_numpy_sorts_them(dtype, high, num_genes, per_row):
     assert np.array_equal(ours, genes[order])
     assert np.array_equal(our_counts, counts[order])
     assert (ours.dtype, our_counts.dtype) == (np.int32, dtype)
+
+
+# Files that may have come from anywhere
+
+
+def to_link(file, other):
+    file["obsm"]["outside"] = h5py.ExternalLink(str(other), "/values")
+
+
+def to_raw_bytes(file, other):
+    file.create_dataset("layers/outside", (20, 8), "u1", external=[(str(other), 0, h5py.h5f.UNLIMITED)])
+
+
+def to_virtual(file, other):
+    layout = h5py.VirtualLayout((20, 8), "f4")
+    layout[:] = h5py.VirtualSource(str(other), "values", (20, 8))
+    file.create_virtual_dataset("layers/outside", layout)
+
+
+@pytest.mark.parametrize("change", [to_link, to_raw_bytes, to_virtual])
+def test_a_file_that_takes_content_from_other_files_is_refused(tmp_path, change):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8))
+    with h5py.File(tmp_path / "other.h5", "w") as other:
+        other["values"] = np.ones((20, 8), np.float32)
+    with h5py.File(path, "r+") as file:
+        change(file, tmp_path / "other.h5")
+    with pytest.raises(DataError, match=r"a.h5ad: 'outside' (lies in another file|takes its values)"):
+        H5adFile(path)
+
+
+def test_a_link_within_the_file_is_followed(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8), layout="dense")
+    with h5py.File(path, "r+") as file:
+        file["layers/again"] = h5py.SoftLink("/X")
+    with H5adFile(path) as file:
+        assert np.array_equal(read_rows(file, "layers/again", tmp_path)[0], anndata_values(path)[0])
+
+
+def test_a_file_that_says_more_names_than_its_bytes_can_hold_is_refused(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8))
+    with h5py.File(path, "r+") as file:
+        del file["var/_index"]
+        file["var"].create_dataset("_index", (10**10,), h5py.string_dtype(), chunks=(1024,))
+    with H5adFile(path) as file, pytest.raises(DataError, match="it says that it has 10,000,000,000 rows"):
+        file.genes("X")
+
+
+def no_lists(file):
+    del file["X/data"]
+    file.create_group("X/data")
+
+
+def to_itself(file):
+    del file["X"]
+    file["X"] = h5py.SoftLink("/X")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file["X"].attrs.__setitem__("shape", np.array([1, 2, 3])), r"its shape is \[1 2 3\]"),
+        (lambda file: file["X"].attrs.__setitem__("shape", "wide"), "its shape is wide"),
+        (no_lists, "data, indices and indptr must be lists of numbers"),
+        (to_itself, "damaged"),
+    ],
+)
+def test_a_matrix_that_is_none_is_refused(tmp_path, change, message):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8))
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(DataError, match=message), H5adFile(path) as file:
+        file.matrix("X")
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8))
+    with h5py.File(path, "r+") as file:
+        del file["var/_index"]
+        file["var/_index"] = np.array([b"\xff\xfe%d" % gene for gene in range(8)])
+    with H5adFile(path) as file, pytest.raises(DataError, match="the file is truncated or damaged"):
+        file.genes("X")
+
+
+def test_damaged_bytes_end_in_an_error_or_in_values(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8), obs={"kind": ["a", "b"] * 10})
+    content, rng, num_refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(150):
+        changed = bytearray(content)
+        for place in rng.integers(0, len(content), 6):
+            changed[place] = rng.integers(256)
+        path.write_bytes(changed)
+        try:
+            with H5adFile(path) as file:
+                read_rows(file, "X", tmp_path)
+                file.genes("X")
+                file.obs.text("kind")
+        except DataError:
+            num_refused += 1
+    assert num_refused > 15
+
+
+def test_a_group_inside_of_itself_is_read_once(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8))
+    with h5py.File(path, "r+") as file:
+        file["uns/again"] = file["uns"]
+    with H5adFile(path) as file:
+        assert file.num_cells == 20
