@@ -15,6 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import scipy.sparse
+import torch
 from numpy.typing import NDArray
 
 from data.cell_rows import sort_rows
@@ -260,6 +261,7 @@ def _ranked(info: CorpusInfo, options: HvgOptions, flavor: Flavor, say: Say) -> 
             else ""
         )
     )
+    num_threads = torch.get_num_threads()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -276,6 +278,9 @@ def _ranked(info: CorpusInfo, options: HvgOptions, flavor: Flavor, say: Say) -> 
             f"perhaps ({num_cells} cells); raise hvg_max_cells, choose another hvg_batch_key, or set hvg_flavor: "
             "seurat"
         ) from error
+    finally:
+        # scanpy's numba sets as many as there are cores, with which a run would not equal its own resume.
+        torch.set_num_threads(num_threads)
     return _best_first(table.reindex(cells.var_names), flavor)
 
 

@@ -1,3 +1,4 @@
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -6,6 +7,7 @@ import anndata
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
 
 from data.cell_source import CellSource
 from data.corpus import UNFINISHED
@@ -85,6 +87,16 @@ def test_the_genes_are_those_that_scanpy_chooses_over_the_files(files, cache, fl
     assert len(genes(source)) == 25
     assert len(set(genes(source)) ^ expected) <= 2  # rounding of scaled values decides between near ties
     assert len(set(genes(source)) & {f"GENE{index}" for index in range(10, 40)}) > 12  # 6 by chance
+
+
+def test_ranking_leaves_torch_its_number_of_threads(files, cache):
+    before, wanted = torch.get_num_threads(), (os.cpu_count() or 1) + 1
+    torch.set_num_threads(wanted)
+    try:
+        load(files[:1], cache)
+        assert torch.get_num_threads() == wanted
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_genes_are_in_the_order_of_their_rank(files, cache):
