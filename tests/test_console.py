@@ -16,6 +16,8 @@ from trainer.console import (
     table,
     warn_once,
 )
+from trainer.errors import UserError
+from trainer.exits import run_command
 
 PHASE = PhaseAccount(
     name="pretrain",
@@ -156,6 +158,21 @@ def test_a_warning_is_given_once(capsys):
     warn_once("no ninja")
     warn_once("no numactl")
     assert capsys.readouterr().out.splitlines() == ["warning: no ninja", "warning: no numactl"]
+
+
+def test_names_out_of_files_do_not_act_on_the_terminal(capsys):
+    console.notice("gene \x1b]0;title\x07\x1b[2J\x9b\u202e\ud800\r of\ta file\nnext µ→✓")
+    assert capsys.readouterr().out == (
+        "gene \\x1b]0;title\\x07\\x1b[2J\\x9b\\u202e\\ud800\\r of\ta file\nnext µ→✓\n"
+    )
+
+
+def test_a_mistake_that_quotes_a_file_does_not_act_on_the_terminal(capsys):
+    def refuse():
+        raise UserError("no gene '\x1b[2J'")
+
+    assert run_command(refuse) == 2
+    assert capsys.readouterr().err == "error: no gene '\\x1b[2J'\n"
 
 
 def test_only_rank_0_speaks(capsys, monkeypatch):

@@ -5,6 +5,7 @@ the Accelerator exists and imports no torch.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,10 @@ from tqdm import tqdm
 WIDTH = 100
 """Columns that the account and the tables are laid out for."""
 
+# Control characters but for tab and line feed, those that turn the direction of text, and halves of characters.
+_ACTS_ON_TERMINALS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 _warned: set[str] = set()
 
 
@@ -27,8 +32,13 @@ def is_main_process() -> bool:
 def notice(text: str) -> None:
     """Print a line on rank 0, above a progress bar where there is one."""
     if is_main_process():
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
+
+
+def printable(text: str) -> str:
+    """Write out what would act on a terminal: names out of files can hold commands to it, or turn its text around."""
+    return _ACTS_ON_TERMINALS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def warn_once(text: str) -> None:

@@ -13,6 +13,7 @@ from data.conversion import ConversionPlan
 from data.conversion_plan import ConversionSettings, find_inputs, plan_conversions
 from data.conversion_run import Outcome, OutputMode, check_output, is_complete_as_planned, run_conversion
 from data.errors import DataError
+from trainer.console import printable
 from trainer.errors import UserError
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -25,10 +26,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         convert(arguments)
     except (DataError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or arguments.output}: {error.strerror or error}", file=sys.stderr)
+        message = f"error: {error.filename or arguments.output}: {error.strerror or error}"
+        print(printable(message), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to continue", file=sys.stderr)
@@ -143,7 +145,7 @@ def convert(arguments: argparse.Namespace) -> None:
     )
     mode: OutputMode = "overwrite" if arguments.overwrite else "resume" if arguments.resume else "new"
     plans = plan_conversions(
-        find_inputs(arguments.inputs), arguments.output, settings, is_per_file=arguments.per_file, say=print
+        find_inputs(arguments.inputs), arguments.output, settings, is_per_file=arguments.per_file, say=_say
     )
     if len(plans) > 1 and mode == "new" and not all(is_complete_as_planned(plan) for plan in plans):
         # Some corpora of an interrupted --per-file run are complete: they are as good as finished shards.
@@ -152,7 +154,7 @@ def convert(arguments: argparse.Namespace) -> None:
         check_output(plan, mode)
     for plan in plans:
         files, shards = _number(len(plan.sources), "file"), _number(plan.num_shards, "shard")
-        print(f"{plan.folder}: {plan.num_cells:,} cells of {files} in {shards} ({plan.storage})")
+        _say(f"{plan.folder}: {plan.num_cells:,} cells of {files} in {shards} ({plan.storage})")
     if arguments.dry_run:
         print("dry run: nothing was written")
         return
@@ -160,12 +162,16 @@ def convert(arguments: argparse.Namespace) -> None:
         convert_one(plan, mode, arguments.jobs)
 
 
+def _say(text: str) -> None:
+    print(printable(text))
+
+
 def convert_one(plan: ConversionPlan, mode: OutputMode, jobs: int) -> None:
     """Make one corpus and print its summary."""
     begin = time.monotonic()
     with ConversionProgress(plan.num_cells, plan.folder.name, sys.stderr) as progress:
         outcome = run_conversion(plan, mode=mode, jobs=jobs, progress=progress)
-    print(summary(plan, outcome, time.monotonic() - begin))
+    _say(summary(plan, outcome, time.monotonic() - begin))
 
 
 def summary(plan: ConversionPlan, outcome: Outcome, seconds: float) -> str:
@@ -245,7 +251,7 @@ class ConversionProgress:
 
     def say(self, text: str) -> None:
         """Show a line."""
-        tqdm.write(text, file=self.stream)
+        tqdm.write(printable(text), file=self.stream)
 
     def _line(self) -> None:
         self._last_line = time.monotonic()

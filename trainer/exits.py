@@ -12,6 +12,7 @@ from typing import NoReturn
 from data.errors import DataError
 from models.errors import ModelError
 from trainer import control
+from trainer.console import printable
 from trainer.errors import ConfigError, UserError
 from trainer.preemption import Preempted
 
@@ -74,8 +75,8 @@ def end_process(code: int) -> NoReturn:
 def _report(error: Exception) -> None:
     """Print a mistake once: from the main process, or from one that met it alone (a file missing there)."""
     if is_main_process():
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(printable(f"error: {error}"), file=sys.stderr, flush=True)
         return
     time.sleep(GRACE_SECONDS)
     if not isinstance(error, ConfigError):  # every process meets those
-        print(f"error on rank {process_index()}: {error}", file=sys.stderr, flush=True)
+        print(printable(f"error on rank {process_index()}: {error}"), file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ from models.pretrained import from_pretrained
 from trainer.atomicfile import sync_folder
 from trainer.config.messages import unknown_name
 from trainer.config.yaml_text import write_yaml
-from trainer.console import table
+from trainer.console import printable, table
 from trainer.errors import UserError
 from trainer.exits import run_command
 from trainer.saved_run import METADATA_FILE, PIPELINE_FILES, damaged_files, read_metadata
@@ -101,7 +101,7 @@ def delete(name: str, root: str | Path = ROOT) -> list[str]:
     listed = entry.metadata.get("files")
     names = {Path(str(file)).name for file in (listed if isinstance(listed, dict) else {})}
     # The metadata go last: until then the folder is listed, and can be deleted again.
-    for file in [*sorted(names | set(PIPELINE_FILES) - {METADATA_FILE}), METADATA_FILE]:
+    for file in [*sorted((names | set(PIPELINE_FILES)) - {METADATA_FILE, "", ".."}), METADATA_FILE]:
         (entry.folder / file).unlink(missing_ok=True)
     left = sorted(path.name for path in entry.folder.iterdir())
     if left:
@@ -160,7 +160,7 @@ def _run(arguments: argparse.Namespace) -> int:
             return 0
         said = delete(arguments.name, arguments.root)
     for line in said:
-        print(line)
+        print(printable(line))
     return 0
 
 

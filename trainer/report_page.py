@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from trainer.cells_index import EpochCells
+from trainer.console import printable
 from trainer.report_charts import NUM_COLOURS, Series, Span, chart, running_mean
 from trainer.run_facts import RunFacts, as_number
 
@@ -35,7 +36,7 @@ def write_page(runs: Sequence[RunFacts]) -> str:
         f"<footer>Written {_text(_when(datetime.now(UTC).isoformat()))} from the files of the run folder.</footer>\n"
         "</main></body></html>\n"
     )
-    return page.encode("utf-8", "replace").decode()
+    return printable(page)
 
 
 def _one(run: RunFacts) -> str:
