@@ -9,7 +9,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,7 +126,7 @@ def from_pretrained(
         trusted.append(model_class.__module__.partition(".")[0])
     factory: Any = model_class
     if factory is None:
-        factory = _resolve(description.model_class, "model_class", trusted, folder)
+        factory = resolve_trusted(description.model_class, f"{folder / CONFIG_FILE}: model_class", trusted)
     model = _construct(factory, description, trusted, folder)
     _load(model, weights, tied, folder)
     return model.to(device).eval()
@@ -140,7 +140,7 @@ def construct(folder: str | Path, *, trusted_modules: Iterable[str] = ()) -> nn.
     """
     description, _, _ = _read_config(Path(folder))
     trusted = [OWN_PACKAGE, *trusted_modules]
-    factory = _resolve(description.model_class, "model_class", trusted, Path(folder))
+    factory = resolve_trusted(description.model_class, f"{Path(folder) / CONFIG_FILE}: model_class", trusted)
     return _construct(factory, description, trusted, Path(folder)).eval()
 
 
@@ -305,9 +305,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def _resolve(path: str, key: str, trusted: list[str], folder: Path) -> Any:
-    """Return the class that a path names, importing only what is trusted."""
-    where = f"{folder / CONFIG_FILE}: {key}"
+def resolve_trusted(path: str, where: str, trusted: Sequence[str]) -> Any:
+    """Return the class or function that a path in a file names, importing only what is trusted.
+
+    Args:
+        path: the dotted path.
+        where: the file and its key, for messages.
+        trusted: modules and packages that may be imported, and whose classes are then called.
+
+    Raises:
+        ModelError: it names something else.
+    """
     module_path, _, name = path.partition(":") if ":" in path else path.rpartition(".")
     if not module_path or not name:
         raise ModelError(
@@ -349,7 +357,7 @@ def _construct(factory: Any, description: ModelDescription, trusted: list[str], 
     arguments: list[Any] = []
     try:
         if description.config_class is not None:
-            config_class = _resolve(description.config_class, "config_class", trusted, folder)
+            config_class = resolve_trusted(description.config_class, f"{path}: config_class", trusted)
             arguments.append(config_class(**description.config_args))
         model = factory(*arguments, **description.model_args)
     except TypeError as error:

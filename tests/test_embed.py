@@ -208,7 +208,7 @@ def test_a_model_whose_cells_this_program_did_not_tokenize_is_refused(tmp_path):
     with pytest.raises(
         Exception, match="its cells were read by toy.map_loader, so nothing says how new cells"
     ):
-        open_model(run)
+        open_model(run, trusted_modules=("toy",))
 
 
 def test_phases_that_differ_need_a_name(place, tmp_path, capsys):

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from corpora import gene_space, make_cells, write_corpus
+from hostile_checkpoints import changed_checkpoint
 from running import newest_run, toy, train, train_ranks
 from safetensors.torch import load_file, save_file
 from scipy import sparse
@@ -34,8 +35,10 @@ from models.pretrained import ModelDescription, from_pretrained, save_pretrained
 from trainer import export as export_module
 from trainer import export_probe
 from trainer.__main__ import main
+from trainer.backbone import read_backbone
 from trainer.checkpoint_folder import open_checkpoint
-from trainer.errors import UserError
+from trainer.config.load import dump_yaml, load_saved_config
+from trainer.errors import CheckpointError, ConfigError, UserError
 from trainer.export import export, load_trained
 from trainer.shards import SHARD, full_weights
 from trainer.statefile import load_tree
@@ -473,7 +476,7 @@ def test_arguments_that_json_cannot_hold_are_an_error(tmp_path):
 
 
 def test_a_model_of_ones_own_is_compared_by_the_loss_of_its_data(home, toy_run):
-    said = export(toy_run, home / "toy_exported")
+    said = export(toy_run, home / "toy_exported", trusted_modules=("toy",))
     assert "the loss of a batch of the run's data, equal bit for bit" in said[-1]
     with pytest.raises(ModelError, match="give trusted_modules=.'toy',."):
         from_pretrained(home / "toy_exported")
@@ -488,8 +491,9 @@ def test_a_model_whose_data_is_gone_is_compared_by_weights_and_says_so(home, toy
     def gone(**_):
         raise FileNotFoundError("cells.h5ad is gone")
 
+    monkeypatch.setattr(gone, "__module__", "toy")
     monkeypatch.setattr("toy.map_loader", gone)
-    said = export(toy_run, home / "toy_without_data")
+    said = export(toy_run, home / "toy_without_data", trusted_modules=("toy",))
     for text in (said[-1], (home / "toy_without_data" / "README.md").read_text()):
         assert (
             "nothing was computed: no batch of the run's data could be had (FileNotFoundError: cells" in text
@@ -498,10 +502,96 @@ def test_a_model_whose_data_is_gone_is_compared_by_weights_and_says_so(home, toy
 
 def test_a_model_without_a_config_class_is_exported_with_its_defaults(home):
     model = {"model_class": "toy.ToyModel", "model_args": {"width": 4}}
-    export(train(home / "plain", toy({"max_steps": 1}, model=model)), home / "plain_exported")
+    trained = train(home / "plain", toy({"max_steps": 1}, model=model))
+    export(trained, home / "plain_exported", trusted_modules=("toy",))
     config = json.loads((home / "plain_exported" / "config.json").read_text())
     assert config["config_class"] is None and config["model_args"]["width"] == 4
     assert from_pretrained(home / "plain_exported", model_class=ToyModel).config.width == 4
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"model_class": "os.system", "model_args": {"command": "touch EXECUTED"}},
+        {"model_class": "os:system", "model_args": {"command": "touch EXECUTED"}},
+        {"config_class": "os.system", "config_args": {"command": "touch EXECUTED"}},
+        {"model_class": "models.pretrained.importlib.import_module", "model_args": {"name": "executes"}},
+        {"model_class": "models.pretrained:importlib.import_module", "model_args": {"name": "executes"}},
+        {"model_class": "executes.Model"},
+    ],
+)
+@pytest.mark.parametrize("open_it", [load_trained, lambda saved: read_backbone(saved.folder, "backbone")])
+def test_what_a_checkpoint_names_is_not_executed(run, tmp_path, monkeypatch, model, open_it):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "executes.py").write_text("open('EXECUTED', 'w').close()\n")
+    saved = changed_checkpoint(newest(run), tmp_path, lambda config: config["model"].update(model))
+    with pytest.raises(
+        CheckpointError, match="only what is of models: its code would run|cannot be found here"
+    ):
+        open_it(open_checkpoint(saved))
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+def test_a_checkpoint_of_a_model_of_ones_own_is_opened_where_its_module_is_trusted(toy_run, capsys):
+    with pytest.raises(CheckpointError, match="give --trust toy, or trusted_modules=.'toy',. in Python"):
+        load_trained(open_checkpoint(newest(toy_run)))
+    assert type(load_trained(open_checkpoint(newest(toy_run)), trusted_modules=("toy",)).model) is ToyModel
+
+
+def test_the_command_exports_a_model_of_ones_own_where_its_module_is_trusted(home, toy_run):
+    code, said = command(toy_run, home / "toy_by_command")
+    assert code == 2 and "give --trust toy" in said
+    assert command(toy_run, home / "toy_by_command", "--trust", "toy") == (0, "")
+
+
+@pytest.mark.parametrize("key", ["dataloader_factory", "loss"])
+def test_a_loader_or_loss_that_a_checkpoint_names_is_not_executed(toy_run, tmp_path, key):
+    """Its model is trusted; a loader of another module is not, so nothing is computed on its data."""
+
+    def change(config):
+        path = "subprocess.check_call"
+        if key == "loss":
+            config["loss"] = {
+                "loss_class": path,
+                "loss_args": {"args": ["touch", str(tmp_path / "EXECUTED")]},
+            }
+        else:
+            config["datasets"][0] |= {
+                key: path,
+                "dataloader_args": {"args": ["touch", str(tmp_path / "EXECUTED")]},
+            }
+
+    saved = changed_checkpoint(newest(toy_run), tmp_path, change)
+    said = export(saved, tmp_path / "out", trusted_modules=("toy",))
+    assert (
+        "nothing was computed" in said[-1]
+        and "subprocess.check_call, and a checkpoint may name only" in said[-1]
+    )
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.update(run_name="${oc.env:HOME}"),
+        lambda config: config["model"]["config_args"].update({"a": ["${oc.env:HOME}"]}),
+        lambda config: config.update({r"\\\\${oc.env:HOME}": 1}),
+        lambda config: config.update(defaults=["/etc/other"]),
+        lambda config: config.update(data=config.pop("datasets")),
+    ],
+)
+def test_the_configuration_of_a_checkpoint_reads_nothing_else(run, tmp_path, change):
+    saved = changed_checkpoint(newest(run), tmp_path, change)
+    with pytest.raises(ConfigError, match="not a configuration as a run writes it into a checkpoint"):
+        load_saved_config(saved / "config.yaml")
+
+
+def test_a_text_with_a_dollar_comes_back_from_a_saved_configuration(run, tmp_path):
+    config = load_saved_config(newest(run) / "config.yaml")
+    config.datasets[0].dataloader_args["path"] = r"a ${b} \${c}"
+    (tmp_path / "config.yaml").write_text(dump_yaml(config))
+    assert load_saved_config(tmp_path / "config.yaml") == config
 
 
 def test_a_list_of_trusted_modules_that_is_a_text_is_refused(exported):
@@ -607,7 +697,9 @@ def test_phases_that_differ_keep_their_own_settings(copy):
         PhaseSettings("e", "data.hf.hf_loader", {"path": "x", "columns": {"tokens": "input_ids"}}, None),
     ]
     (copy / "cell_tokenizer.json").write_text(json.dumps(tokenizer_record(phases)))
-    with pytest.raises(DataError, match="phases differ in their settings; give phase=, one of: a, c; b; e"):
+    with pytest.raises(
+        DataError, match="phases differ in their settings; name one by --phase .*: a, c; b; e"
+    ):
         load_tokenizer(copy)
     assert (
         load_tokenizer(copy, "c").phases == ("a", "c") and load_tokenizer(copy, "b").value_kind == "lognorm"

@@ -318,7 +318,7 @@ def test_an_export_of_a_model_of_ones_own_predicts_where_its_module_is_trusted(p
 
 def test_a_model_that_cannot_draw_is_refused(place, tmp_path, capsys):
     run = train(tmp_path, {**config(place), "model": {"model_class": "toy_sets.SetModel"}})
-    assert predict(place, tmp_path / "out.h5ad", "--model", run) == 2
+    assert predict(place, tmp_path / "out.h5ad", "--model", run, "--trust", "toy_sets") == 2
     assert (
         "SetModel cannot draw perturbed cells: it has no encode_conditions, sample, blank"
         in capsys.readouterr().err

@@ -12,9 +12,15 @@ from torch import nn
 from data.exported import GENES_FILE, TOKENIZER_FILE
 from data.genes import GeneSpace
 from models.pretrained import CONFIG_FILE, FORMAT
-from trainer.config.load import load_run_config
+from trainer.config.load import load_saved_config
 from trainer.errors import CheckpointError
-from trainer.export import Trained, describe_run_model, find_checkpoint, tokenizer_settings
+from trainer.export import (
+    Trained,
+    check_model_is_trusted,
+    describe_run_model,
+    find_checkpoint,
+    tokenizer_settings,
+)
 from trainer.phases import DataFacts
 
 
@@ -59,7 +65,8 @@ def read_backbone(path: str | Path, where: str) -> Backbone:
 
 def _of_checkpoint(folder: Path, where: str) -> Backbone:
     saved = find_checkpoint(folder)
-    config = load_run_config(saved.folder / "config.yaml")
+    config = load_saved_config(saved.folder / "config.yaml")
+    check_model_is_trusted(config, saved)
     state = saved.state
     genes = GeneSpace.from_json(saved.text(GENES_FILE)) if saved.has(GENES_FILE) else None
     if genes is None or "sizes" not in state:

@@ -18,13 +18,16 @@ from trainer.errors import UserError
 from trainer.export import find_checkpoint, load_trained
 
 
-def open_circuit_model(path: Path, device: torch.device) -> CircuitDiffusion:
+def open_circuit_model(
+    path: Path, device: torch.device, trusted_modules: Sequence[str] = ()
+) -> CircuitDiffusion:
     """Open a trained circuit model, in evaluation mode.
 
     Args:
         path: what a circuits run saved at its end, its run folder (its newest checkpoint), a checkpoint folder, or an
             exported folder.
         device: where the model is put.
+        trusted_modules: modules or packages of the user's that the model may name; they are imported.
 
     Raises:
         UserError, ModelError: there is no model, it is damaged, or it draws no circuits.
@@ -33,7 +36,10 @@ def open_circuit_model(path: Path, device: torch.device) -> CircuitDiffusion:
         raise UserError(f"--model {path}: there is no such folder; name what a run saved, or a run folder")
     model: Any
     has_config = (path / CONFIG_FILE).is_file()
-    model = from_pretrained(path) if has_config else load_trained(find_checkpoint(path)).model
+    if has_config:
+        model = from_pretrained(path, trusted_modules=trusted_modules)
+    else:
+        model = load_trained(find_checkpoint(path), trusted_modules=trusted_modules).model
     if not isinstance(model, CircuitDiffusion):
         raise UserError(f"--model {path}: it holds a {type(model).__name__}, which draws no circuits")
     check_gate_pool(model.config.gate_pool)

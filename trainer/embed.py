@@ -27,7 +27,8 @@ from trainer.distributed import leave_group
 from trainer.embedding import Block, embedded_blocks, join_ranks
 from trainer.errors import UserError
 from trainer.exits import is_main_process, run_command
-from trainer.saved_model import TRUST, SavedModel, open_model
+from trainer.export import TRUST
+from trainer.saved_model import SavedModel, open_model
 
 DEFAULT_KEY = "X_cellphase"
 _ROWS_PER_CHUNK = 1024

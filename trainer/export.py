@@ -37,6 +37,7 @@ from data.exported import (
 from data.genes import GeneSpace
 from data.perturbation_settings import LOADER as PERTURBATION_LOADER
 from data.perturbation_settings import SETTINGS_FILE, settings_entry, settings_record
+from models.errors import ModelError
 from models.fine_tuned import FineTunedModel
 from models.pretrained import (
     CONFIG_FILE,
@@ -45,6 +46,7 @@ from models.pretrained import (
     config_fields,
     describe,
     is_json,
+    resolve_trusted,
     save_pretrained,
     signature_defaults,
 )
@@ -52,8 +54,9 @@ from trainer import export_probe
 from trainer.atomicfile import sync_folder
 from trainer.build import build_model, fp8_arguments, with_data_sizes
 from trainer.checkpoint_folder import MANIFEST, SavedCheckpoint, checkpoint_step, find_newest, open_checkpoint
-from trainer.config.load import load_run_config
+from trainer.config.load import load_saved_config
 from trainer.config.schema import RunConfig
+from trainer.console import printable
 from trainer.distributed import Ranks
 from trainer.dotted import resolve
 from trainer.errors import CheckpointError, UserError
@@ -67,6 +70,13 @@ CARD_FILE = "README.md"
 _PACKAGES = ("cellphase", "torch", "safetensors")
 _MERGED_TOLERANCE = 1e-4
 """Relative to the largest: a merged matrix rounds once, where a correction is rounded apart."""
+TRUST: dict[str, Any] = {
+    "action": "append",
+    "default": [],
+    "metavar": "MODULE",
+    "help": "a module or package of your own that the model may name, which runs its code; may be repeated",
+}
+"""The option `--trust` of commands that open models."""
 _NOT_METRICS = WALL_CLOCK_FIELDS | {"kind", "global_step", "phase", "phase_step", "epoch", "cells"}
 
 
@@ -82,6 +92,8 @@ class Trained:
     model: nn.Module
     is_averaged: bool = False
     """Whether the weights are moving averages of those that were trained."""
+    trusted_modules: tuple[str, ...] = ()
+    """What else of the user's the configuration may name."""
 
     @property
     def is_ours(self) -> bool:
@@ -110,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         choices=("averaged", "trained"),
         help="of a run with ema: the moving average of its weights (default), or the weights as they were trained",
     )
+    parser.add_argument("--trust", **TRUST)
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as done:
@@ -123,12 +136,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export_and_say(arguments: argparse.Namespace) -> int:
     try:
         said = export(
-            arguments.checkpoint, arguments.out, overwrite=arguments.overwrite, weights=arguments.weights
+            arguments.checkpoint,
+            arguments.out,
+            overwrite=arguments.overwrite,
+            weights=arguments.weights,
+            trusted_modules=arguments.trust,
         )
     except OSError as error:
         raise UserError(f"{error.filename or arguments.out}: {error.strerror or error}") from error
     for line in said:
-        print(line)
+        print(printable(line))
     return 0
 
 
@@ -138,6 +155,7 @@ def export(
     *,
     overwrite: bool = False,
     weights: Literal["averaged", "trained"] | None = None,
+    trusted_modules: Sequence[str] = (),
 ) -> list[str]:
     """Export a checkpoint, or a run folder's newest one, and return what is to be said of it.
 
@@ -146,6 +164,7 @@ def export(
         out: the folder to write.
         overwrite: replace `out` where it is an exported folder.
         weights: which weights; None: averaged where the run kept an average (`ema`).
+        trusted_modules: modules or packages that the checkpoint's configuration may name beside this package.
 
     Raises:
         UserError: `out` exists, the checkpoint is damaged or there is none, or the export does not load as the same
@@ -156,7 +175,9 @@ def export(
     saved = find_checkpoint(checkpoint)
     if weights == "averaged" and not has_averages(open_tensors(saved)):
         raise UserError(f"{saved.folder}: the run kept no average of its weights (ema); leave --weights out")
-    trained = without_lora(load_trained(saved, averaged=weights != "trained"))
+    trained = without_lora(
+        load_trained(saved, averaged=weights != "trained", trusted_modules=trusted_modules)
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -193,12 +214,21 @@ def find_checkpoint(path: Path) -> SavedCheckpoint:
     return open_checkpoint(newest, verify=False)
 
 
-def load_trained(saved: SavedCheckpoint, *, averaged: bool = True) -> Trained:
+def load_trained(
+    saved: SavedCheckpoint, *, averaged: bool = True, trusted_modules: Sequence[str] = ()
+) -> Trained:
     """Build the model that a checkpoint's own configuration describes, without its data, and load the weights.
 
-    With `averaged` these are the moving averages where the run kept them (`ema`).
+    Args:
+        saved: the checkpoint, which may have come from anywhere.
+        averaged: take the moving averages of the weights where the run kept them (`ema`).
+        trusted_modules: modules or packages that the configuration may name beside this package; they are imported.
+
+    Raises:
+        CheckpointError, ModelError: it is damaged, or names a class that is not trusted.
     """
-    config = load_run_config(saved.folder / "config.yaml")
+    config = load_saved_config(saved.folder / "config.yaml")
+    check_model_is_trusted(config, saved, trusted_modules)
     state = saved.state
     if "sizes" not in state:
         raise CheckpointError(
@@ -220,7 +250,37 @@ def load_trained(saved: SavedCheckpoint, *, averaged: bool = True) -> Trained:
     model = build_model(config, facts)
     tensors = open_tensors(saved)
     load_weights(model, whole_weights(tensors, averaged=averaged), str(saved.folder))
-    return Trained(saved, config, facts, state, model.eval(), averaged and has_averages(tensors))
+    return Trained(
+        saved, config, facts, state, model.eval(), averaged and has_averages(tensors), tuple(trusted_modules)
+    )
+
+
+def check_model_is_trusted(
+    config: RunConfig, saved: SavedCheckpoint, trusted_modules: Sequence[str] = ()
+) -> None:
+    """Refuse a checkpoint whose model is neither of this package nor of a trusted module, before it is imported.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    settings = config.model
+    for key, path in (("model_class", settings.model_class), ("config_class", settings.config_class)):
+        if path is not None:
+            _check_trusted(path, f"{saved.folder / 'config.yaml'}: model.{key}", ("models", *trusted_modules))
+
+
+def _check_trusted(path: str, where: str, trusted: Sequence[str]) -> None:
+    """Refuse what a checkpoint names where its code would run, unless it is of a trusted module."""
+    try:
+        resolve_trusted(path, where, trusted)
+    except ModelError as error:
+        module = path.replace(":", ".").partition(".")[0]
+        if module in trusted:
+            raise CheckpointError(str(error)) from error
+        raise CheckpointError(
+            f"{where} is {path}, and a checkpoint may name only what is of {', '.join(trusted)}: its code would run. "
+            f"If you trust it, give --trust {module}, or trusted_modules=({module!r},) in Python"
+        ) from error
 
 
 def without_lora(trained: Trained) -> Trained:
@@ -377,7 +437,7 @@ def _ask(trained: Trained, folder: Path) -> tuple[str, str]:
         reason = "the loss has weights of its own, which are not exported"
     else:
         try:
-            _write(trained, folder, "loss", _first_batch(trained.config))
+            _write(trained, folder, "loss", _first_batch(trained))
         except Exception as error:  # any loader of the user's, on a machine that may lack its data
             reason = f"no batch of the run's data could be had ({_named(error)})"
     if reason:
@@ -385,8 +445,16 @@ def _ask(trained: Trained, folder: Path) -> tuple[str, str]:
     return ("weights" if reason else "loss"), reason
 
 
-def _first_batch(config: RunConfig) -> dict[str, Any]:
+def _first_batch(trained: Trained) -> dict[str, Any]:
     """Return the first micro-batch of the run's first phase that runs."""
+    config, trusted = trained.config, trained.trusted_modules
+    if config.loss is not None:
+        _check_trusted(config.loss.loss_class, "loss.loss_class", ("models", "torch.nn", *trusted))
+    for index, phase in enumerate(config.datasets):
+        _check_trusted(phase.dataloader_factory, f"datasets.{index}.dataloader_factory", ("data", *trusted))
+        if phase.validation is not None:
+            where = f"datasets.{index}.validation.dataloader_factory"
+            _check_trusted(phase.validation.dataloader_factory, where, ("data", *trusted))
     phases, _ = open_phases(config, Ranks(0, 1), pin_memory=False)
     try:
         phase = next(phase for phase in phases if phase.config.epochs)

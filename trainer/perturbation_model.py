@@ -45,7 +45,7 @@ def open_perturbation_model(
         path: a run folder (its newest checkpoint), a checkpoint folder, or an exported folder.
         phase: whose sets are meant; needed where several phases of the run read sets.
         device: where the model is put.
-        trusted_modules: modules or packages that an export may import beside this program's.
+        trusted_modules: modules or packages that the model may name beside this program's; they are imported.
 
     Raises:
         UserError, DataError, ModelError: there is no model, it is damaged, cannot draw cells, or was not trained on
@@ -53,7 +53,7 @@ def open_perturbation_model(
     """
     path = Path(path)
     is_export = (path / CONFIG_FILE).is_file()
-    opened = _open_export(path, phase, trusted_modules) if is_export else _open_checkpoint(path, phase)
+    opened = (_open_export if is_export else _open_checkpoint)(path, phase, trusted_modules)
     opened.model.to(device).eval()
     return opened
 
@@ -68,8 +68,8 @@ def _open_export(folder: Path, phase: str | None, trusted_modules: Sequence[str]
     )
 
 
-def _open_checkpoint(path: Path, phase: str | None) -> PerturbationModel:
-    trained = load_trained(find_checkpoint(path))
+def _open_checkpoint(path: Path, phase: str | None, trusted_modules: Sequence[str]) -> PerturbationModel:
+    trained = load_trained(find_checkpoint(path), trusted_modules=trusted_modules)
     folder = trained.saved.folder
     check_can_draw(trained.model, str(folder))
     entries, genes = perturbation_entries(trained), trained.facts.gene_space

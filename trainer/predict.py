@@ -34,6 +34,7 @@ from trainer.distributed import Ranks, leave_group
 from trainer.embedding import join_ranks
 from trainer.errors import UserError
 from trainer.exits import run_command
+from trainer.export import TRUST
 from trainer.perturbation_model import PerturbationModel, open_perturbation_model
 from trainer.predicted_cells import check_free, write_corpus_cells, write_predicted_cells
 from trainer.prediction import (
@@ -44,7 +45,6 @@ from trainer.prediction import (
     predicted_blocks,
     predicts_cells_apart,
 )
-from trainer.saved_model import TRUST
 
 PRESETS: dict[str, tuple[Space, int]] = {"vcc2025": ("lognorm", 100), "vcc2026": ("counts", 400)}
 """The space of values of each challenge, and its cells of a perturbation without real ones."""

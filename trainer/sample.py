@@ -71,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="what a circuits run saved, a run folder (its newest checkpoint), a checkpoint, or an exported folder",
     )
+    add(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of your own that it may import",
+    )
     add("--prompt", action="append", default=[], metavar="TEXT", help="what is asked for; may be repeated")
     add("--output", type=Path, required=True, metavar="DIR", help="the folder to write")
     add("--overwrite", action="store_true", help="replace the output where this command wrote it")
@@ -125,7 +132,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     from trainer.circuit_sampling import check_guidance, check_prompts, open_circuit_model
 
     _, device = join_ranks(arguments.device)
-    model = open_circuit_model(arguments.model, device)
+    model = open_circuit_model(arguments.model, device, arguments.trust)
     known = None if arguments.dataset is None else read_known_circuits(arguments.dataset)
     tasks = _tasks(arguments, known, needs_unitary=model.needs_unitary)
     check_prompts(model, [task.prompt for task in tasks])

@@ -16,15 +16,6 @@ from trainer.errors import UserError
 from trainer.export import find_checkpoint, load_trained, tokenizer_settings
 
 
-TRUST: dict[str, Any] = {
-    "action": "append",
-    "default": [],
-    "metavar": "MODULE",
-    "help": "a module or package that an exported model of your own is imported from, which runs its code",
-}
-"""The option `--trust` of commands that open exports."""
-
-
 @dataclass(frozen=True)
 class SavedModel:
     """A model in evaluation mode, and how new cells become its batches."""
@@ -81,7 +72,7 @@ def open_model(
         path: a run folder (its newest checkpoint), a checkpoint folder, or an exported folder.
         phase: whose tokenizer settings are meant; needed where the phases of the run differ in them.
         device: where the model is put.
-        trusted_modules: modules or packages that an export may import beside this program's.
+        trusted_modules: modules or packages that the model may name beside this program's; they are imported.
 
     Raises:
         UserError, DataError, ModelError: there is no model, it is damaged, it cannot embed cells, or its cells were
@@ -89,7 +80,7 @@ def open_model(
     """
     path = Path(path)
     is_export = (path / CONFIG_FILE).is_file()
-    opened = _open_export(path, phase, trusted_modules) if is_export else _open_checkpoint(path, phase)
+    opened = (_open_export if is_export else _open_checkpoint)(path, phase, trusted_modules)
     if not callable(getattr(opened.model, "encode", None)):
         raise ModelError(
             f"{path}: {type(opened.model).__name__} has no method encode(batch), which embeds cells; give it one that "
@@ -115,8 +106,8 @@ def _open_export(folder: Path, phase: str | None, trusted_modules: Sequence[str]
     )
 
 
-def _open_checkpoint(path: Path, phase: str | None) -> SavedModel:
-    trained = load_trained(find_checkpoint(path))
+def _open_checkpoint(path: Path, phase: str | None, trusted_modules: Sequence[str]) -> SavedModel:
+    trained = load_trained(find_checkpoint(path), trusted_modules=trusted_modules)
     folder = trained.saved.folder
     record, genes = tokenizer_settings(trained), trained.facts.gene_space
     if record is None or genes is None:

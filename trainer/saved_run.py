@@ -89,7 +89,7 @@ def write_result(config: RunConfig, run_folder: Path, device: str) -> list[str]:
     try:
         if settings.format == "huggingface":
             replaces = may_replace(settings, folder, run_folder)
-            said = export(run_folder, folder, overwrite=replaces)
+            said = export(run_folder, folder, overwrite=replaces, trusted_modules=modules_of(config))
             trained = find_checkpoint(run_folder)
             files = sorted(file.name for file in folder.iterdir() if file.name != METADATA_FILE)
             facts = {"run": run_folder.name, "step": trained.step, "device_used": device}
@@ -97,7 +97,7 @@ def write_result(config: RunConfig, run_folder: Path, device: str) -> list[str]:
             return said
         from trainer.pipeline_folder import write_pipeline
 
-        trained = load_trained(find_checkpoint(run_folder))
+        trained = load_trained(find_checkpoint(run_folder), trusted_modules=modules_of(config))
         facts = metadata_of(trained, run_folder, device)
         written = place(folder, lambda temporary: write_pipeline(trained, settings, temporary), facts)
     except OSError as error:
@@ -107,6 +107,16 @@ def write_result(config: RunConfig, run_folder: Path, device: str) -> list[str]:
     return [
         f"saved the model of step {trained.saved.step} to {folder} ({len(written)} files, {size:,} bytes{averaged})"
     ]
+
+
+def modules_of(config: RunConfig) -> tuple[str, ...]:
+    """Return the modules that a run's own configuration names: its user has trusted them by starting it."""
+    paths = [config.model.model_class, config.model.config_class, config.loss and config.loss.loss_class]
+    paths += [phase.dataloader_factory for phase in config.datasets]
+    paths += [
+        phase.validation.dataloader_factory for phase in config.datasets if phase.validation is not None
+    ]
+    return tuple(sorted({path.replace(":", ".").partition(".")[0] for path in paths if path}))
 
 
 def metadata_of(trained: Trained, run_folder: Path, device: str) -> dict[str, Any]:

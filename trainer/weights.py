@@ -24,7 +24,7 @@ from models.pretrained import read_folder
 from trainer.checkpoint import find_newest, open_checkpoint
 from trainer.checkpoint_folder import MANIFEST
 from trainer.circuit_weights import is_genqc_pipeline, load_circuit_weights, read_genqc_pipeline
-from trainer.config.load import load_run_config
+from trainer.config.load import load_saved_config
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.phases import DataFacts, Phase, saved_circuits
@@ -174,7 +174,7 @@ def read_source(path: Path) -> Source:
             )
         saved = open_checkpoint(folder, verify=not is_run)
         genes = saved.text("genes.json") if saved.has("genes.json") else None
-        settings = load_run_config(saved.folder / "config.yaml").model
+        settings = load_saved_config(saved.folder / "config.yaml").model
         args = {**settings.config_args, **saved_circuits(saved.state.get("tokenizer_options", {}))}
         tensors = open_tensors(saved)
         weights, is_averaged = whole_weights(tensors), has_averages(tensors)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from trainer.config.checks import cross_field_problems
-from trainer.config.compose import compose
+from trainer.config.compose import compose, read_text
 from trainer.config.messages import (
     Problem,
     config_error,
@@ -20,7 +20,7 @@ from trainer.config.messages import (
     translate,
 )
 from trainer.config.schema import RunConfig
-from trainer.config.yaml_text import write_yaml
+from trainer.config.yaml_text import read_yaml_section, write_yaml
 from trainer.errors import ConfigError
 
 _CELLS_KEYS = ("data", "tokenizer", "training", "eval", "finetune")
@@ -70,6 +70,25 @@ def load_run_config(
     if problems or config is None:
         raise config_error(str(path), problems)
     return config
+
+
+def load_saved_config(path: str | Path) -> RunConfig:
+    """Load the configuration that `dump_yaml` wrote into a checkpoint.
+
+    It is resolved, and may have come from anywhere: it reads no other file and nothing of the environment. What its
+    dotted paths name is not trusted (see `models.pretrained.resolve_trusted`).
+
+    Raises:
+        ConfigError: it is not such a configuration.
+    """
+    path = Path(path)
+    raw = read_yaml_section(read_text(path), str(path))
+    if "defaults" in raw or "datasets" not in raw or _has_interpolation(raw):
+        raise ConfigError(
+            f"{path}: not a configuration as a run writes it into a checkpoint, resolved and with its phases "
+            "(datasets); the file was edited"
+        )
+    return load_run_config(path)
 
 
 def validate(
@@ -201,6 +220,15 @@ def _stand_in(location: list[str | int]) -> Any:
     if is_list(field) and not isinstance(location[-1], int):
         return [_stand_in([*location, 0])]
     return "stand.in" if inner_section(field.annotation) is None else {}
+
+
+def _has_interpolation(value: Any) -> bool:
+    """Tell whether there is a `${` that is not escaped, by an odd number of backslashes."""
+    if isinstance(value, str):
+        return any(len(match[1]) % 2 == 0 for match in re.finditer(r"(\\*)\$\{", value))
+    if isinstance(value, dict):
+        return any(map(_has_interpolation, [*value, *value.values()]))
+    return isinstance(value, list) and any(map(_has_interpolation, value))
 
 
 def _without_interpolations(value: Any) -> Any:
