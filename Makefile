@@ -26,9 +26,9 @@ install: $(INSTALLED)  ## Install into .venv, every version pinned by constraint
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no python3.11 or python3.12 on PATH; say make install PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing into $(VENV); the first time this takes some minutes"
+	@echo "Installing into $(VENV); the first time this downloads some gigabytes"
 # DS_BUILD_OPS=0: DeepSpeed compiles the few operators it needs when it first needs them.
-	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 quickstart: $(INSTALLED)  ## Convert the sample data, train two phases, and compare with baselines

@@ -313,7 +313,9 @@ def _chosen(entries: list[tuple[tuple[str, ...], Any]], phase: str | None, where
                 return entry
         raise DataError(f"{where}: no settings of a phase {phase!r}; there are those of: {named}")
     if len(entries) != 1:
-        raise DataError(f"{where}: the run's phases differ in their settings; give phase=, one of: {named}")
+        raise DataError(
+            f"{where}: the run's phases differ in their settings; name one by --phase (in Python phase=): {named}"
+        )
     return entries[0][1]
 
 

@@ -28,6 +28,12 @@ def test_training_lowers_the_loss_and_validation_falls(tmp_path):
     assert losses(folder)[-1] < losses(folder)[0] / 2 and validation[-1] < validation[0] / 2
 
 
+def test_a_run_ends_with_its_folder_and_what_shows_it(tmp_path, capsys):
+    folder = train(tmp_path, toy({"epochs": 1}))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"done at step {len(losses(folder))}: {folder} (python -m trainer report {folder})"
+
+
 def test_the_same_seed_gives_identical_runs_and_another_seed_does_not(tmp_path):
     first, second = (train(tmp_path / name, toy({"epochs": 2}), model=DROPOUT) for name in "ab")
     other = train(tmp_path / "c", toy({"epochs": 2}), model=DROPOUT, seed=4)

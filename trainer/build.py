@@ -166,6 +166,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
             run.saver = Saver(writer, config, facts, None if saved is None else run.progress)
             train_with_fallback(run, writer, folder, facts)
         save_result(run, folder)
+        notice(f"done at step {run.progress.global_step}: {folder} (python -m trainer report {folder})")
         exit_code, reason = 0, "done"
         return 0
     except (UserError, DataError, ModelError) as error:
