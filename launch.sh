@@ -21,14 +21,18 @@ set -u
 readonly USER_MISTAKE=2 PREEMPTED=75 INTERRUPTED=130
 # How long ranks whose launcher is gone may take to save and end, before they are killed.
 readonly ORPHAN_SECONDS=300
+# How long a node that is asked to end waits for ranks that have not begun, and when it says that it waits for nodes.
+readonly BEGIN_SECONDS=20 PATIENCE_SECONDS=60
 
 usage() {
     cat <<'TEXT'
-usage: launch.sh [--dry-run] [--accelerate-config FILE|NAME] [--help] CONFIG [key=value ...] [trainer option ...]
+usage: launch.sh [--dry-run] [--accelerate-config FILE|NAME] [--help]
+                 [finetune] CONFIG [key=value ...] [trainer option ...]
        sbatch [sbatch option ...] launch.sh [the same]
 
-Start trainer/train.py on CONFIG with accelerate launch. What follows CONFIG goes to the trainer as it stands;
-resume_from=auto is added where neither the command nor CONFIG sets resume_from.
+Start trainer/train.py on CONFIG with accelerate launch, or with the word finetune before CONFIG
+`python -m trainer finetune`. What follows CONFIG goes to the trainer as it stands;
+--resume is added: where neither the command nor CONFIG says what to go on from, it is the run's newest checkpoint.
 
   --dry-run                       check everything, print the command, start nothing
   --accelerate-config FILE|NAME   a path, or a name in accelerate_configs/ (ddp, zero2, ...); without it cpu, gpu,
@@ -131,6 +135,11 @@ parse_command_line() {
         esac
         shift
     done
+    task=train
+    if [[ ${1:-} == train || ${1:-} == finetune ]] && [[ ! -f $1 ]]; then
+        task=$1
+        shift
+    fi
     (($#)) || die "no CONFIG given: launch.sh CONFIG [key=value ...]"
     config=$1
     shift
@@ -205,12 +214,15 @@ choose_accelerate_config() {
 
 # Check the environment, and read of the accelerate config what decides the command.
 inspect() {
-    local answer
-    answer=$("$python" - "$accelerate_config" "$root" <<'PYTHON'
+    local answer own_port=
+    # The port is node 0's, and a dry run may be anywhere.
+    ((node_rank > 0)) || [[ -n $dry_run ]] || own_port=$port
+    answer=$("$python" - "$accelerate_config" "$root" "$own_port" <<'PYTHON'
 import importlib.util
+import socket
 import sys
 
-path, root = sys.argv[1:]
+path, root, port = sys.argv[1:]
 if not (3, 11) <= sys.version_info[:2] <= (3, 12):
     sys.exit("%s is Python %d.%d; 3.11 or 3.12 is needed; set PYTHON" % ((sys.executable,) + sys.version_info[:2]))
 sys.path.insert(0, root)
@@ -233,6 +245,14 @@ if kind == "DEEPSPEED" and importlib.util.find_spec("deepspeed") is None:
 # The shell reads what is printed as words and numbers, and would execute a `$(...)` in a number.
 if not kind.replace("_", "").isalnum():
     sys.exit("%s: distributed_type is %r, which is none of accelerate's" % (path, kind[:80]))
+if port:
+    with socket.socket() as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            server.bind(("", int(port)))
+        except OSError as error:
+            text = "MASTER_PORT=%s cannot be had on this node: %s; set it to a free port, the same for all nodes"
+            sys.exit(text % (port, error.strerror))
 processes = int(values.get("num_processes") or 0) // max(1, int(values.get("num_machines") or 1))
 print({"False": "NO", "no": "NO"}.get(kind, kind), int(bool(values.get("use_cpu"))), max(0, processes))
 PYTHON
@@ -266,19 +286,6 @@ count_processes() {
     fi
 }
 
-# A value of resume_from in the command or in CONFIG is the user's own decision.
-add_resume() {
-    local argument
-    for argument in ${trainer_arguments[@]+"${trainer_arguments[@]}"}; do
-        [[ $argument == resume_from=* ]] && return
-    done
-    if grep -Eq '^resume_from *:' -- "$config" &&
-        ! grep -Eq '^resume_from *: *(null|~)? *(#.*)?$' -- "$config"; then
-        return
-    fi
-    trainer_arguments=(resume_from=auto ${trainer_arguments[@]+"${trainer_arguments[@]}"})
-}
-
 build_command() {
     command=("$python" -m accelerate.commands.launch --config_file "$accelerate_config"
         --num_machines "$nodes" --machine_rank "$node_rank" --num_processes "$((nodes * processes))")
@@ -287,8 +294,14 @@ build_command() {
         [[ $kind == DEEPSPEED ]] && command+=(--deepspeed_multinode_launcher standard)
     fi
     [[ -n $port ]] && command+=(--main_process_port "$port")
-    command+=("$root/trainer/train.py" --config "$config" "${trainer_arguments[@]}")
     environment=()
+    if [[ $task == finetune ]]; then
+        command+=(-m trainer finetune)
+        environment+=("PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}")
+    else
+        command+=("$root/trainer/train.py")
+    fi
+    command+=(--config "$config" --resume ${trainer_arguments[@]+"${trainer_arguments[@]}"})
     # DeepSpeed calls ninja, which an environment that is not activated has beside its python.
     [[ :$PATH: == *":${python%/*}:"* ]] || environment+=("PATH=${python%/*}:$PATH")
     # The launcher answers a signal with SIGKILL to its ranks after 30 seconds; it shall leave them to this script.
@@ -409,6 +422,10 @@ run_node() {
     if [[ -n $early ]]; then
         on_node_signal "$early"
     fi
+    if ((nodes > 1)); then
+        say "node $node_rank of $nodes (${HOSTNAME:-}): $processes ranks, which meet at $MASTER_ADDR:$port"
+    fi
+    wait_for_begin &
     start deaf env -u CELLPHASE_SLURM_NODE "CELLPHASE_CONTROL=$control" "${environment[@]}" "${command[@]}"
     wait_for_child
     if ((code > 128)); then
@@ -416,6 +433,56 @@ run_node() {
     fi
     wait_for_ranks
     answer
+    if ((result == USER_MISTAKE || result == 1)); then
+        tell_ends
+    fi
+}
+
+# Attend, in the background, to a launcher whose ranks have not begun: it waits for the other nodes for many minutes,
+# silently, and is deaf. Ends with the first rank, or with the folder.
+wait_for_begin() {
+    local second=0 asked=0
+    trap '' TERM USR1 HUP INT
+    while sleep 1 && [[ -d $control ]] && ! compgen -G "$control/rank*.pid" >/dev/null; do
+        second=$((second + 1))
+        if [[ -e $control/preempt ]] && ((++asked > BEGIN_SECONDS)); then
+            say "no rank has begun, so there is nothing to save: ends"
+            kill_all
+            return
+        fi
+        if ((nodes > 1 && second == PATIENCE_SECONDS)); then
+            say "node $node_rank still waits for the other nodes at $MASTER_ADDR:$port: have all $nodes been started," \
+                "with this MASTER_ADDR and MASTER_PORT, and can they reach it?"
+        fi
+    done
+}
+
+# Say last how the ranks ended: launchers end with a traceback of their own, which calls each node's first rank the
+# root cause.
+tell_ends() {
+    "$python" - "$control" "$code" >&2 <<'PYTHON'
+import json
+import pathlib
+import sys
+
+folder, ends, runs = pathlib.Path(sys.argv[1]), {}, set()
+for file in folder.glob("rank*.pid"):
+    rank = int(file.stem[len("rank"):])
+    try:
+        account = json.loads((folder / ("rank%d.exit.json" % rank)).read_text())
+        end = "ended with %s: %s" % (account["exit_code"], account["reason"])
+        runs.add(account["run_folder"])
+    except (OSError, ValueError, KeyError):
+        end = "left no account of its end: it was killed, or memory ran out (see the kernel's log)"
+    ends.setdefault("".join(letter if letter.isprintable() else " " for letter in end)[:2000], []).append(rank)
+for end, ranks in sorted(ends.items(), key=lambda item: min(item[1])):
+    text = ", ".join(map(str, sorted(ranks)))
+    print("launch.sh: rank%s %s %s" % ("" if len(ranks) == 1 else "s", text, end))
+if not ends:
+    print("launch.sh: no rank of this node began; the launcher ended with %s" % sys.argv[2])
+for run in sorted(runs - {None}):
+    print("launch.sh: run folder %s" % run)
+PYTHON
 }
 
 # Where the launcher was killed, its ranks live on: they may save what they have.
@@ -461,6 +528,8 @@ answer() {
         result=$INTERRUPTED
     elif [[ $codes =~ ^\ ($PREEMPTED\ )+$ ]]; then
         result=$PREEMPTED
+    elif [[ $codes == " " && -e $control/preempt ]]; then
+        result=$PREEMPTED # before any rank began
     elif ((code > 128)) && [[ $codes =~ ^\ (0\ )+$ ]]; then
         result=0 # the launcher was killed, and its ranks finished all the same
     fi
@@ -478,7 +547,8 @@ build_slurm_command() {
     # After `env`: so it is the tasks' alone, and not srun's, which tell_nodes must not find.
     slurm_command+=(env "CELLPHASE_SLURM_NODE=$SLURM_JOB_ID" "NODES=$nodes" "MASTER_ADDR=$MASTER_ADDR"
         "MASTER_PORT=$port" "PROCESSES_PER_NODE=$processes" "PYTHON=$python"
-        bash "$root/launch.sh" "--accelerate-config=$accelerate_config" "$config" "${trainer_arguments[@]}")
+        bash "$root/launch.sh" "--accelerate-config=$accelerate_config" "$task" "$config"
+        ${trainer_arguments[@]+"${trainer_arguments[@]}"})
 }
 
 # Signal launch.sh on every node, and nothing else there. srun would pass SIGUSR1 to every process of the step, also
@@ -582,7 +652,6 @@ main() {
     trap "rm -rf -- $(printf '%q' "$scratch") $(printf '%q' "$scratch.d")" EXIT
     inspect
     count_processes
-    add_resume
     build_command
     [[ $role == job ]] && build_slurm_command
     if [[ -n $dry_run ]]; then
@@ -599,7 +668,7 @@ main() {
         run_node
     fi
     if ((result == PREEMPTED)); then
-        say "ended with a checkpoint; the same command goes on from it"
+        say "ended as it was asked to; the same command goes on"
         [[ -n $is_batch ]] && requeue
     fi
     exit "$result"

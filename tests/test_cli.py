@@ -114,6 +114,28 @@ def test_check_tells_which_stage_failed(user_folder, capsys):
     assert "stage 2, dotted paths and their arguments: failed" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("path", ["debug.yml", "pretraining.yaml", "circuits/config.yaml"])
+def test_resume_makes_a_run_of_any_kind_go_on(path, capsys):
+    assert train.main(["--config", str(ROOT / "configs" / path), "--resume", "--print-config"]) == 0
+    assert "\nresume_from: auto\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "override", "value"),
+    [
+        ("resume_from: somewhere", [], "somewhere"),
+        ("", ["resume_from=latest"], "latest"),
+        ("", ["resume_from=null"], "null"),
+    ],
+)
+def test_resume_leaves_what_the_user_goes_on_from(tmp_path, monkeypatch, capsys, content, override, value):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "configs" / "debug.yml").read_text()
+    (tmp_path / "run.yml").write_text(f"{text}\n{content}\n")
+    assert train.main(["--config", "run.yml", "--resume", "--print-config", *override]) == 0
+    assert f"\nresume_from: {value}\n" in capsys.readouterr().out
+
+
 def test_the_printed_config_is_a_config(user_folder, built, capsys):
     assert train.main(["--config", "run.yml", "--print-config", "seed=7"]) == 0
     text = capsys.readouterr().out

@@ -193,6 +193,12 @@ def test_a_file_in_the_place_of_the_folder_is_broken(quick):
     assert found.state == "broken" and "is a file" in found.found
 
 
+def test_a_full_disk_is_one_fault(tmp_path, monkeypatch):
+    full = doctor.Finding("writing", "broken", "No space left on device", "make room")
+    monkeypatch.setattr(doctor, "_check_speed", lambda trial: full)
+    assert [finding.name for finding in doctor.check_folder(tmp_path)] == ["output folder", "writing"]
+
+
 def test_a_full_disk_is_named(quick, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")

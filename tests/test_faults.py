@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import ROOT, RankGroup, start_ranks
+from launching import ROOT, Fork, RankGroup, start_ranks
 from running import (
     comparable_records,
     newest_run,
@@ -26,6 +26,7 @@ from running import (
 from trainer.activity import Activity
 from trainer.checkpoint import list_checkpoints, verify_checkpoint
 from trainer.distributed import Ranks
+from trainer.journal import read_events
 from trainer.watch import Watch, clear, is_collective_failure
 
 slow = pytest.mark.slow
@@ -52,7 +53,7 @@ def run_as(preparation: str) -> str:
     return "\n".join(lines)
 
 
-def wait_for_end(process: subprocess.Popen, seconds: float) -> float:
+def wait_for_end(process: subprocess.Popen | Fork, seconds: float) -> float:
     """Return after how many seconds a process ended."""
     began = time.monotonic()
     process.wait(seconds)
@@ -129,6 +130,37 @@ def test_a_stopped_rank_is_named_before_and_at_the_timeout(tmp_path, strategy):
     assert output.count("watch: ") == 1 and "has waited for " in output
     assert "is stopped (SIGSTOP, or a debugger), at step " in output.split("watch: ")[1].splitlines()[0]
     assert f"LostRank: {who}" in output and group.processes[0].returncode == 1
+
+
+@slow
+def test_a_rank_that_hangs_in_its_loader_is_ended_after_the_others(tmp_path):
+    config = toy({"log_every_steps": 1}, global_batch_size=8, distributed_timeout_seconds=5)
+    with start(tmp_path, config, env={"TOY_PAUSE": "validating:2:300", "TOY_PAUSE_RANK": "1"}) as group:
+        group.wait_for("toy: validating")
+        wait_for_end(group.processes[1], 60)
+        output = group.output()
+    assert [process.returncode for process in group.processes] == [1, 1]
+    assert "is late: at step 6, waiting for validation data" in output
+    assert "Rank 1 is not waited for and ends" in output
+
+
+@slow
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_the_end_of_a_run_that_loses_rank_0_is_written_by_another_rank(tmp_path, how):
+    config = toy(ENDLESS if how == "killed" else {}, global_batch_size=8, distributed_timeout_seconds=5)
+    with start(tmp_path, config, env={"TOY_PAUSE": "validating:2:300" if how == "hung" else ""}) as group:
+        if how == "killed":
+            group.wait_for(FIRST_STEP)
+            group.processes[0].kill()
+        else:
+            group.wait_for("toy: validating")
+        for process in group.processes:
+            wait_for_end(process, 60)
+    run = newest_run(tmp_path)
+    status = json.loads((run / "exit_status.json").read_text())
+    ends = [event for event in read_events(run)[0] if event["event"] == "end"]
+    assert status["exit_code"] == 1 and f"rank 0 (process {group.processes[0].pid} on " in status["reason"]
+    assert [end["reason"] for end in ends] == [status["reason"]]
 
 
 @slow

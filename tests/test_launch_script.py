@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,7 @@ for name in ("config_file", "main_process_ip", "main_process_port", "rdzv_backen
     parser.add_argument("--" + name)
 for name in ("num_machines", "machine_rank", "num_processes"):
     parser.add_argument("--" + name, type=int)
+parser.add_argument("-m", "--module", action="store_true")
 parser.add_argument("script")
 parser.add_argument("rest", nargs=argparse.REMAINDER)
 options = parser.parse_args()
@@ -70,7 +72,7 @@ time.sleep(float(os.environ.get("LAUNCHER_SECONDS", "0")))
 local = options.num_processes // options.num_machines
 first = options.machine_rank * local
 ranks = [
-    subprocess.Popen([sys.executable, options.script, *options.rest],
+    subprocess.Popen([sys.executable, *["-m"] * options.module, options.script, *options.rest],
                      env={**os.environ, "RANK": str(first + index)}, start_new_session=True)
     for index in range(local)
 ]
@@ -237,6 +239,20 @@ def test_devices_and_processes_choose_the_accelerate_config(place, gpus, env, co
     assert (config_of(command), value_of("--num_processes", command)) == (config, processes)
 
 
+def test_a_fine_tuning_is_started_as_its_command(place):
+    shutil.copy(place.root / "trainer" / "train.py", place.root / "trainer" / "__main__.py")
+    output = place.run("finetune", "my runs/first.yml", "seed=3", "exit=0", env={"PROCESSES_PER_NODE": "2"})
+    arguments = ["finetune", "--config", "my runs/first.yml", "--resume", "seed=3", "exit=0"]
+    assert place.arguments_of(0) == place.arguments_of(1) == arguments, output
+
+
+def test_a_slurm_job_fine_tunes_on_every_node(place):
+    shutil.copy(place.root / "trainer" / "train.py", place.root / "trainer" / "__main__.py")
+    place.add_slurm()
+    place.run("finetune", "my runs/first.yml", "exit=0", env={"PROCESSES_PER_NODE": "2"})
+    assert [place.arguments_of(rank)[0] for rank in range(4)] == ["finetune"] * 4
+
+
 def test_a_named_accelerate_config_starts_the_processes_it_says(place):
     command, _ = place.dry_run("--accelerate-config", "zero2")
     assert config_of(command) == "zero2" and value_of("--num_processes", command) == "2"
@@ -280,7 +296,7 @@ def test_a_slurm_job_starts_itself_once_on_every_node(place):
     assert outer[:4] == ["srun", "--nodes=2", "--ntasks=2", "--ntasks-per-node=1"]
     assert {"--kill-on-bad-exit=0", "--export=ALL", "--cpus-per-task=6"} < set(outer)
     assert {"MASTER_ADDR=node-a", f"MASTER_PORT={15000 + 41234 % 15000}", "NODES=2"} < set(outer)
-    assert outer[-2:] == ["my runs/first.yml", "resume_from=auto"]
+    assert outer[-2:] == ["train", "my runs/first.yml"]
     assert value_of("--main_process_ip", inner) == "node-a" and value_of("--num_processes", inner) == "4"
     assert not (place.notes / "srun").exists()
 
@@ -305,23 +321,13 @@ def test_the_printed_command_can_be_pasted(place):
     script = place.cwd / "pasted.sh"
     script.write_text(pasted)
     place.run(script=script)
-    assert place.arguments_of() == ["--config", "my runs/first.yml", "resume_from=auto", *arguments]
+    assert place.arguments_of() == ["--config", "my runs/first.yml", "--resume", *arguments]
 
 
 def test_what_follows_the_config_reaches_the_trainer_untouched_and_in_order(place):
     arguments = ["b=two words", "--check", "a=[1, 'x']", "exit=0", "c=d=e", "--dry-run", "empty=", "*", ""]
     place.run("my runs/first.yml", *arguments)
-    assert place.arguments_of() == ["--config", "my runs/first.yml", "resume_from=auto", *arguments]
-
-
-@pytest.mark.parametrize("given", ["command", "file"])
-def test_resume_from_of_the_user_is_left_alone(place, given):
-    (place.cwd / "first.yml").write_text(
-        "resume_from: somewhere\n" if given == "file" else "resume_from: null\n"
-    )
-    arguments = ["resume_from=latest"] if given == "command" else []
-    place.run("first.yml", *arguments, "exit=0")
-    assert place.arguments_of() == ["--config", "first.yml", *arguments, "exit=0"]
+    assert place.arguments_of() == ["--config", "my runs/first.yml", "--resume", *arguments]
 
 
 def test_the_environment_of_the_repository_is_the_default_python(place):
@@ -394,6 +400,14 @@ def test_a_mistake_is_named_and_nothing_starts(place, arguments, env, message):
     output = place.run(*arguments, env=env, expect=2)
     assert output.count("launch.sh: error: ") == 1 and message in output
     assert not list(place.notes.iterdir()) and not list(place.temporary.iterdir())
+
+
+def test_a_port_that_is_taken_is_named_before_anything_starts(place):
+    with socket.create_server(("", 0)) as server:
+        port = str(server.getsockname()[1])
+        env = {"NODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PROCESSES_PER_NODE": "1"}
+        output = place.run("my runs/first.yml", env=env, expect=2)
+    assert f"MASTER_PORT={port} cannot be had on this node: Address already in use" in output
 
 
 def test_a_command_in_an_accelerate_config_is_not_executed(place, tmp_path):
@@ -477,6 +491,22 @@ def test_a_rank_that_leaves_no_exit_code_is_a_failure(place):
     place.run("my runs/first.yml", "exit=75", env=TWO, expect=1)
 
 
+def test_how_the_ranks_ended_is_the_last_that_is_said(place):
+    output = place.run("my runs/first.yml", "exit=1,1", env=TWO, expect=1)
+    assert output.splitlines()[-1] == "launch.sh: ranks 0, 1 ended with 1: x"
+
+
+def test_a_rank_that_was_killed_is_named_last(place):
+    with place.start("my runs/first.yml", env=TWO) as group:
+        group.wait_for("rank 0 runs")
+        group.wait_for("rank 1 runs")
+        pid = next(place.temporary.glob("*.d/rank1.pid")).read_text()
+        os.kill(int(pid), signal.SIGKILL)
+        output = group.wait(30, expect=1).stdout
+    assert "launch.sh: rank 1 left no account of its end: it was killed" in output
+    assert "launch.sh: rank 0 ended with 75: x" in output
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT"])
 def test_a_signal_reaches_every_rank_and_waits_longer_than_the_launcher_would(place, name):
     with place.start("my runs/first.yml", env={**TWO, "SAVE_SECONDS": "2"}) as group:
@@ -494,6 +524,24 @@ def test_a_signal_before_the_ranks_are_up_is_not_lost(place):
         group.processes[0].send_signal(signal.SIGTERM)
         output = group.wait(30, expect=75).stdout
     assert output.count("ends with 75") == 2
+
+
+def test_a_signal_ends_a_launcher_that_waits_for_other_nodes(place):
+    script = place.root / "launch.sh"
+    script.write_text(script.read_text().replace("BEGIN_SECONDS=20", "BEGIN_SECONDS=1"))
+    env = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "LAUNCHER_SECONDS": "100"}
+    with place.start("my runs/first.yml", env={**TWO, **env}) as group:
+        group.wait_for("launcher")
+        group.processes[0].send_signal(signal.SIGTERM)
+        assert "there is nothing to save" in group.wait(30, expect=75).stdout
+
+
+def test_a_node_that_waits_long_for_the_others_says_where(place):
+    script = place.root / "launch.sh"
+    script.write_text(script.read_text().replace("PATIENCE_SECONDS=60", "PATIENCE_SECONDS=1"))
+    env = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "LAUNCHER_SECONDS": "4"}
+    output = place.run("my runs/first.yml", "exit=0", env={**TWO, **env})
+    assert "node 1 still waits for the other nodes at 127.0.0.1:29500" in output
 
 
 def test_a_signal_during_the_checks_is_not_lost(place):

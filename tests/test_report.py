@@ -2,6 +2,7 @@ import html
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -13,9 +14,11 @@ from running import records, reset_accelerate, toy, train, write_config
 from trainer import journal, report
 from trainer.build import run
 from trainer.config import load_run_config
+from trainer.console import StartupAccount
 from trainer.report import main
 from trainer.report_page import write_page
 from trainer.run_facts import read_run
+from trainer.runfolder import write_exit_status
 
 HOSTILE = '"><script>alert(1)</script><img src=http://bad.example/x onerror=alert(1)>'
 START = {
@@ -511,6 +514,21 @@ def test_a_journal_goes_on_after_half_a_line(tmp_path):
     (tmp_path / journal.FILE).write_text('{"event": "start"}\n{"event": "en')
     journal.note_end(tmp_path, {"exit_code": 0})
     assert journal.read_events(tmp_path) == ([{"event": "start"}, {"event": "end", "exit_code": 0}], 1)
+
+
+def test_a_start_takes_away_what_the_end_before_it_said(tmp_path):
+    write_exit_status(tmp_path, 75, "SIGTERM; go on from here")
+    account = StartupAccount("toy", str(tmp_path), "cpu", "fp32", 1, 1, 1, 0, {}, ())
+    journal.note_start(tmp_path, account, world_size=1, strategy="DDP", resumed_step=3)
+    assert not (tmp_path / "exit_status.json").exists()
+
+
+def test_a_start_says_which_job_it_was(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "41234")
+    account = StartupAccount("toy", str(tmp_path), "cpu", "fp32", 1, 1, 1, 0, {}, ())
+    journal.note_start(tmp_path, account, world_size=1, strategy="DDP", resumed_step=None)
+    [start] = journal.read_events(tmp_path)[0]
+    assert (start["slurm_job"], start["host"]) == ("41234", socket.gethostname())
 
 
 def test_a_journal_that_cannot_be_written_is_said_and_stops_nothing(tmp_path, capsys):

@@ -21,9 +21,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from data.errors import DataError
+from data.loader import StepLoader
 from models.errors import ModelError
 from trainer import control, distributed, journal, preemption, runfolder, watch
 from trainer.account import build_account
+from trainer.agreement import check_agreement, check_same_data
 from trainer.atomicfile import replace_text
 from trainer.averaging import keep_average
 from trainer.benchmarking import check_benchmarks
@@ -84,6 +86,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
     with contextlib.ExitStack() as at_end:
         at_end.callback(distributed.shut_down)
         check_dotted_paths(config)
+        check_agreement(config, ranks)
         check_trackers(config.trackers)
         resume = decide_resume(config, ranks, hold=not dry_run)
         if resume.lease is not None:
@@ -91,6 +94,9 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
         check_result(config, ranks, resume)
         seed_everything(config.seed)
         phases, facts = open_phases(config, ranks, pin_memory=accelerator.device.type == "cuda")
+        # A stream of a rank's own has other data on each, and says itself what it is.
+        addressed = [phase for phase in phases if isinstance(phase.loader, StepLoader)]
+        check_same_data({phase.name: phase.loader.fingerprint() for phase in addressed}, ranks)
         seed_everything(config.seed)
         with distributed.building_model(accelerator, config, [phase.plan for phase in phases]):
             model = build_model(config, facts)
@@ -190,7 +196,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         watcher.close(exit_code, reason, is_consequence=is_consequence, is_wanted=is_wanted)
         finish_scoring(run, wait=exit_code == 0)
         run.recorder.close(exit_code)
-        if ranks.is_main:
+        if watcher.writes_the_end():
             with contextlib.suppress(OSError):  # a full disk must not hide what stopped the run
                 journal.note_end(folder, runfolder.write_exit_status(folder, exit_code, reason))
             report_at_end(folder)
@@ -259,12 +265,12 @@ def start_watch(run: Run, folder: Path) -> Watch:
 
     def say_why(reason: str) -> None:
         control.leave_exit(1, reason)
-        if run.ranks.is_main:
+        if watcher.writes_the_end():
             with contextlib.suppress(OSError):
                 journal.note_end(folder, runfolder.write_exit_status(folder, 1, reason))
 
     run.module.register_forward_pre_hook(lambda *_: run.activity.move_on())
-    return Watch(
+    watcher = Watch(
         folder,
         run.ranks,
         run.activity,
@@ -272,6 +278,7 @@ def start_watch(run: Run, folder: Path) -> Watch:
         timeout_seconds=run.config.distributed_timeout_seconds,
         on_end=say_why,
     )
+    return watcher
 
 
 def redone_record(run: Run) -> dict[str, Any] | None:

@@ -319,7 +319,10 @@ def check_folder(output_dir: Path) -> list[Finding]:
         advice = "choose an output_dir that you may write to"
         return [Finding("output folder", "broken", f"{where}: {error.strerror or error}", advice)]
     try:
-        return [_check_space(folder, where), _check_speed(trial), _check_locks(trial), _check_renames(trial)]
+        space, speed = _check_space(folder, where), _check_speed(trial)
+        if speed.state == "broken":  # the others would fail of the same
+            return [space, speed]
+        return [space, speed, _check_locks(trial), _check_renames(trial)]
     finally:
         shutil.rmtree(trial, ignore_errors=True)
 

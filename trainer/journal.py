@@ -1,10 +1,14 @@
 """`events.jsonl` of a run folder: when a run started, went on and ended, one line of JSON each.
 
 Nothing that a run computes depends on it, so a line that cannot be written is said and the run goes on. An `end`
-holds what `exit_status.json` does, which knows the last one alone. What has no `end` was killed, or still runs.
+holds what `exit_status.json` does, which is there from an end to the next start. What has no `end` was killed, or
+still runs.
 """
 
+import contextlib
 import json
+import os
+import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +24,14 @@ def note_start(
     folder: Path, account: StartupAccount, *, world_size: int, strategy: str, resumed_step: int | None
 ) -> None:
     """Write that a run begins, or goes on from a step, and what its start-up account says."""
+    # What the last end said would be taken for this start's, if it is killed.
+    with contextlib.suppress(OSError):
+        (folder / "exit_status.json").unlink(missing_ok=True)
     event = {
         "event": START if resumed_step is None else RESUME,
         "time": datetime.now(UTC).isoformat(),
+        "host": socket.gethostname(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "world_size": world_size,
         "strategy": strategy,
         "device": account.device,

@@ -49,6 +49,8 @@ def _train(argv: list[str] | None, command: Command) -> int:
         if arguments.check:
             _say("stage 1, configuration: failed; stage 2, dotted paths: not reached")
         raise
+    if arguments.resume and config.resume_from is None and not _says_resume(arguments.overrides):
+        config = config.model_copy(update={"resume_from": "auto"})
     if arguments.print_config:
         _say(dump_yaml(config).rstrip())
         return 0
@@ -94,6 +96,12 @@ def _parse(argv: list[str], command: Command = "train") -> argparse.Namespace | 
         help="set one value (training.batch_size=32, datasets.0.lr=1e-4), or pick a preset (group=name) from a "
         "folder beside FILE",
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with this run's newest checkpoint where there is one (resume_from: auto), unless FILE or the "
+        "command says what to go on from",
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument(
         "--check", action="store_true", help="check the file and its dotted paths; touch no data"
@@ -113,6 +121,12 @@ def _parse(argv: list[str], command: Command = "train") -> argparse.Namespace | 
             return parser.parse_intermixed_args(argv)
         except SystemExit as done:
             return int(done.code or 0)
+
+
+def _says_resume(overrides: list[str]) -> bool:
+    """Tell whether the command line sets what to go on from, in the words of any kind of configuration."""
+    keys = {override.partition("=")[0] for override in overrides}
+    return not keys.isdisjoint(("resume_from", "training.resume_from", "general.resume"))
 
 
 def _say(text: str) -> None:

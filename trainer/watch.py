@@ -146,7 +146,28 @@ class Watch:
             return None
         self._is_ending = True
         found = self._find_culprit()
-        return None if found is None else LostRank(found)
+        if found is None:
+            return None
+        # A rank that hangs outside of collectives learns of nothing else that it is not waited for.
+        self._leave_failure(found)
+        return LostRank(found)
+
+    def writes_the_end(self) -> bool:
+        """Tell whether this rank is to write down how the run ended: one does, once, also where rank 0 is lost.
+
+        A rank asks after `close`, or when its watch ends it.
+        """
+        if self._thread is None:
+            return True
+        if not self._failure_path.exists():
+            return self._rank == 0
+        if self._rank != 0 and not self._is_rank_0_lost():
+            return False
+        told = self._folder / f"told.{self._own.attempt}"
+        with contextlib.suppress(OSError):
+            told.touch(exist_ok=False)
+            return True
+        return self._rank == 0 and not told.exists()
 
     def close(
         self, exit_code: int, reason: str, *, is_consequence: bool = False, is_wanted: bool = False
@@ -246,7 +267,6 @@ class Watch:
         pause = 0.2 if self._count <= 64 else BEAT_SECONDS
         while True:
             if (dead := self._dead_neighbour()) is not None:
-                self._leave_failure(dead)
                 return dead
             if (note := self._read(self._failure_path)) is not None:
                 return str(note["reason"])
@@ -278,6 +298,11 @@ class Watch:
             elif not beat.is_consequence:
                 return _ended(beat)
         return None
+
+    def _is_rank_0_lost(self) -> bool:
+        """Tell whether rank 0 is why the run ended, and has not said so itself."""
+        note, beat = self._read(self._failure_path), self._beat_of(0)
+        return bool(note and beat and beat.ending is None and beat.who in note["reason"])
 
     def _numbers(self) -> dict[int, int]:
         return {rank: beat.number for rank, beat in self._beats().items()}
@@ -334,7 +359,8 @@ class Watch:
     def _end(self, reason: str) -> None:
         """End the process from here: its main thread waits for what will not come."""
         self._dump_stacks()
-        text = f"{reason}. Rank {self._rank} waits for it in vain and ends"
+        is_own = self._own.who in reason
+        text = f"{reason}. Rank {self._rank} {'is not waited for' if is_own else 'waits for it in vain'} and ends"
         self._say(text)
         self._leave_failure(reason)
         self._leave_ending(text, is_consequence=True)
