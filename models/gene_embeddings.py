@@ -102,7 +102,10 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
             )
     assert content is not None
     matrix = _checked(path, content)
-    names = [line.strip() for line in names_path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        names = [line.strip() for line in names_path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ModelError(f"gene_embedding_path: {names_path} is no text in UTF-8 ({error})") from error
     if len(names) != len(matrix):
         raise ModelError(
             f"gene_embedding_path: {names_path} names {len(names)} genes, {path} has {len(matrix)} rows"
@@ -114,21 +117,25 @@ def _load(path: Path) -> np.ndarray | tuple[np.ndarray, list[str]]:
     """Read what a file holds: a matrix, or a matrix and its names."""
     if path.suffix == ".npy":
         try:
-            return np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
+            with path.open("rb") as file:
+                if file.read(6) != b"\x93NUMPY":
+                    raise ValueError("it does not begin as one")
+            # Mapped, so that a shape that is more than the file holds is refused before memory is taken for it.
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError, OSError) as error:
             raise ModelError(
                 f"gene_embedding_path: {path} is no plain NumPy array: {error}; save the matrix alone, with the names "
                 "in a .txt beside it"
             ) from error
     if path.suffix == ".safetensors":
         try:
-            with safe_open(str(path), framework="np") as file:
+            with safe_open(str(path), framework="pt") as file:
                 names = list(file.keys())
                 if len(names) != 1:
                     raise ModelError(
                         f"gene_embedding_path: {path} holds the tensors {names}; it must hold one matrix"
                     )
-                return file.get_tensor(names[0])
+                return _as_array(path, file.get_tensor(names[0]))
         except SafetensorError as error:
             raise ModelError(f"gene_embedding_path: {path} is no safetensors file: {error}") from error
     if path.suffix == ".pt":
@@ -139,22 +146,40 @@ def _load(path: Path) -> np.ndarray | tuple[np.ndarray, list[str]]:
 def _load_pt(path: Path) -> np.ndarray | tuple[np.ndarray, list[str]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    # What a damaged file makes the reader of its format stumble over.
+    except (
+        pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, IndexError, TypeError,
+        AttributeError, AssertionError,
+    ) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
             f"gene_embedding_path: {path} holds something else than tensors and names, or is damaged, and is never "
-            f"unpickled: {str(error).splitlines()[0]}"
+            f"unpickled: {reason}"
         ) from error
     if isinstance(content, Tensor):
-        return content.detach().float().numpy()
+        return _as_array(path, content)
     keys = list(content) if isinstance(content, dict) else type(content).__name__
     if not isinstance(content, dict) or not {"gene_names", "embeddings"} <= content.keys():
         raise ModelError(
             f"gene_embedding_path: {path} holds {keys}; it must hold a matrix, or gene_names and embeddings"
         )
     matrix, names = content["embeddings"], content["gene_names"]
-    if not isinstance(matrix, Tensor) or len(names) != len(matrix):
+    if not isinstance(matrix, Tensor) or not isinstance(names, list | tuple) or matrix.ndim == 0:
+        raise ModelError(f"gene_embedding_path: {path}: gene_names must be a list, and embeddings a matrix")
+    if len(names) != len(matrix):
         raise ModelError(f"gene_embedding_path: {path} has {len(names)} gene_names for other embeddings")
-    return matrix.detach().float().numpy(), [str(name) for name in names]
+    return _as_array(path, matrix), [str(name) for name in names]
+
+
+def _as_array(path: Path, matrix: Tensor) -> np.ndarray:
+    """Return a tensor as float32; one number may not stand for many, as a view of it in a file can."""
+    is_plain = matrix.layout == torch.strided and matrix.is_floating_point()
+    if not is_plain or matrix.numel() * matrix.element_size() > matrix.untyped_storage().nbytes():
+        raise ModelError(
+            f"gene_embedding_path: {path} holds {matrix.dtype} {list(matrix.shape)}, which is no plain matrix of "
+            "floating point numbers"
+        )
+    return matrix.detach().float().numpy()
 
 
 def _checked(path: Path, matrix: np.ndarray) -> np.ndarray:

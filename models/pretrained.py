@@ -263,6 +263,8 @@ def _read_config(folder: Path) -> tuple[ModelDescription, dict[str, str], dict[s
                 f"{path}: {key} is {config.get(key, 'missing')!r:.80}; the file was edited or is damaged"
             )
     tied = config["tied_weights"]
+    if not all(isinstance(kept, str) for kept in tied.values()):
+        raise ModelError(f"{path}: tied_weights is {tied!r:.80}; the file was edited or is damaged")
     parts = config.get("parts", {WEIGHTS_FILE: ""})
     if not isinstance(parts, dict) or not all(
         isinstance(start, str) and Path(file).name == file and file.endswith(".safetensors")
@@ -360,7 +362,7 @@ def _construct(factory: Any, description: ModelDescription, trusted: list[str], 
             config_class = resolve_trusted(description.config_class, f"{path}: config_class", trusted)
             arguments.append(config_class(**description.config_args))
         model = factory(*arguments, **description.model_args)
-    except TypeError as error:
+    except (TypeError, RuntimeError, MemoryError) as error:  # sizes that no memory holds are among them
         raise ModelError(f"{path}: its arguments do not fit {description.model_class} ({error})") from error
     if not isinstance(model, nn.Module):
         raise ModelError(

@@ -516,6 +516,47 @@ def test_bad_gene_vector_files_are_refused(tmp_path, genes, matrix, message):
         load_gene_embeddings(path, ["A", "B"])
 
 
+def write_lying_array(path):
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (2, 10**13)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(bytes(64))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("vectors.npy", write_lying_array),
+        ("vectors.npy", lambda path: path.write_bytes(b"PK\x03\x04 no archive")),
+        ("vectors.pt", lambda path: path.write_bytes(b"")),
+        ("vectors.pt", lambda path: torch.save(torch.zeros(1).expand(2, 10**12), path)),
+        ("vectors.pt", lambda path: torch.save(torch.zeros(2, 3).to_sparse(), path)),
+        ("vectors.pt", lambda path: torch.save(torch.zeros(2, 3, dtype=torch.complex64), path)),
+        ("vectors.pt", lambda path: torch.save({"gene_names": 5, "embeddings": torch.zeros(2, 3)}, path)),
+        ("vectors.safetensors", lambda path: save_file({"a": torch.zeros(2, 3, dtype=torch.int32)}, path)),
+    ],
+)
+def test_a_file_of_gene_vectors_that_is_none_is_refused(tmp_path, name, write):
+    write(tmp_path / name)
+    (tmp_path / "vectors.txt").write_text("A\nB\n")
+    with pytest.raises(ModelError, match="gene_embedding_path: .*vectors"):
+        load_gene_embeddings(tmp_path / name, ["A", "B"])
+
+
+def test_gene_vectors_of_half_precision_are_read(tmp_path):
+    save_file({"a": torch.arange(6.0).reshape(2, 3).bfloat16()}, tmp_path / "vectors.safetensors")
+    (tmp_path / "vectors.txt").write_text("A\nB\n")
+    table = load_gene_embeddings(tmp_path / "vectors.safetensors", ["B", "A"])
+    assert table.tolist() == [[3, 4, 5], [0, 1, 2]]
+
+
+def test_names_of_gene_vectors_that_are_no_text_are_refused(tmp_path):
+    path = write_vectors(tmp_path, ["A"], np.zeros((1, 3), np.float32))
+    path.with_suffix(".txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match="is no text in UTF-8"):
+        load_gene_embeddings(path, ["A"])
+
+
 def test_missing_gene_vector_file_says_what_is_wanted(tmp_path):
     with pytest.raises(ValueError, match="does not exist; give a .npy, .safetensors or .pt matrix"):
         load_gene_embeddings(tmp_path / "none.npy", ["A"])

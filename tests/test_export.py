@@ -396,12 +396,24 @@ def test_a_class_path_that_is_not_trusted_is_refused_unimported(
         ({"config_args": {"vocab_size": 44, "hidden_dim": 15}}, "not divisible by num_heads"),
         ({"tied_weights": {"a.weight": "b.weight"}}, "ties a.weight to b.weight"),
         ({"tied_weights": {"output.weight": "token_embedding.weight"}}, "has no attribute"),
+        ({"tied_weights": {"output.weight": ["token_embedding.weight"]}}, "tied_weights is .*was edited"),
+        ({"config_args": {"vocab_size": 10**15}}, "arguments do not fit"),
     ],
 )
 def test_an_edited_configuration_is_an_error(copy, changes, message):
     edit(copy, **changes)
     with pytest.raises(ModelError, match=message):
         from_pretrained(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "cell_tokenizer.json"])
+@pytest.mark.parametrize(
+    "text", ["[1]", "{", "[" * 100_000, '{"format": "cellphase-model-1", "settings": [{}]}']
+)
+def test_a_backbone_of_an_export_that_is_none_is_an_error(copy, name, text):
+    (copy / name).write_text(text)
+    with pytest.raises(CheckpointError, match="backbone: "):
+        read_backbone(copy, "backbone")
 
 
 def test_a_configuration_that_is_no_json_is_an_error(copy):
@@ -509,26 +521,33 @@ def test_a_model_without_a_config_class_is_exported_with_its_defaults(home):
     assert from_pretrained(home / "plain_exported", model_class=ToyModel).config.width == 4
 
 
+FOREIGN = "a checkpoint may name only what is of models: its code would run"
+
+
 @pytest.mark.parametrize(
-    "model",
+    ("model", "message"),
     [
-        {"model_class": "os.system", "model_args": {"command": "touch EXECUTED"}},
-        {"model_class": "os:system", "model_args": {"command": "touch EXECUTED"}},
-        {"config_class": "os.system", "config_args": {"command": "touch EXECUTED"}},
-        {"model_class": "models.pretrained.importlib.import_module", "model_args": {"name": "executes"}},
-        {"model_class": "models.pretrained:importlib.import_module", "model_args": {"name": "executes"}},
-        {"model_class": "executes.Model"},
+        ({"model_class": "os.system", "model_args": {"command": "touch EXECUTED"}}, FOREIGN),
+        ({"model_class": "os:system", "model_args": {"command": "touch EXECUTED"}}, FOREIGN),
+        ({"config_class": "os.system", "config_args": {"command": "touch EXECUTED"}}, FOREIGN),
+        ({"model_class": "executes.Model"}, FOREIGN),
+        (
+            {"model_class": "models.pretrained.importlib.import_module", "model_args": {"name": "executes"}},
+            "cannot be found here",
+        ),
+        (
+            {"model_class": "models.pretrained:importlib.import_module", "model_args": {"name": "executes"}},
+            "is no class of models",
+        ),
     ],
 )
 @pytest.mark.parametrize("open_it", [load_trained, lambda saved: read_backbone(saved.folder, "backbone")])
-def test_what_a_checkpoint_names_is_not_executed(run, tmp_path, monkeypatch, model, open_it):
+def test_what_a_checkpoint_names_is_not_executed(run, tmp_path, monkeypatch, model, message, open_it):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "executes.py").write_text("open('EXECUTED', 'w').close()\n")
     saved = changed_checkpoint(newest(run), tmp_path, lambda config: config["model"].update(model))
-    with pytest.raises(
-        CheckpointError, match="only what is of models: its code would run|cannot be found here"
-    ):
+    with pytest.raises(CheckpointError, match=message):
         open_it(open_checkpoint(saved))
     assert not (tmp_path / "EXECUTED").exists()
 

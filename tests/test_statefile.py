@@ -178,6 +178,15 @@ def test_size_and_hash_are_those_of_the_file(tmp_path: Path) -> None:
     assert facts == (len(data), hashlib.sha256(data).hexdigest())
 
 
+def test_bytes_that_a_tree_names_many_times_take_their_memory_once(tmp_path: Path) -> None:
+    metadata = {"format": "cellphase-tree-1", "tree": json.dumps([{"bytes": "a"}] * 10_000)}
+    save_file(
+        {"a": torch.zeros(1_000_000, dtype=torch.uint8)}, tmp_path / "state.safetensors", metadata=metadata
+    )
+    found = load_tree(tmp_path / "state.safetensors")
+    assert len(found) == 10_000 and len({id(value) for value in found}) == 1
+
+
 def test_loaded_tensors_do_not_hang_on_the_file(tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     save_tree(path, torch.arange(5000))

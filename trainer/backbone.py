@@ -86,6 +86,10 @@ def _of_export(folder: Path, where: str) -> Backbone:
     description = _read_json(folder / CONFIG_FILE, where)
     if description.get("format") != FORMAT:
         raise CheckpointError(f"{where}: {folder / CONFIG_FILE} is not of an export (no format {FORMAT})")
+    if not isinstance(description.get("model_class"), str) or not isinstance(
+        description.get("config_args"), dict
+    ):
+        raise CheckpointError(f"{where}: {folder / CONFIG_FILE} does not say its model_class and config_args")
     record = _read_json(folder / TOKENIZER_FILE, where)
     folder = Path(os.path.abspath(folder))
     return Backbone(
@@ -95,14 +99,17 @@ def _of_export(folder: Path, where: str) -> Backbone:
 
 def _tokens(record: Mapping[str, Any] | None, folder: Path, where: str) -> tuple[dict[str, Any], str]:
     """Return options and value kind of the last phase's tokenizer: the one that the weights were trained with last."""
-    settings = [] if record is None else record["settings"]
-    if not settings or settings[-1]["value_kind"] is None:
-        raise CheckpointError(f"{where}: {folder} does not say how its cells became tokens")
-    return dict(settings[-1]["options"]), settings[-1]["value_kind"]
+    match [] if record is None else record.get("settings"):
+        case [*_, {"value_kind": str() as value_kind, "options": dict() as options}]:
+            return dict(options), value_kind
+    raise CheckpointError(f"{where}: {folder} does not say how its cells became tokens")
 
 
-def _read_json(path: Path, where: str) -> Any:
+def _read_json(path: Path, where: str) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{where}: {path} cannot be read ({error})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{where}: {path} holds no table")
+    return content

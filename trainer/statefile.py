@@ -340,6 +340,8 @@ class _Restorer:
         self._source = source
         self._stored_as_bytes = stored_as_bytes
         self._reshaped: dict[str, torch.Tensor] = {}
+        # Once for each tensor: a tree that names one over and over does not take its memory as often.
+        self._bytes: dict[str, bytes] = {}
 
     def value(self, node: Any, leave_out: Collection[str] = ()) -> Any:
         """Return the value that `node` stands for, of a dict without the keys in `leave_out`."""
@@ -370,7 +372,9 @@ class _Restorer:
         if tag == "array":
             return self._read(content).cpu().numpy()
         if tag == "bytes":
-            return self._read(content).cpu().numpy().tobytes()
+            if content not in self._bytes:
+                self._bytes[content] = self._read(content).cpu().numpy().tobytes()
+            return self._bytes[content]
         raise ValueError(f"unknown tag {tag!r}")
 
     def _tensor(self, node: dict[str, Any]) -> torch.Tensor | LazyTensor:
