@@ -469,7 +469,11 @@ def test_the_converters_defaults_in_the_documentation_are_the_programs():
     defaults = {name: action.default for action in build_parser()._actions for name in action.option_strings}
     text = (ROOT / "docs" / "converting.md").read_text().partition("## All options")[2]
     told = re.findall(r"^\| `(--[\w-]+)[^`]*` \| `?([\w.]+)`? \|", text, re.MULTILINE)
-    told = {name: value for name, value in told if value in ("off", "auto", "union", "arrow") or value[0].isdigit()}
+    told = {
+        name: value
+        for name, value in told
+        if value in ("off", "auto", "union", "arrow") or value[0].isdigit()
+    }
     assert told.keys() >= {"--rows-per-shard", "--min-genes", "--min-match", "--jobs", "--layer", "--resume"}
     assert told == {name: "off" if defaults[name] is False else str(defaults[name]) for name in told}
 
