@@ -2,18 +2,21 @@
 
     python benchmarks/loop_overhead.py
 
-Both loops get the same micro-batches from memory, so that data costs neither anything. They take turns, round after
-round, in one process; the figure is the ratio of the medians over all rounds.
+Where it is installed, the Trainer of Hugging Face transformers takes the same steps, and writes a record of each of
+them as our loop does. All get the same micro-batches from memory, so that data costs nothing. They take turns, round
+after round, in one process; the figures are ratios to the bare loop over all rounds, by the clock and by processor
+time, which other programs on the machine disturb less.
 """
 
 import argparse
+import importlib.util
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -36,6 +39,22 @@ from trainer.run import Run  # noqa: E402
 from trainer.strategy import Strategy  # noqa: E402
 
 NUM_GENES, NUM_BINS, NUM_TOKENS = 2000, 12, 129
+
+
+class Spent(NamedTuple):
+    """Time since some moment."""
+
+    wall: float
+    cpu: float
+
+    @classmethod
+    def now(cls) -> "Spent":
+        """Return both clocks."""
+        return cls(time.perf_counter(), time.process_time())
+
+    def since(self, start: "Spent") -> "Spent":
+        """Return what has passed."""
+        return Spent(self.wall - start.wall, self.cpu - start.cpu)
 
 
 class FromMemory:
@@ -101,9 +120,9 @@ def build_model(width: int, num_layers: int) -> MaskedCellEncoder:
     )
 
 
-def bare_round(model: nn.Module, optimizer: torch.optim.Optimizer, steps: list[list[MicroBatch]]) -> float:
-    """Train over all steps with the shortest loop that computes the same gradients; return its seconds."""
-    began = time.perf_counter()
+def bare_round(model: nn.Module, optimizer: torch.optim.Optimizer, steps: list[list[MicroBatch]]) -> Spent:
+    """Train over all steps with the shortest loop that computes the same gradients; return its time."""
+    began = Spent.now()
     for step in steps:
         weight = sum(micro.batch["masked_index"].numel() for micro in step)
         for micro in step:
@@ -112,7 +131,65 @@ def bare_round(model: nn.Module, optimizer: torch.optim.Optimizer, steps: list[l
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-    return time.perf_counter() - began
+    return Spent.now().since(began)
+
+
+class ForTrainer(nn.Module):
+    """Give the model the shape that transformers.Trainer asks for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Take the model."""
+        super().__init__()
+        self.model = model
+
+    def forward(self, micro: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the mean loss of a micro-batch."""
+        output = self.model.compute_loss(micro)  # type: ignore[operator]
+        return {"loss": output.sum / micro["masked_index"].numel()}
+
+
+def trainer_round(model: ForTrainer, steps: list[list[MicroBatch]], folder: Path) -> Spent:
+    """Take all steps with transformers.Trainer; return their time, from the end of one step before them."""
+    import transformers
+
+    ends: list[Spent] = []
+
+    class Clock(transformers.TrainerCallback):
+        """Note when steps end."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            """Note it."""
+            ends.append(Spent.now())
+
+    micros = [micro.batch for step in [steps[-1], *steps] for micro in step]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder / "transformers"),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=len(steps[0]),
+        max_steps=len(steps) + 1,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        lr_scheduler_type="constant",
+        # Its own would throw away the state of the processes that our run holds.
+        accelerator_config={"use_configured_state": True},
+    )
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        data_collator=lambda items: {"micro": items[0]},
+        train_dataset=micros,  # type: ignore[arg-type]
+        optimizers=(torch.optim.AdamW(model.parameters()), None),
+        callbacks=[Clock()],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return ends[-1].since(ends[0])
 
 
 def our_run(folder: Path, steps: list[list[MicroBatch]], width: int, num_layers: int) -> Run:
@@ -140,6 +217,16 @@ def our_run(folder: Path, steps: list[list[MicroBatch]], width: int, num_layers:
     return run
 
 
+def compared(kind: str, rounds: list[Spent], of_bare: list[Spent]) -> str:
+    """Describe the ratios of rounds to the bare loop's rounds beside them."""
+    ratios = sorted(
+        getattr(each, kind) / getattr(bare, kind) for each, bare in zip(rounds, of_bare, strict=True)
+    )
+    return (
+        f"; {kind} {statistics.median(ratios):.3f} of the bare loop, from {ratios[0]:.3f} to {ratios[-1]:.3f}"
+    )
+
+
 def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -160,23 +247,27 @@ def main() -> int:
     ]
     bare = build_model(arguments.width, arguments.layers)
     optimizer = torch.optim.AdamW(bare.parameters())
+    theirs = ForTrainer(build_model(arguments.width, arguments.layers))
+    has_trainer = importlib.util.find_spec("transformers") is not None
+    times: dict[str, list[Spent]] = {"bare loop": [], "ours": []}
+    if has_trainer:
+        times["transformers.Trainer"] = []
     with tempfile.TemporaryDirectory() as folder:
         run = our_run(Path(folder), steps, arguments.width, arguments.layers)
-        meters, ours, theirs = Meters(run.ranks), [], []
+        meters = Meters(run.ranks)
         for _ in range(arguments.rounds + 1):
-            theirs.append(bare_round(bare, optimizer, steps))
-            began = time.perf_counter()
+            times["bare loop"].append(bare_round(bare, optimizer, steps))
+            began = Spent.now()
             run_epoch(run, run.phases[0], meters)
-            ours.append(time.perf_counter() - began)
+            times["ours"].append(Spent.now().since(began))
+            if has_trainer:
+                times["transformers.Trainer"].append(trainer_round(theirs, steps, Path(folder)))
         run.recorder.close(0)
-    per_step = [statistics.median(times[1:]) / arguments.steps * 1e3 for times in (theirs, ours)]
-    pairs = sorted(our / their for our, their in zip(ours[1:], theirs[1:], strict=True))
-    print(
-        f"bare loop {per_step[0]:.2f} ms a step, ours {per_step[1]:.2f} ms: ratio {per_step[1] / per_step[0]:.3f}"
-    )
-    print(
-        f"ratio of neighbouring rounds: median {statistics.median(pairs):.3f}, from {pairs[0]:.3f} to {pairs[-1]:.3f}"
-    )
+    for name, rounds in times.items():
+        print(f"{name:20} {statistics.median(each.wall for each in rounds[1:]) / arguments.steps * 1e3:8.2f} ms a step"
+              + "".join(compared(kind, rounds[1:], times["bare loop"][1:]) for kind in Spent._fields))  # fmt: skip
+    if not has_trainer:
+        print("transformers is not installed, so its Trainer is left out")
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.width} x {arguments.layers} model"
     )
