@@ -217,7 +217,7 @@ inspect() {
     local answer own_port=
     # The port is node 0's, and a dry run may be anywhere.
     ((node_rank > 0)) || [[ -n $dry_run ]] || own_port=$port
-    answer=$("$python" - "$accelerate_config" "$root" "$own_port" <<'PYTHON'
+    answer=$("$python" - "$accelerate_config" "$root" "$own_port" 2>"$scratch" <<'PYTHON'
 import importlib.util
 import socket
 import sys
@@ -256,7 +256,7 @@ if port:
 processes = int(values.get("num_processes") or 0) // max(1, int(values.get("num_machines") or 1))
 print({"False": "NO", "no": "NO"}.get(kind, kind), int(bool(values.get("use_cpu"))), max(0, processes))
 PYTHON
-    ) 2>"$scratch" || die "$(tail -n 1 "$scratch")"
+    ) || die "$(tail -n 1 "$scratch")"
     read -r kind on_cpu processes_of_config <<<"$answer"
     if [[ $kind == DEEPSPEED ]]; then
         local compiler=${CXX:-c++}

@@ -122,8 +122,13 @@ class ParquetShards:
             raise DataError(f"{path}: not a Parquet file, or cut short")
         if needed > len(tail):
             tail = self._fetch(path, size - needed, size)
-        metadata = pq.read_metadata(pa.BufferReader(tail))
-        names = metadata.schema.to_arrow_schema().names
+        try:
+            metadata = pq.read_metadata(pa.BufferReader(tail))
+            names = metadata.schema.to_arrow_schema().names
+        except (OSError, pa.ArrowException, UnicodeError) as error:
+            raise DataError(
+                f"{path}: its Parquet footer cannot be read, the file is damaged ({error})"
+            ) from error
         missing = [name for name in self._columns if name not in names]
         if missing:
             raise DataError(f"{path}: no column {', '.join(missing)}; it has: {', '.join(names)}")
@@ -192,12 +197,17 @@ class ParquetShards:
 
     def _decode(self, shard: int, group: int) -> Columns:
         path, footer = self._paths[shard], self.footer(shard)
-        start, stop = _byte_range(footer.metadata.row_group(group), set(self._columns))
+        try:
+            start, stop = _byte_range(footer.metadata.row_group(group), set(self._columns))
+        except UnicodeError:
+            start, stop = -1, -1
+        if not 0 <= start <= stop <= footer.size:
+            raise DataError(f"{path}: row group {group} lies outside the file, which is damaged")
         window = _Window(self._fetch(path, start, stop), start, footer.size)
         try:
             with pq.ParquetFile(pa.PythonFile(window, mode="r"), metadata=footer.metadata) as file:
                 table = file.read_row_group(group, columns=self._columns, use_threads=False)
-        except (OSError, pa.ArrowInvalid) as error:
+        except (OSError, pa.ArrowException, UnicodeError) as error:
             raise DataError(f"{path}: row group {group} cannot be decoded ({error})") from error
         return {name: from_arrow(table.column(name), name, path) for name in self._columns}
 
@@ -248,4 +258,4 @@ def _byte_range(group: Any, columns: set[str]) -> tuple[int, int]:
             first = chunk.dictionary_page_offset or chunk.data_page_offset
             starts.append(min(first, chunk.data_page_offset))
             stops.append(starts[-1] + chunk.total_compressed_size)
-    return min(starts), max(stops)
+    return min(starts, default=-1), max(stops, default=-1)

@@ -415,7 +415,8 @@ def test_a_command_in_an_accelerate_config_is_not_executed(place, tmp_path):
     command = f"MULTI_GPU 1 PIPESTATUS[$(touch${{IFS}}{tmp_path}/executed)]"
     (place.cwd / "own.yaml").write_text(f"distributed_type: '{command}'\nnum_processes: 1\n")
     output = place.run("--dry-run", "--accelerate-config=own.yaml", "my runs/first.yml", expect=2)
-    assert "own.yaml: distributed_type is 'MULTI_GPU 1 PIPE" in output and "none of accelerate's" in output
+    assert "launch.sh: error: own.yaml: distributed_type is 'MULTI_GPU 1 PIPE" in output
+    assert output.count("own.yaml") == 1 and "none of accelerate's" in output
     assert not (tmp_path / "executed").exists()
 
 

@@ -302,3 +302,21 @@ def test_a_truncated_parquet_file_is_refused(folders: dict[str, Path], tmp_path:
     with pytest.raises(DataError, match="not a Parquet file, or cut short"):
         ParquetReader(open_corpus("memory://cut")).read(np.array([0]))
     remote.rm("/cut", recursive=True)
+
+
+def test_damaged_bytes_of_a_parquet_file_end_in_an_error_or_in_cells(tmp_path: Path):
+    """Cells that are read are of the gene space, whatever bytes they came from."""
+    folder = write_corpus(tmp_path / "corpus", make_cells(30, 20, 5), 20, "parquet")
+    file = next(folder.glob("*.parquet"))
+    content, rng, num_refused = file.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(200):
+        changed = bytearray(content)
+        for place in rng.integers(0, len(content), 2):
+            changed[place] = rng.integers(256)
+        file.write_bytes(changed)
+        try:
+            cells = open_reader(open_corpus(folder)).read(np.arange(30))
+            assert len(cells) == 30 and cells.genes.min() >= 0 and cells.genes.max() < 20
+        except DataError:
+            num_refused += 1
+    assert num_refused > 50
