@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from data.corpus import CorpusInfo
 from data.errors import DataError
 from data.genes import GeneSpace, read_gene_list
+from data.manifest import UNLABELLED
 
 Pairs = Literal["error", "skip", "index"]
 UnknownTargets = Literal["error", "skip", "index"]
@@ -31,7 +32,7 @@ class PerturbationTargets:
     control: int
     """The class of the control cells."""
     genes: tuple[tuple[str, ...], ...]
-    """The genes that each perturbation targets; none for the controls."""
+    """The genes that each perturbation targets; none for the controls and for cells without a label."""
     indices: NDArray[np.int64]  # [perturbations, 1], or [perturbations, 2] with pairs
     is_used: NDArray[np.bool_]  # [perturbations], false for controls and for what is skipped
     target_names: tuple[str, ...]
@@ -83,10 +84,13 @@ def read_targets(
     control = names.index(label)
     space = _target_space(targets, columns, info, pair_separator, label)
     genes = tuple(
-        () if name == label else _parts(name, space, pair_separator, label, info.path) for name in names
+        () if name in (label, UNLABELLED) else _parts(name, space, pair_separator, label, info.path)
+        for name in names
     )
     num_targets = np.array([len(each) for each in genes])
     is_pair, notices = num_targets == 2, []
+    if UNLABELLED in names and label != UNLABELLED:
+        notices.append("cells without a label in target_gene are left out")
     if pairs != "index":
         _refuse_or_note(
             pairs, np.asarray(names)[is_pair].tolist(), info.path, notices,
@@ -178,7 +182,7 @@ def _target_space(
     if targets != "corpus":
         return read_gene_list(targets)
     names = info.class_names("target_gene")
-    parts = {part for name in names if name != label for part in name.split(separator)}
+    parts = {part for name in names if name not in (label, UNLABELLED) for part in name.split(separator)}
     kept = tuple(sorted(part for part in parts if part not in (*_EMPTY_PARTS, label)))
     if not kept:
         raise DataError(f"{info.path}: no perturbation is left; all cells are controls")

@@ -488,6 +488,14 @@ def test_targets_can_be_counted_among_those_of_the_corpus_or_of_a_file(tmp_path:
     assert sorted(set(batch["target_gene_idx"].tolist())) == [1, 2]
 
 
+@pytest.mark.parametrize("targets", ["genes", "corpus"])
+def test_cells_without_a_label_are_no_perturbation(tmp_path: Path, targets: str):
+    source = load(with_pairs(tmp_path, "GENE5", "GENE9", "unlabelled"), targets=targets)
+    assert sorted(set(every_set(source)["perturbation_idx"].tolist())) == [0, 1]
+    assert "unlabelled" not in source.facts()["target_gene_names"]
+    assert "cells without a label in target_gene are left out" in source.notices
+
+
 def test_the_control_label_must_be_one_of_the_corpus(
     corpus: Path, tmp_path: Path, labels: dict[str, np.ndarray]
 ):
