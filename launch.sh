@@ -423,7 +423,8 @@ run_node() {
         on_node_signal "$early"
     fi
     if ((nodes > 1)); then
-        say "node $node_rank of $nodes (${HOSTNAME:-}): $processes ranks, which meet at $MASTER_ADDR:$port"
+        say "node $node_rank of $nodes (${HOSTNAME:-}): $processes of $((nodes * processes)) processes, which meet at" \
+            "$MASTER_ADDR:$port"
     fi
     wait_for_begin &
     start deaf env -u CELLPHASE_SLURM_NODE "CELLPHASE_CONTROL=$control" "${environment[@]}" "${command[@]}"
