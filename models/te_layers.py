@@ -162,78 +162,83 @@ class LinearProduct:
             cast(Any, self._layer).load_scaling_state(state)
 
 
+class _WeightsAlone(nn.Module):
+    """Stand before a class of Transformer Engine's, and keep the state dict to the parameters.
+
+    The extra state of its classes is a pickle, and is neither written nor read.
+    """
+
+    get_extra_state = nn.Module.get_extra_state
+    set_extra_state = nn.Module.set_extra_state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        state_dict.pop(f"{prefix}_extra_state", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class _Layer(_WeightsAlone):
+    """Stand before a linear layer of Transformer Engine's: parameters as ours, tokens padded, scaling handed over."""
+
+    def __init__(
+        self, in_features: int, out_features: int, *, recipe: Recipe, init_std: float, **options: Any
+    ) -> None:
+        options = {"bias": True, "init_method": lambda w: nn.init.normal_(w, std=init_std), **options}
+        super().__init__(in_features, out_features, **options)
+        self.recipe: Recipe = recipe
+        self.init_std = init_std
+
+    def reset_parameters(self, defer_init: bool = False) -> None:
+        """Draw the weight, set biases to zero and the norm to the plain one."""
+        if not hasattr(self, "init_std"):  # within the constructor
+            cast(Any, super()).reset_parameters(defer_init=defer_init)
+            return
+        for name, parameter in self.named_parameters(recurse=False):
+            if name == "weight":
+                nn.init.normal_(parameter, std=self.init_std)
+            elif name == "layer_norm_weight":
+                nn.init.ones_(parameter)
+            else:
+                nn.init.zeros_(parameter)
+
+    def forward(self, inp: Tensor) -> Tensor:
+        return on_aligned_rows(super().forward, inp, alignment(self.recipe))
+
+    def scaling_state(self) -> dict[str, Tensor]:
+        meta = cast(Any, self).fp8_meta
+        if self.recipe != "delayed_scaling" or "scaling_fwd" not in meta:
+            return {}
+        return {
+            f"{direction}_{part}": getattr(meta[direction], part).detach().clone()
+            for direction in _DIRECTIONS
+            for part in ("scale", "amax_history")
+        }
+
+    def load_scaling_state(self, state: Mapping[str, Tensor]) -> None:
+        if self.recipe != "delayed_scaling":
+            return
+        # Before the first pass there is nothing yet to copy to.
+        cast(Any, self).init_fp8_meta_tensors(make_recipe(self.recipe))
+        own = self.scaling_state()
+        if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in own.items()}:
+            raise ModelError(
+                f"the state of delayed scaling holds {', '.join(sorted(state)) or 'nothing'}; Transformer "
+                f"Engine's layers need {', '.join(sorted(own))}"
+            )
+        meta = cast(Any, self).fp8_meta
+        for direction in _DIRECTIONS:
+            for part in ("scale", "amax_history"):
+                # In place: the region's end writes to these tensors.
+                getattr(meta[direction], part).copy_(state[f"{direction}_{part}"])
+
+
 @functools.cache
 def _classes() -> dict[str, Any]:
     """Return our subclasses of Transformer Engine's modules, which cannot be named before it is imported."""
     te = load()
 
-    class WeightsAlone:
-        """Keep the state dict to the parameters: the extra state is a pickle, and is neither written nor read."""
+    class Linear(_Layer, te.Linear): ...
 
-        get_extra_state = nn.Module.get_extra_state
-        set_extra_state = nn.Module.set_extra_state
-
-        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-            state_dict.pop(f"{prefix}_extra_state", None)
-            super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
-
-    class Layer(WeightsAlone):
-        """Draw the parameters as ours are, pad tokens, hand over what delayed scaling remembers."""
-
-        def __init__(
-            self, in_features: int, out_features: int, *, recipe: Recipe, init_std: float, **options: Any
-        ) -> None:
-            options = {"bias": True, "init_method": lambda w: nn.init.normal_(w, std=init_std), **options}
-            super().__init__(in_features, out_features, **options)  # pyright: ignore[reportCallIssue]
-            self.recipe: Recipe = recipe
-            self.init_std = init_std
-
-        def reset_parameters(self, defer_init: bool = False) -> None:
-            """Draw the weight, set biases to zero and the norm to the plain one."""
-            if not hasattr(self, "init_std"):  # within the constructor
-                super().reset_parameters(defer_init=defer_init)  # type: ignore[misc]
-                return
-            for name, parameter in cast(nn.Module, self).named_parameters(recurse=False):
-                if name == "weight":
-                    nn.init.normal_(parameter, std=self.init_std)
-                elif name == "layer_norm_weight":
-                    nn.init.ones_(parameter)
-                else:
-                    nn.init.zeros_(parameter)
-
-        def forward(self, inp: Tensor) -> Tensor:
-            return on_aligned_rows(super().forward, inp, alignment(self.recipe))  # type: ignore[misc]
-
-        def scaling_state(self) -> dict[str, Tensor]:
-            meta = cast(Any, self).fp8_meta
-            if self.recipe != "delayed_scaling" or "scaling_fwd" not in meta:
-                return {}
-            return {
-                f"{direction}_{part}": getattr(meta[direction], part).detach().clone()
-                for direction in _DIRECTIONS
-                for part in ("scale", "amax_history")
-            }
-
-        def load_scaling_state(self, state: Mapping[str, Tensor]) -> None:
-            if self.recipe != "delayed_scaling":
-                return
-            # Before the first pass there is nothing yet to copy to.
-            cast(Any, self).init_fp8_meta_tensors(make_recipe(self.recipe))
-            own = self.scaling_state()
-            if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in own.items()}:
-                raise ModelError(
-                    f"the state of delayed scaling holds {', '.join(sorted(state)) or 'nothing'}; Transformer "
-                    f"Engine's layers need {', '.join(sorted(own))}"
-                )
-            meta = cast(Any, self).fp8_meta
-            for direction in _DIRECTIONS:
-                for part in ("scale", "amax_history"):
-                    # In place: the region's end writes to these tensors.
-                    getattr(meta[direction], part).copy_(state[f"{direction}_{part}"])
-
-    class Linear(Layer, te.Linear): ...
-
-    class LayerNormLinear(Layer, te.LayerNormLinear):
+    class LayerNormLinear(_Layer, te.LayerNormLinear):
         def forward(self, inp: Tensor, correction: Callable[[Tensor], Any] | None = None) -> Tensor:
             result = super().forward(inp)
             if correction is None:
@@ -247,11 +252,11 @@ def _classes() -> dict[str, Any]:
                 normalised = F.layer_norm(inp, weight.shape, weight, bias.to(inp.dtype), own.eps)
             return (result + correction(normalised)).to(result.dtype)
 
-    class DotProductAttention(WeightsAlone, te.DotProductAttention):
+    class DotProductAttention(_WeightsAlone, te.DotProductAttention):
         def __init__(self, num_heads: int, head_dim: int, dropout: float, *, is_causal: bool) -> None:
             kind = "causal" if is_causal else "no_mask"
             options = {"attention_dropout": dropout, "qkv_format": "bshd", "attn_mask_type": kind}
-            super().__init__(num_heads, head_dim, **options)  # pyright: ignore[reportCallIssue]
+            super().__init__(num_heads, head_dim, **options)
             self.is_causal = is_causal
 
         def forward(self, q: Tensor, k: Tensor, v: Tensor, is_real: Tensor | None) -> Tensor:
