@@ -9,11 +9,12 @@ from models.cross_entropy import rows_at_once
 if TYPE_CHECKING:
     from models.autoregressive import AutoregressiveConfig
     from models.encoder import EncoderConfig
+    from models.layers import Activation, Normalization
     from models.masked_autoencoder import MaskedAutoencoderConfig
     from models.model_config import ModelConfig
 
 _DEPTH_CENTRES = 32
-_FP32 = 4
+FP32 = 4
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def autoencoder_flops(config: "MaskedAutoencoderConfig", lengths: Sequence[int],
     tokens, dim, width = sum(lengths), config.hidden_dim, config.decoder_width
     share = 1 - num_masked / tokens if tokens else 1.0
     flops = backbone_flops(config, [length * share for length in lengths])
-    flops += _body_flops(width, _linear1_width(4 * width, config), 4 * width, config.decoder_layers, lengths)
+    flops += _body_flops(
+        width, linear1_width(4 * width, config.activation), 4 * width, config.decoder_layers, lengths
+    )
     return flops + 6.0 * (
         (tokens - num_masked) * dim * width
         + num_masked * (dim * width + width * width + width * (config.n_bins or 1))
@@ -92,7 +95,7 @@ def autoencoder_flops(config: "MaskedAutoencoderConfig", lengths: Sequence[int],
 def backbone_flops(config: "ModelConfig", lengths: Sequence[float]) -> float:
     """Return the operations of a model without its heads, counted as `encoder_flops` does."""
     dim, inner = config.hidden_dim, config.inner_dim
-    flops = _body_flops(dim, _linear1_width(inner, config), inner, config.num_layers, lengths)
+    flops = _body_flops(dim, linear1_width(inner, config.activation), inner, config.num_layers, lengths)
     if config.n_bins is None and config.use_expression_values:
         flops += sum(lengths) * (4.0 * dim + 6.0 * 2 * dim * dim)
     if config.use_depth:
@@ -120,7 +123,7 @@ def encoder_activations(
         num_masked: its positions at which something is predicted.
         is_mixed: whether matrix products are computed in bf16 or fp16.
     """
-    heads = num_cells * 2 * _FP32 * config.hidden_dim
+    heads = num_cells * 2 * FP32 * config.hidden_dim
     of_genes, gene_logits = _gene_head_bytes(config, num_masked, is_mixed)
     of_values, value_logits = _value_head_bytes(
         config, num_masked, is_mixed, reads_hidden=not config.expression_from_cell
@@ -128,21 +131,21 @@ def encoder_activations(
     body = backbone_bytes(config, num_tokens, is_mixed=is_mixed)
     if config.use_cell_summary and config.n_bins is not None and config.use_expression_values:
         summaries = 3 if config.contrast_weight > 0 else 1
-        body += summaries * num_tokens * 2 * _FP32 * config.hidden_dim
-    return Activations(body, heads + of_genes + of_values, 3 * _FP32 * (gene_logits + value_logits))
+        body += summaries * num_tokens * 2 * FP32 * config.hidden_dim
+    return Activations(body, heads + of_genes + of_values, 3 * FP32 * (gene_logits + value_logits))
 
 
 def autoregressive_activations(
     config: "AutoregressiveConfig", *, num_tokens: int, num_cells: int, is_mixed: bool
 ) -> Activations:
     """Return the bytes of activations of an autoregressive model, counted as `encoder_activations` does."""
-    predicted, dim, low = max(0, num_tokens - num_cells), config.hidden_dim, 2 if is_mixed else _FP32
+    predicted, dim, low = max(0, num_tokens - num_cells), config.hidden_dim, 2 if is_mixed else FP32
     of_genes, gene_logits = _gene_head_bytes(config, predicted, is_mixed)
     of_values, value_logits = _value_head_bytes(config, predicted, is_mixed)
     if config.expression_loss_weight > 0:  # the part that an encoder computes once a cell
-        of_values += predicted * (_norm_bytes(dim, config) + low * dim)
+        of_values += predicted * (norm_bytes(dim, config.normalization) + low * dim)
     body = backbone_bytes(config, num_tokens, is_mixed=is_mixed)
-    return Activations(body, of_genes + of_values, 3 * _FP32 * (gene_logits + value_logits))
+    return Activations(body, of_genes + of_values, 3 * FP32 * (gene_logits + value_logits))
 
 
 def autoencoder_activations(
@@ -152,7 +155,7 @@ def autoencoder_activations(
 
     Its tokens are those without padding: padding is left out before anything is computed.
     """
-    dim, width, low = config.hidden_dim, config.decoder_width, 2 if is_mixed else _FP32
+    dim, width, low = config.hidden_dim, config.decoder_width, 2 if is_mixed else FP32
     mask = 1 if config.dropout > 0 else 0
     visible = num_tokens - num_masked
     body = backbone_bytes(config, visible, is_mixed=is_mixed)
@@ -160,10 +163,10 @@ def autoencoder_activations(
     body += _blocks_bytes(
         width, 4 * width, config.num_decoder_heads, config.decoder_layers, num_tokens, config, is_mixed
     )
-    body += num_tokens * (_norm_bytes(width, config) + mask * width)
+    body += num_tokens * (norm_bytes(width, config.normalization) + mask * width)
     # The input of transform, of the activation function, of the norm and of the output.
-    heads = num_masked * (2 * low * width + _norm_bytes(width, config) + low * width)
-    return Activations(body, heads, 3 * _FP32 * num_masked * (config.n_bins or 1))
+    heads = num_masked * (2 * low * width + norm_bytes(width, config.normalization) + low * width)
+    return Activations(body, heads, 3 * FP32 * num_masked * (config.n_bins or 1))
 
 
 def backbone_bytes(config: "ModelConfig", num_tokens: int, *, is_mixed: bool) -> float:
@@ -172,7 +175,9 @@ def backbone_bytes(config: "ModelConfig", num_tokens: int, *, is_mixed: bool) ->
     body = _blocks_bytes(
         dim, config.inner_dim, config.num_heads, config.num_layers, num_tokens, config, is_mixed
     )
-    return body + num_tokens * (_norm_bytes(dim, config) + mask * dim + _embedding_bytes(config, is_mixed))
+    return body + num_tokens * (
+        norm_bytes(dim, config.normalization) + mask * dim + _embedding_bytes(config, is_mixed)
+    )
 
 
 def matrix_sizes(config: "ModelConfig") -> dict[str, int]:
@@ -180,19 +185,25 @@ def matrix_sizes(config: "ModelConfig") -> dict[str, int]:
     return {"hidden_dim": config.hidden_dim, "ffn_dim": config.inner_dim}
 
 
-def _linear1_width(inner: int, config: "ModelConfig") -> int:
+def linear1_width(inner: int, activation: "Activation") -> int:
     """Return what the first layer of an MLP gives out: with a gate twice what the second one takes."""
-    return 2 * inner if config.activation == "swiglu" else inner
+    return 2 * inner if activation == "swiglu" else inner
+
+
+def kept_by_activation(activation: "Activation") -> int:
+    """Return how many tensors as wide as an MLP's inside its activation function keeps."""
+    return {"gelu": 1, "silu": 1, "relu": 0, "swiglu": 3}[activation]
+
+
+def norm_bytes(dim: int, normalization: "Normalization") -> int:
+    """Return the bytes that a norm keeps of a token: its input and its fp32 statistics."""
+    return FP32 * dim + (8 if normalization == "LayerNorm" else 4)
 
 
 def _body_flops(dim: int, linear1: int, inner: int, num_layers: int, lengths: Sequence[float]) -> float:
     layer = 4 * dim * dim + dim * linear1 + inner * dim
     attention = 12.0 * num_layers * dim * sum(length * length for length in lengths)
     return 6.0 * num_layers * sum(lengths) * layer + attention
-
-
-def _norm_bytes(dim: int, config: "ModelConfig") -> int:
-    return _FP32 * dim + (8 if config.normalization == "LayerNorm" else 4)
 
 
 def _blocks_bytes(
@@ -205,15 +216,15 @@ def _blocks_bytes(
     is_mixed: bool,
 ) -> float:
     """Return the bytes that the blocks of a transformer keep; one of them, and inputs, under checkpointing."""
-    low, mask = 2 if is_mixed else _FP32, 1 if config.dropout > 0 else 0
-    norm = _norm_bytes(dim, config)
+    low, mask = 2 if is_mixed else FP32, 1 if config.dropout > 0 else 0
+    norm = norm_bytes(dim, config.normalization)
     # Of each token: the norm's input, the input of qkv; q, k and v, their result, the softmax's logarithm of each head.
-    attention = norm + low * dim + low * 3 * dim + low * dim + _FP32 * num_heads + mask * dim
-    kept_by_activation = {"gelu": 1, "silu": 1, "relu": 0, "swiglu": 3}[config.activation]
-    mlp = norm + low * dim + low * inner * kept_by_activation + low * inner + mask * dim
+    attention = norm + low * dim + low * 3 * dim + low * dim + FP32 * num_heads + mask * dim
+    kept_inside = low * inner * kept_by_activation(config.activation)
+    mlp = norm + low * dim + kept_inside + low * inner + mask * dim
     layer = num_tokens * (attention + mlp)
     if config.activation_checkpointing:
-        return num_layers * num_tokens * _FP32 * dim + layer
+        return num_layers * num_tokens * FP32 * dim + layer
     return num_layers * layer
 
 
@@ -223,12 +234,12 @@ def _gene_head_bytes(
     """Return the bytes of the gene head, and the logits that stand in memory at once."""
     if config.gene_loss_weight == 0:
         return 0.0, 0.0
-    dim, low = config.hidden_dim, 2 if is_mixed else _FP32
-    kept = float(num_predicted * (low * dim + low * dim + _norm_bytes(dim, config) + low * dim))
+    dim, low = config.hidden_dim, 2 if is_mixed else FP32
+    kept = float(num_predicted * (low * dim + low * dim + norm_bytes(dim, config.normalization) + low * dim))
     # More logits than fit at once are computed in chunks, and their gradients with them (models/cross_entropy.py).
     at_once = rows_at_once(config.vocab_size)
     if num_predicted > at_once:
-        kept += _FP32 * (config.vocab_size + num_predicted) * dim
+        kept += FP32 * (config.vocab_size + num_predicted) * dim
     return kept, float(min(num_predicted, at_once) * config.vocab_size)
 
 
@@ -241,20 +252,20 @@ def _value_head_bytes(
     """Return the bytes of the value head, and its logits."""
     if config.expression_loss_weight == 0:
         return 0.0, 0.0
-    dim, low = config.hidden_dim, 2 if is_mixed else _FP32
+    dim, low = config.hidden_dim, 2 if is_mixed else FP32
     # Inputs of a norm, of gene and product_output; what the product of cell and gene reads.
-    kept = num_predicted * (_norm_bytes(dim, config) + 4 * low * dim)
+    kept = num_predicted * (norm_bytes(dim, config.normalization) + 4 * low * dim)
     if reads_hidden:  # inputs of a norm, of transform and output; what gelu reads
-        kept += num_predicted * (_norm_bytes(dim, config) + 3 * low * dim)
+        kept += num_predicted * (norm_bytes(dim, config.normalization) + 3 * low * dim)
     return float(kept), float(num_predicted * (config.n_bins or 1))
 
 
 def _embedding_bytes(config: "ModelConfig", is_mixed: bool) -> int:
     """Return the bytes a token that the embeddings keep: factors of products of gene vectors and expression."""
-    dim, low = config.hidden_dim, 2 if is_mixed else _FP32
+    dim, low = config.hidden_dim, 2 if is_mixed else FP32
     if not config.use_expression_values:
         return 0
-    kept = 2 * _FP32 * dim
+    kept = 2 * FP32 * dim
     if config.n_bins is None:
         kept += low * 2 * dim
     return kept

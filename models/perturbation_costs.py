@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from models.auxiliary_losses import NUM_OUTPUTS
-from models.costs import Activations
+from models.costs import FP32, Activations, kept_by_activation, linear1_width, norm_bytes
 
 if TYPE_CHECKING:
     from models.perturbation_config import PerturbationTransformerConfig
 
-_FP32, _INT64 = 4, 8
+_INT64 = 8
 _NUM_SINES = 256
 
 
@@ -63,7 +63,7 @@ def training_flops(config: "PerturbationTransformerConfig", sizes: BatchSizes) -
     flops += 6.0 * sets * genes * gene_dim * gene_dim
     flops += 6.0 * cells * (states * dim * 2 * gene_dim + dim * 2 * gene_dim + genes * gene_dim * gene_dim)
     flops += 12.0 * cells * genes * states * gene_dim
-    at_gene = _linear1_width(config, config.gene_inner_dim) + config.gene_inner_dim
+    at_gene = linear1_width(config.gene_inner_dim, config.activation) + config.gene_inner_dim
     outputs = config.vocab_size + (NUM_OUTPUTS if config.has_auxiliary_heads else 0)
     return flops + 6.0 * cells * genes * gene_dim * (at_gene + outputs)
 
@@ -75,31 +75,31 @@ def activation_bytes(
 
     With activation checkpointing the largest block that is computed again counts on top of what is kept.
     """
-    low = 2 if is_mixed else _FP32
+    low = 2 if is_mixed else FP32
     dim, gene_dim, genes = config.hidden_dim, config.gene_width, config.num_genes
     cells, sets, controls = sizes.num_cells, sizes.num_sets, sizes.num_controls if config.use_control else 0
     states = _states(config)
     # Of each gene that is embedded: tokens, scale, what keys and values are made of, and these; then the latents.
-    of_gene = _INT64 + _FP32 * gene_dim + _norm(config, gene_dim) + low * gene_dim + low * 2 * dim
+    of_gene = _INT64 + FP32 * gene_dim + _norm(config, gene_dim) + low * gene_dim + low * 2 * dim
     encoder = genes * of_gene + _queries(config, config.num_latents, dim, dim, low)
     layer = _block_bytes(config, states, low)
     # Of each gene that is read out: the query beside its scale and shift, attention, the MLP with both its norms.
-    of_gene = _FP32 * gene_dim + 2 * low * gene_dim + _FP32 * config.num_heads + 2 * _norm(config, gene_dim)
-    of_gene += low * gene_dim + low * config.gene_inner_dim * (1 + _kept_by_activation(config))
+    of_gene = FP32 * gene_dim + 2 * low * gene_dim + FP32 * config.num_heads + 2 * _norm(config, gene_dim)
+    of_gene += low * gene_dim + low * config.gene_inner_dim * (1 + kept_by_activation(config.activation))
     decoder = genes * of_gene + states * (_norm(config, dim) + low * dim + low * 2 * gene_dim)
     of_sets = sets * _set_bytes(config, sizes.controls_per_set, low)
     if config.activation_checkpointing:
-        kept = cells * config.num_layers * states * _FP32 * dim + (cells + controls) * genes * _INT64
-        kept += cells * states * _FP32 * dim + controls * config.num_latents * _FP32 * dim
+        kept = cells * config.num_layers * states * FP32 * dim + (cells + controls) * genes * _INT64
+        kept += cells * states * FP32 * dim + controls * config.num_latents * FP32 * dim
         again = max(cells * encoder, controls * encoder, cells * layer, cells * decoder)
         body = kept + again + of_sets
     else:
         body = (cells + controls) * encoder + cells * (config.num_layers * layer + decoder) + of_sets
     body += cells * states * _norm(config, dim)  # of the final norm
-    heads = cells * genes * (low * gene_dim + _INT64 + 3 * _FP32)
+    heads = cells * genes * (low * gene_dim + _INT64 + 3 * FP32)
     if config.has_auxiliary_heads:
-        heads += cells * genes * 8 * _FP32
-    return Activations(body, heads, 3.0 * _FP32 * cells * genes * config.vocab_size)
+        heads += cells * genes * 8 * FP32
+    return Activations(body, heads, 3.0 * FP32 * cells * genes * config.vocab_size)
 
 
 def matrix_sizes(config: "PerturbationTransformerConfig") -> dict[str, int]:
@@ -126,14 +126,6 @@ def _code_flops(config: "PerturbationTransformerConfig") -> float:
     return 4.0 * config.gene_vector_dim if config.gene_vector_dim else 6.0 * config.gene_width
 
 
-def _linear1_width(config: "PerturbationTransformerConfig", inner: int) -> int:
-    return 2 * inner if config.activation == "swiglu" else inner
-
-
-def _kept_by_activation(config: "PerturbationTransformerConfig") -> int:
-    return {"gelu": 1, "silu": 1, "relu": 0, "swiglu": 3}[config.activation]
-
-
 def _encoder_flops(config: "PerturbationTransformerConfig", cells: int, genes: int) -> float:
     """Return the operations of compressing cells: summary, queries and output, keys and values, attention."""
     dim, gene_dim, latents = config.hidden_dim, config.gene_width, config.num_latents
@@ -150,27 +142,27 @@ def _set_flops(config: "PerturbationTransformerConfig", sets: int, keys: int) ->
 
 def _block_flops(config: "PerturbationTransformerConfig", rows: int, tokens: int) -> float:
     dim, inner = config.hidden_dim, config.inner_dim
-    weights = 4 * dim * dim + dim * _linear1_width(config, inner) + inner * dim
+    weights = 4 * dim * dim + dim * linear1_width(inner, config.activation) + inner * dim
     return 6.0 * rows * tokens * weights + 12.0 * rows * tokens * tokens * dim
 
 
 def _norm(config: "PerturbationTransformerConfig", dim: int) -> int:
-    return _FP32 * dim + (8 if config.normalization == "LayerNorm" else 4)
+    return norm_bytes(dim, config.normalization)
 
 
 def _queries(config: "PerturbationTransformerConfig", count: int, dim: int, inner: int, low: int) -> int:
     """Return what attention keeps of its queries: their norm, the input of `q`, they themselves, and the result."""
-    return count * (_norm(config, dim) + low * dim + 2 * low * inner + _FP32 * config.num_heads)
+    return count * (_norm(config, dim) + low * dim + 2 * low * inner + FP32 * config.num_heads)
 
 
 def _block_bytes(config: "PerturbationTransformerConfig", tokens: int, low: int) -> int:
     """Return what a transformer block keeps of one row."""
     dim, mask = config.hidden_dim, 1 if config.dropout > 0 else 0
-    attention = _norm(config, dim) + low * 5 * dim + _FP32 * config.num_heads + mask * dim
+    attention = _norm(config, dim) + low * 5 * dim + FP32 * config.num_heads + mask * dim
     mlp = (
         _norm(config, dim)
         + low * dim
-        + low * config.inner_dim * (1 + _kept_by_activation(config))
+        + low * config.inner_dim * (1 + kept_by_activation(config.activation))
         + mask * dim
     )
     return tokens * (attention + mlp)
@@ -182,9 +174,9 @@ def _set_bytes(config: "PerturbationTransformerConfig", controls: int, low: int)
     kept = genes * (_norm(config, gene_dim) + 2 * low * gene_dim)
     if not config.use_control:
         return kept
-    kept += genes * (low * config.num_control_tokens + _FP32 * gene_dim)
+    kept += genes * (low * config.num_control_tokens + FP32 * gene_dim)
     if config.control_tokens == "shared" and controls:
-        kept += genes * 3 * _FP32 * config.vocab_size
+        kept += genes * 3 * FP32 * config.vocab_size
     keys, latents = controls * config.num_latents, config.num_context_latents
     if keys:
         kept += keys * (_norm(config, dim) + low * dim + low * 2 * dim) + _queries(
