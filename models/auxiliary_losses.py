@@ -6,13 +6,13 @@ Every loss is a mean over one cell's masked genes, whose own expression the netw
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.errors import ModelError
+from models.errors import ModelError, raise_all, wrong_choices
 from models.noise import Purpose, fold, uniforms
 
 SignificantBy = Literal["share", "change"]
@@ -59,9 +59,7 @@ class AuxiliaryConfig:
         """Check every field; raise one ModelError that names all that is wrong."""
         if self.token_values is not None:
             object.__setattr__(self, "token_values", tuple(self.token_values))
-        problems = list(self._problems())
-        if problems:
-            raise ModelError("; ".join(f"auxiliary.{problem}" for problem in problems))
+        raise_all(f"auxiliary.{problem}" for problem in self._problems())
 
     def _problems(self) -> Iterable[str]:
         for field in ("significance_weight", "direction_weight", "ranking_weight", "significant_change"):
@@ -69,8 +67,7 @@ class AuxiliaryConfig:
                 yield f"{field} is {getattr(self, field)}; it must not be negative"
         if not self.positive_weight > 0:
             yield f"positive_weight is {self.positive_weight}; it must be positive"
-        if self.significant_by not in get_args(SignificantBy):
-            yield f"significant_by is {self.significant_by!r}; allowed: {', '.join(get_args(SignificantBy))}"
+        yield from wrong_choices(self, {"significant_by": SignificantBy})
         for field, limit in (("significant_share", 1.0), ("ranking_share", 0.5), ("ranking_least", 1.0)):
             if not 0 < getattr(self, field) <= limit:
                 yield f"{field} is {getattr(self, field)}; it must be in (0, {limit:g}]"

@@ -8,14 +8,14 @@ ranks, on what else is in the batch but for the spread of the times, or on what 
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from models.auxiliary_losses import AuxiliaryConfig, auxiliary_losses, mean_changes
-from models.errors import ModelError
+from models.errors import ModelError, raise_all, wrong_choices
 from models.noise import Purpose, fold, item_seeds, uniform, uniforms
 from models.outputs import LossOutput
 from models.schedules import (
@@ -91,15 +91,13 @@ class AbsorbingConfig:
     def __post_init__(self) -> None:
         """Check every field; raise one ModelError that names all that is wrong."""
         _read_auxiliary(self)
-        _raise_all(self._problems())
+        raise_all(self._problems())
 
     def _problems(self) -> Iterable[str]:
-        if self.schedule not in get_args(ScheduleName):
-            yield f"schedule is {self.schedule!r}; allowed: {', '.join(get_args(ScheduleName))}"
+        yield from wrong_choices(self, {"schedule": ScheduleName})
         if not self.exponent > 0:
             yield f"exponent is {self.exponent}; it must be positive"
-        if self.weighting not in get_args(Weighting):
-            yield f"weighting is {self.weighting!r}; allowed: {', '.join(get_args(Weighting))}"
+        yield from wrong_choices(self, {"weighting": Weighting})
         if not 0 < self.time_min < 1:
             yield f"time_min is {self.time_min}; it must be in (0, 1)"
 
@@ -141,7 +139,7 @@ class PartialMaskingConfig:
         if self.token_frequencies is not None:
             object.__setattr__(self, "token_frequencies", tuple(self.token_frequencies))
         _read_auxiliary(self)
-        _raise_all(self._problems())
+        raise_all(self._problems())
 
     def _problems(self) -> Iterable[str]:
         for field in ("mask_ratio", "mask_ratio_start", "mask_ratio_end"):
@@ -567,9 +565,3 @@ def _read_auxiliary(config: AbsorbingConfig | PartialMaskingConfig) -> None:
             f"auxiliary is {given!r}; it must be a table with some of {', '.join(known)}, or null"
         )
     object.__setattr__(config, "auxiliary", AuxiliaryConfig(**given))
-
-
-def _raise_all(problems: Iterable[str]) -> None:
-    found = list(problems)
-    if found:
-        raise ModelError("; ".join(found))

@@ -3,7 +3,7 @@
 import contextlib
 import fnmatch
 from collections.abc import Callable
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from models import te_layers, torchao_layers
 from models.attention import AttentionSpans, packed_attention
-from models.errors import ModelError
+from models.errors import ModelError, check_choice
 from models.fp8_alignment import alignment, nearest_multiples
 from models.fp8_emulation import EmulatedLinear
 from models.fp8_scaling import Recipe, recompute_contexts
@@ -23,13 +23,6 @@ Activation = Literal["gelu", "relu", "silu", "swiglu"]
 LinearFunction = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 NORM_EPSILON = 1e-5
-
-
-def check_choice(field: str, value: str, choices: object) -> None:
-    """Raise a ValueError naming `field` unless `value` is one of a Literal's choices."""
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise ModelError(f"{field} is {value!r}; allowed: {', '.join(allowed)}")
 
 
 class Norm(nn.Module):

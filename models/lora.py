@@ -14,8 +14,8 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from models.errors import ModelError
-from models.layers import Linear, NormLinear, check_choice
+from models.errors import ModelError, check_choice, raise_all
+from models.layers import Linear, NormLinear
 
 DEFAULT_TARGETS = ("out_proj", "linear1", "linear2")
 ADAPTER_MARK = ".lora_"
@@ -49,17 +49,21 @@ class LoraSettings:
         """Check every field."""
         if self.target_modules is not None:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))
-        problems = [] if self.rank >= 1 else [f"lora.rank is {self.rank}; it must be at least 1"]
-        problems += [] if self.alpha > 0 else [f"lora.alpha is {self.alpha}; it must be positive"]
-        problems += [] if 0 <= self.dropout < 1 else [f"lora.dropout is {self.dropout}; it must be in [0, 1)"]
+        raise_all(self._problems())
+
+    def _problems(self) -> Iterable[str]:
+        if not self.rank >= 1:
+            yield f"lora.rank is {self.rank}; it must be at least 1"
+        if not self.alpha > 0:
+            yield f"lora.alpha is {self.alpha}; it must be positive"
+        if not 0 <= self.dropout < 1:
+            yield f"lora.dropout is {self.dropout}; it must be in [0, 1)"
         if self.target_modules is not None and not self.target_modules:
-            problems.append("lora.target_modules is empty; name layers, or leave it out for the default ones")
+            yield "lora.target_modules is empty; name layers, or leave it out for the default ones"
         try:
             check_choice("lora.bias", self.bias, LoraBias)
         except ModelError as error:
-            problems.append(str(error))
-        if problems:
-            raise ModelError("; ".join(problems))
+            yield str(error)
 
 
 def frozen_patterns(bias: LoraBias = "none", prefix: str = "backbone.") -> list[str]:

@@ -4,10 +4,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from models.errors import ModelError
+from models.errors import raise_all, wrong_choices
 from models.fp8_alignment import FP8_ALIGNMENT, alignment, nearest_multiples
 from models.fp8_scaling import Recipe
-from models.layers import Activation, Backend, Normalization, check_choice
+from models.layers import Activation, Backend, Normalization
 from models.masked_heads import NUM_SPECIAL_TOKENS
 
 Pooling = Literal["cls", "mean"]
@@ -79,9 +79,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         """Check every field; raise one ValueError that names all that is wrong."""
         object.__setattr__(self, "exclude_layers", tuple(self.exclude_layers))
-        problems = list(self.wrong_fields())
-        if problems:
-            raise ModelError("; ".join(problems))
+        raise_all(self.wrong_fields())
 
     @property
     def inner_dim(self) -> int:
@@ -99,11 +97,7 @@ class ModelConfig:
             "layer_backend": Backend,
             "fp8_recipe": Recipe,
         }
-        for field, allowed in choices.items():
-            try:
-                check_choice(field, getattr(self, field), allowed)
-            except ModelError as error:
-                yield str(error)
+        yield from wrong_choices(self, choices)
         if self.position_embedding == "learned" and self.max_seq_len is None:
             yield "position_embedding learned needs max_seq_len"
         yield from self._wrong_fp8()
@@ -130,11 +124,7 @@ class ModelConfig:
         """Say which widths, by field name, FP8 layers cannot have, and which heads of `dim` attention cannot."""
         if self.layer_backend == "torch":
             return
-        multiple = alignment(self.fp8_recipe)
-        for field, value in widths.items():
-            if value % multiple:
-                near = nearest_multiples(value, multiple)
-                yield f"{field} is {value}; FP8 layers need a multiple of {multiple}, such as {near}"
+        yield from wrong_fp8_widths(self.fp8_recipe, widths)
         if self.layer_backend == "te" and num_heads > 0 and dim % num_heads == 0:
             head_dim = dim // num_heads
             if head_dim % FP8_ALIGNMENT:
@@ -156,22 +146,41 @@ class ModelConfig:
         yield from self.at_least(1, "hidden_dim", "num_layers", "num_heads", "inner_dim", "max_seq_len")
         if self.num_heads > 0 and self.hidden_dim % self.num_heads:
             yield f"hidden_dim {self.hidden_dim} is not divisible by num_heads {self.num_heads}"
-        for field in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, field) < 1:
-                yield f"{field} is {getattr(self, field)}; it must be in [0, 1)"
+        yield from wrong_dropout(self)
         yield from self.at_least(1, "gene_embedding_dim")
         if not self.init_std > 0:
             yield f"init_std is {self.init_std}; it must be positive"
 
     def _wrong_fp8(self) -> Iterable[str]:
-        if self.layer_backend == "torch" and self.fp8_recipe != "current_scaling":
-            yield f"fp8_recipe is {self.fp8_recipe}, but layer_backend torch has no FP8 layers"
-        if self.layer_backend == "torchao" and self.fp8_recipe != "current_scaling":
-            yield f"fp8_recipe is {self.fp8_recipe}; layer_backend torchao knows current_scaling alone"
+        yield from wrong_recipe(self.layer_backend, self.fp8_recipe)
         widths = {"hidden_dim": self.hidden_dim, "ffn_dim": self.inner_dim}
         yield from self.wrong_fp8_sizes(
             widths, dim=self.hidden_dim, heads_field="num_heads", num_heads=self.num_heads
         )
+
+
+def wrong_dropout(config: object) -> Iterable[str]:
+    """Say which of a configuration's two probabilities of dropout are none."""
+    for field in ("dropout", "attention_dropout"):
+        if not 0 <= getattr(config, field) < 1:
+            yield f"{field} is {getattr(config, field)}; it must be in [0, 1)"
+
+
+def wrong_recipe(backend: Backend, recipe: Recipe) -> Iterable[str]:
+    """Say if a backend does not know an FP8 recipe."""
+    if backend == "torch" and recipe != "current_scaling":
+        yield f"fp8_recipe is {recipe}, but layer_backend torch has no FP8 layers"
+    if backend == "torchao" and recipe != "current_scaling":
+        yield f"fp8_recipe is {recipe}; layer_backend torchao knows current_scaling alone"
+
+
+def wrong_fp8_widths(recipe: Recipe, widths: Mapping[str, int]) -> Iterable[str]:
+    """Say which widths, by field name, FP8 layers cannot have."""
+    multiple = alignment(recipe)
+    for field, value in widths.items():
+        if value % multiple:
+            near = nearest_multiples(value, multiple)
+            yield f"{field} is {value}; FP8 layers need a multiple of {multiple}, such as {near}"
 
 
 def _allowed_heads(dim: int, num_heads: int, field: str) -> str:

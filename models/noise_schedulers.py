@@ -12,14 +12,14 @@ constants of the cosine schedules are those of genQC, whose presets and folders 
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.errors import ModelError
+from models.errors import ModelError, check_choice
 
 BetaSchedule = Literal["linear", "linear_sqrt", "cos_alpha", "cos_alpha4"]
 PredictionType = Literal["epsilon", "x0", "v-type"]
@@ -84,12 +84,8 @@ class DDPMScheduler:
     ) -> None:
         """Check the choices and work out alpha bar."""
         kind = _OTHER_SPELLINGS.get(prediction_type, prediction_type)
-        for name, value, allowed in (
-            ("prediction_type", kind, get_args(PredictionType)),
-            ("beta_schedule", beta_schedule, get_args(BetaSchedule)),
-        ):
-            if value not in allowed:
-                raise ModelError(f"scheduler: {name} is {value!r}; allowed: {', '.join(allowed)}")
+        check_choice("scheduler: prediction_type", kind, PredictionType)
+        check_choice("scheduler: beta_schedule", beta_schedule, BetaSchedule)
         if betas is None and num_train_timesteps < 2:
             raise ModelError(
                 f"scheduler: num_train_timesteps is {num_train_timesteps}; it must be at least 2"
@@ -103,13 +99,8 @@ class DDPMScheduler:
         if betas is not None:
             alphas = 1 - np.asarray(betas, dtype=np.float64)
         else:
-            alphas = 1 - _betas(
-                beta_schedule,
-                num_train_timesteps,
-                beta_start,
-                beta_end,
-                1.0 if enable_zero_terminal_snr else 0.999,
-            )
+            largest = 1.0 if enable_zero_terminal_snr else 0.999
+            alphas = 1 - _betas(beta_schedule, num_train_timesteps, beta_start, beta_end, largest)
             if enable_zero_terminal_snr and kind != "epsilon" and beta_schedule != "cos_alpha":
                 alphas = _with_zero_end(alphas)
         if not (len(alphas) > 1 and np.all((alphas >= 0) & (alphas < 1))):
@@ -223,9 +214,8 @@ class DDPMScheduler:
         if table is None:
             scales = np.stack([np.sqrt(self.alpha_bar), np.sqrt(1 - self.alpha_bar)])
             table = torch.tensor(scales.tolist(), dtype=torch.float32, device=timesteps.device)
-            if (
-                table.dtype == torch.float32
-            ):  # while a model is built for ZeRO new tensors are of lower precision
+            # While a model is built for ZeRO, new tensors are of lower precision.
+            if table.dtype == torch.float32:
                 self._tables[timesteps.device] = table
         signal, scale = table[:, timesteps].reshape(2, -1, *[1] * (ndim - 1))
         return signal, scale
@@ -283,9 +273,8 @@ class DPMScheduler(DDPMScheduler):
         of_t, of_s = self._alpha_bar_at(t), self._alpha_bar_at(s)
         step, x0 = self._log_snr(s) - self._log_snr(t), found.x0
         if previous is not None:
-            ratio = step / (
-                self._log_snr(t) - self._log_snr(previous.timestep)
-            )  # 0 after the end without signal
+            # 0 after the end without signal
+            ratio = step / (self._log_snr(t) - self._log_snr(previous.timestep))
             x0 = x0 + ratio / 2 * (x0 - previous.x0)
         return math.sqrt((1 - of_s) / (1 - of_t)) * x - math.sqrt(of_s) * math.expm1(-step) * x0
 

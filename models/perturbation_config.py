@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from models import perturbation_costs
 from models.diffusion import Objective, make_diffusion
-from models.errors import ModelError
-from models.fp8_alignment import FP8_ALIGNMENT, alignment, nearest_multiples
+from models.errors import raise_all, wrong_choices
+from models.fp8_alignment import FP8_ALIGNMENT
 from models.fp8_scaling import Recipe
-from models.layers import Activation, Backend, Normalization, check_choice
+from models.layers import Activation, Backend, Normalization
+from models.model_config import wrong_dropout, wrong_fp8_widths, wrong_recipe
 
 TargetTable = Literal["genes", "own"]
 GeneVectors = Literal["file", "coexpression"]
@@ -101,9 +102,7 @@ class PerturbationTransformerConfig:
     def __post_init__(self) -> None:
         """Check every field; raise one ModelError that names all that is wrong."""
         object.__setattr__(self, "exclude_layers", tuple(self.exclude_layers))
-        problems = [*self._wrong_numbers(), *self._wrong_choices()]
-        if problems:
-            raise ModelError("; ".join(problems))
+        raise_all([*self._wrong_numbers(), *self._wrong_choices()])
         make_diffusion(self.objective, self.vocab_size, dict(self.objective_args))
 
     @property
@@ -168,9 +167,7 @@ class PerturbationTransformerConfig:
         for name, width in (("hidden_dim", self.hidden_dim), ("gene_dim", self.gene_width)):
             if self.num_heads > 0 and width % self.num_heads:
                 yield f"{name} {width} is not divisible by num_heads {self.num_heads}"
-        for name in ("dropout", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"{name} is {getattr(self, name)}; it must be in [0, 1)"
+        yield from wrong_dropout(self)
         if not self.init_std > 0:
             yield f"init_std is {self.init_std}; it must be positive"
 
@@ -185,11 +182,7 @@ class PerturbationTransformerConfig:
             "layer_backend": Backend,
             "fp8_recipe": Recipe,
         }
-        for name, allowed in choices.items():
-            try:
-                check_choice(name, getattr(self, name), allowed)
-            except ValueError as error:
-                yield str(error)
+        yield from wrong_choices(self, choices)
         if self.control_tokens == "shared" and self.num_control_tokens != self.vocab_size:
             yield (
                 f"control_tokens is shared, but perturbed cells have {self.vocab_size} tokens and controls "
@@ -211,19 +204,15 @@ class PerturbationTransformerConfig:
         yield from self._wrong_fp8()
 
     def _wrong_fp8(self) -> Iterable[str]:
-        backend, recipe = self.layer_backend, self.fp8_recipe
-        if backend == "torch":
-            if recipe != "current_scaling":
-                yield f"fp8_recipe is {recipe}, but layer_backend torch has no FP8 layers"
+        yield from wrong_recipe(self.layer_backend, self.fp8_recipe)
+        if self.layer_backend == "torch":
             return
-        if backend == "torchao" and recipe != "current_scaling":
-            yield f"fp8_recipe is {recipe}; layer_backend torchao knows current_scaling alone"
-        multiple = alignment(recipe)
-        for name, value in perturbation_costs.matrix_sizes(self).items():
-            if value % multiple:
-                near = nearest_multiples(value, multiple)
-                yield f"{name} is {value}; FP8 layers need a multiple of {multiple}, such as {near}"
-        if backend == "te" and self.num_heads > 0 and self.hidden_dim % (self.num_heads * FP8_ALIGNMENT):
+        yield from wrong_fp8_widths(self.fp8_recipe, perturbation_costs.matrix_sizes(self))
+        if (
+            self.layer_backend == "te"
+            and self.num_heads > 0
+            and self.hidden_dim % (self.num_heads * FP8_ALIGNMENT)
+        ):
             yield (
                 f"num_heads is {self.num_heads}, which makes heads of {self.hidden_dim / self.num_heads:g}; the "
                 f"attention of Transformer Engine needs a multiple of {FP8_ALIGNMENT}"

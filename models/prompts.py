@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.embeddings import Embedding
-from models.errors import ModelError
-from models.layers import check_choice
+from models.errors import ModelError, check_choice
 
 Library = Literal["transformers", "open_clip"]
 Layer = Literal["last", "penultimate"]

@@ -6,12 +6,12 @@ the end of the noise.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from models.errors import ModelError
+from models.errors import check_choice
 
 ScheduleName = Literal["polynomial", "linear", "cosine"]
 
@@ -60,8 +60,7 @@ class CosineSchedule:
 
 def make_schedule(name: ScheduleName, exponent: float) -> Schedule:
     """Build a schedule by its name; `exponent` is the polynomial one's."""
-    if name not in get_args(ScheduleName):
-        raise ModelError(f"schedule is {name!r}; allowed: {', '.join(get_args(ScheduleName))}")
+    check_choice("schedule", name, ScheduleName)
     if name == "cosine":
         return CosineSchedule()
     return PolynomialSchedule(exponent if name == "polynomial" else 1.0)
