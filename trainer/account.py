@@ -27,21 +27,6 @@ def build_account(
 ) -> StartupAccount:
     """Collect what the start-up account says."""
     config, module, phases = run.config, run.module, run.phases
-    batches = ", ".join(list(facts.technical_batches)[:6])
-    more = len(facts.technical_batches) - 6
-    padded = (
-        ""
-        if facts.n_technical_batches == len(facts.technical_batches)
-        else f" (padded to {facts.n_technical_batches})"
-    )
-    facts_note = f"{len(facts.technical_batches)} technical batches{padded}: {batches}" + (
-        f" and {more} more" if more > 0 else ""
-    )
-    genes = (
-        []
-        if facts.gene_space is None
-        else [f"gene space of {len(facts.gene_space):,} genes, {facts.gene_space.sha256[:12]}"]
-    )
     return StartupAccount(
         run_name=config.run_name,
         run_folder=run_folder,
@@ -57,8 +42,7 @@ def build_account(
         resumed_from=resumed_from,
         notes=[
             f"loss: {module.route}",
-            *circuits_or(facts, facts_note),
-            *genes,
+            *_data_notes(facts),
             *(n for phase in phases for n in phase.notices),
             *(n for phase in phases for n in _schedule_notes(run, phase)),
             *_average_note(config),
@@ -94,14 +78,26 @@ def describe_schedule(phase: PhaseConfig, scheduled_steps: int | None, has_sched
     return f"{phase.schedule}{f', {warmup} warmup steps' if warmup else ''}"
 
 
-def circuits_or(facts: DataFacts, technical_batches: str) -> list[str]:
+def _data_notes(facts: DataFacts) -> list[str]:
     """Return what is to be said of the data: circuits have gates and prompts in place of technical batches."""
-    if not facts.gate_pool:
-        return [technical_batches]
-    return [
+    notes = [_circuits_note(facts) if facts.gate_pool else _technical_batches_note(facts)]
+    if facts.gene_space is not None:
+        notes.append(f"gene space of {len(facts.gene_space):,} genes, {facts.gene_space.sha256[:12]}")
+    return notes
+
+
+def _circuits_note(facts: DataFacts) -> str:
+    return (
         f"circuits of up to {facts.sizes['num_qubits']} qubits over {len(facts.gate_pool)} gates, "
         f"{len(facts.prompts):,} prompts, {'with' if facts.has_unitary else 'without'} unitaries"
-    ]
+    )
+
+
+def _technical_batches_note(facts: DataFacts) -> str:
+    count = len(facts.technical_batches)
+    padded = "" if facts.n_technical_batches == count else f" (padded to {facts.n_technical_batches})"
+    more = f" and {count - 6} more" if count > 6 else ""
+    return f"{count} technical batches{padded}: {', '.join(list(facts.technical_batches)[:6])}{more}"
 
 
 def _average_note(config: RunConfig) -> list[str]:
