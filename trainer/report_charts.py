@@ -53,11 +53,7 @@ def chart(
         height: In the units in which the width is 720.
         from_zero: Let the vertical axis begin at 0.
     """
-    kept = []
-    for each in series:
-        finite = np.isfinite(each.x) & (np.abs(each.y) < LARGEST)
-        if finite.any():
-            kept.append(Series(each.name, each.x[finite], each.y[finite], each.colour, each.kind))
+    kept = _drawable(series)
     if not kept:
         return ""
     x_low = min([*(each.x.min() for each in kept), *(span.start for span in spans)])
@@ -79,28 +75,11 @@ def chart(
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{html.escape(label)}">',
         *_shaded(spans, across, floor),
+        *_axes((x_low, x_high), (y_low, y_high), across, up, floor),
+        *(part for each in kept for part in _drawn(each, across, up)),
+        "</svg>",
     ]
-    for tick in _ticks(y_low, y_high, 5):
-        y = up(tick)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{y}" dy="0.35em" text-anchor="end">{tick_text(tick)}</text>')
-    for tick in _ticks(x_low, x_high, 5):
-        if tick == round(tick):
-            parts.append(
-                f'<text x="{across(tick)}" y="{floor + 22}" text-anchor="middle">{tick_text(tick)}</text>'
-            )
-    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>')
-    for each in kept:
-        if each.kind == "dots" or len(each.x) == 1:
-            parts += [
-                f'<circle class="c{each.colour}" cx="{across(x)}" cy="{up(y)}" r="4">'
-                f"<title>{html.escape(each.name)}, step {x:g}: {y:.5g}</title></circle>"
-                for x, y in zip(*_thinned(each.x, each.y), strict=True)
-            ]
-            continue
-        points = " ".join(f"{across(x)},{up(y)}" for x, y in zip(*_thinned(each.x, each.y), strict=True))
-        parts.append(f'<polyline class="c{each.colour} {each.kind}" points="{points}"/>')
-    return "".join([*parts, "</svg>"])
+    return "".join(parts)
 
 
 def running_mean(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray, NDArray]:
@@ -123,6 +102,51 @@ def tick_text(value: float) -> str:
         digits, _, power = f"{value:.2e}".partition("e")
         return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _drawable(series: Sequence[Series]) -> list[Series]:
+    """Return what of the series is finite; none that has nothing left."""
+    kept = []
+    for each in series:
+        finite = np.isfinite(each.x) & (np.abs(each.y) < LARGEST)
+        if finite.any():
+            kept.append(Series(each.name, each.x[finite], each.y[finite], each.colour, each.kind))
+    return kept
+
+
+def _axes(
+    x_limits: tuple[float, float],
+    y_limits: tuple[float, float],
+    across: Callable[[float], float],
+    up: Callable[[float], float],
+    floor: int,
+) -> list[str]:
+    """Return the grid, the numbers at both axes (whole ones at the horizontal one) and the horizontal axis."""
+    parts = []
+    for tick in _ticks(*y_limits, 5):
+        y = up(tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y}" dy="0.35em" text-anchor="end">{tick_text(tick)}</text>')
+    for tick in _ticks(*x_limits, 5):
+        if tick == round(tick):
+            parts.append(
+                f'<text x="{across(tick)}" y="{floor + 22}" text-anchor="middle">{tick_text(tick)}</text>'
+            )
+    parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>')
+    return parts
+
+
+def _drawn(series: Series, across: Callable[[float], float], up: Callable[[float], float]) -> list[str]:
+    """Return the dots of a series, or its line; a single point is a dot."""
+    points = zip(*_thinned(series.x, series.y), strict=True)
+    if series.kind == "dots" or len(series.x) == 1:
+        return [
+            f'<circle class="c{series.colour}" cx="{across(x)}" cy="{up(y)}" r="4">'
+            f"<title>{html.escape(series.name)}, step {x:g}: {y:.5g}</title></circle>"
+            for x, y in points
+        ]
+    line = " ".join(f"{across(x)},{up(y)}" for x, y in points)
+    return [f'<polyline class="c{series.colour} {series.kind}" points="{line}"/>']
 
 
 def _limits(series: Sequence[Series], from_zero: bool) -> tuple[float, float]:

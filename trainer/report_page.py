@@ -163,17 +163,20 @@ def _summary(run: RunFacts) -> list[tuple[str, str | None]]:
 
 
 def _training(run: RunFacts) -> list[str]:
-    steps = run.steps
-    if not len(steps):
+    if not len(run.steps):
         return [_line("No optimizer step is recorded.")]
+    return [*_training_charts(run), _phase_table(run)]
+
+
+def _training_charts(run: RunFacts) -> list[str]:
     spans = _spans(run)
     loss, rate, wait = (
         _column(run, "loss"),
         _column(run, "cells_per_second"),
         _column(run, "data_wait_fraction"),
     )
-    raw = [Series("each step", *loss, kind="faint")] if len(steps) >= 80 else []
-    charts = [
+    raw = [Series("each step", *loss, kind="faint")] if len(run.steps) >= 80 else []
+    return [
         _figure(
             "Loss", [*raw, *_by_phase(run, "loss", "training"), _validation(run, "validation", 1)], spans
         ),
@@ -205,6 +208,10 @@ def _training(run: RunFacts) -> list[str]:
         ),
         "</div>",
     ]
+
+
+def _phase_table(run: RunFacts) -> str:
+    steps = run.steps
     rows = []
     for name, span in steps.spans():
         validation = [e.figures["loss"] for e in run.evaluations if e.phase == name and "loss" in e.figures]
@@ -234,7 +241,7 @@ def _training(run: RunFacts) -> list[str]:
         "peak memory",
         "MFU",
     ]
-    return [*charts, _table(*_without_empty(headers, rows))]
+    return _table(*_without_empty(headers, rows))
 
 
 def _cells_seen(run: RunFacts) -> list[str]:
