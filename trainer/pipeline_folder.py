@@ -57,48 +57,12 @@ def write_pipeline(trained: Trained, settings: ExportConfig, folder: Path) -> di
 def pipeline_config(model: CircuitDiffusion, is_genqc: bool) -> dict[str, Any]:
     """Return `config.yaml`: the parts of the pipeline in genQC's layout, with our classes where the network is ours."""
     config = model.config
-    params = {**config.unet_args, "clr_dim": config.embedding_width, "num_clrs": config.vocab_size}
-    params["cond_emb_size"] = config.prompt_width
-    compiles = model.needs_unitary
-    scheduler = str(config.scheduler.get("type", "DDIM")).removesuffix("Scheduler")
-    arguments = dict(config.scheduler.get("params") or {})
-    if is_genqc:
-        kind = "compilation_diffusion_pipeline.DiffusionPipeline_Compilation"
-        target = f"genQC.pipeline.{kind if compiles else 'diffusion_pipeline.DiffusionPipeline'}"
-        # Without save_path genQC looks beside config.yaml, and without save_type it loads no weights.
-        network: dict[str, Any] = {
-            "target": config.unet_class,
-            "save_path": None,
-            "save_type": "safetensors",
-            "params": params,
-        }
-        noise = {
-            "target": f"genQC.scheduler.scheduler_{scheduler.lower()}.{scheduler}Scheduler",
-            "params": {"device": "cpu", **arguments},
-        }
-        encoder = {
-            "target": "genQC.models.frozen_open_clip.CachedFrozenOpenCLIPEmbedder",
-            "save_path": None,
-            "save_type": None,
-            "params": _genqc_text_encoder(config),
-        }
-    else:
-        target = MODEL_CLASS
-        network = {"target": config.unet_class, "save_type": "safetensors", "params": params}
-        noise = {"target": f"models.noise_schedulers.{scheduler}Scheduler", "params": arguments}
-        encoder = {
-            "target": f"models.prompts.{type(model.prompts).__name__}",
-            "params": dict(config.text_encoder or {"num_tokens": config.prompt_tokens}),
-        }
-    embedder = network if is_genqc else {"save_type": "safetensors", "weights": TABLE}
+    target, parts = _genqc_parts(model) if is_genqc else _own_parts(model)
     return without_paths(
         {
             "target": target,
             "params": {
-                "scheduler": noise,
-                "model": network,
-                "text_encoder": encoder,
-                "embedder": embedder,
+                **parts,
                 "device": "cpu",
                 "enable_guidance_train": config.enable_guidance_train,
                 "guidance_train_p": config.guidance_train_p,
@@ -115,6 +79,70 @@ def pipeline_config(model: CircuitDiffusion, is_genqc: bool) -> dict[str, Any]:
             },
         }
     )
+
+
+def _genqc_parts(model: CircuitDiffusion) -> tuple[str, dict[str, Any]]:
+    """Return genQC's class of the pipeline, and its parts."""
+    config = model.config
+    kind = "diffusion_pipeline.DiffusionPipeline"
+    if model.needs_unitary:
+        kind = "compilation_diffusion_pipeline.DiffusionPipeline_Compilation"
+    # Without save_path genQC looks beside config.yaml, and without save_type it loads no weights.
+    network = {
+        "target": config.unet_class,
+        "save_path": None,
+        "save_type": "safetensors",
+        "params": _network_arguments(config),
+    }
+    scheduler, arguments = _scheduler(config)
+    return f"genQC.pipeline.{kind}", {
+        "scheduler": {
+            "target": f"genQC.scheduler.scheduler_{scheduler.lower()}.{scheduler}Scheduler",
+            "params": {"device": "cpu", **arguments},
+        },
+        "model": network,
+        "text_encoder": {
+            "target": "genQC.models.frozen_open_clip.CachedFrozenOpenCLIPEmbedder",
+            "save_path": None,
+            "save_type": None,
+            "params": _genqc_text_encoder(config),
+        },
+        "embedder": network,
+    }
+
+
+def _own_parts(model: CircuitDiffusion) -> tuple[str, dict[str, Any]]:
+    """Return our class of the pipeline, and its parts."""
+    config = model.config
+    scheduler, arguments = _scheduler(config)
+    return MODEL_CLASS, {
+        "scheduler": {"target": f"models.noise_schedulers.{scheduler}Scheduler", "params": arguments},
+        "model": {
+            "target": config.unet_class,
+            "save_type": "safetensors",
+            "params": _network_arguments(config),
+        },
+        "text_encoder": {
+            "target": f"models.prompts.{type(model.prompts).__name__}",
+            "params": dict(config.text_encoder or {"num_tokens": config.prompt_tokens}),
+        },
+        "embedder": {"save_type": "safetensors", "weights": TABLE},
+    }
+
+
+def _network_arguments(config: CircuitDiffusionConfig) -> dict[str, Any]:
+    return {
+        **config.unet_args,
+        "clr_dim": config.embedding_width,
+        "num_clrs": config.vocab_size,
+        "cond_emb_size": config.prompt_width,
+    }
+
+
+def _scheduler(config: CircuitDiffusionConfig) -> tuple[str, dict[str, Any]]:
+    """Return the kind of noise schedule, as `DDIM`, and its arguments."""
+    kind = str(config.scheduler.get("type", "DDIM")).removesuffix("Scheduler")
+    return kind, dict(config.scheduler.get("params") or {})
 
 
 def _genqc_text_encoder(config: CircuitDiffusionConfig) -> dict[str, Any]:

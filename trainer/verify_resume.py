@@ -176,16 +176,8 @@ def prove_resume(
     whole, broken = folder / "whole", folder / "killed"
     say(f"1 of 3: a run that is left alone, to step {last}")
     reference = watched_config(config, whole, every, last)
-    seconds_after = 0.0
     with start_training(reference, folder, "whole", num_ranks, variables) as run:
-        if run.wait_until(lambda: has_taken(whole, kill_at), "the run that is left alone", timeout):
-            started = time.monotonic()
-            reaches_last = run.wait_until(
-                lambda: has_saved(whole, last), "the run that is left alone", timeout
-            )
-            seconds_after = time.monotonic() - started
-        else:
-            reaches_last = False
+        reaches_last, seconds_after = _run_alone(run, whole, kill_at, last, timeout)
     expected = _made(whole)
     if not reaches_last:
         last = newest_step(expected) or 0
@@ -209,19 +201,29 @@ def prove_resume(
     try:
         with start_training(again, folder, "resumed", num_ranks, variables) as run:
             reached = run.wait_until(lambda: has_saved(broken, last), "the resumed run", timeout)
+        refusal = ""
+        if not reached and newest_step(resumed) != last:
+            refusal = f"the resumed run ended after step {newest_step(resumed)}, the other after step {last}"
     except RunFailedError as error:
-        return Proof(last, not reaches_last, killed_at, resumed_from, 0, 0, None, refusal=str(error))
-    if not reached and newest_step(resumed) != last:
-        return Proof(
-            last,
-            not reaches_last,
-            killed_at,
-            resumed_from,
-            0,
-            0,
-            None,
-            refusal=f"the resumed run ended after step {newest_step(resumed)}, the other after step {last}",
-        )
+        refusal = str(error)
+    num_records, num_tensors, difference = (0, 0, None) if refusal else _compared(expected, resumed, last)
+    return Proof(
+        last, not reaches_last, killed_at, resumed_from, num_records, num_tensors, difference, refusal
+    )
+
+
+def _run_alone(run: Processes, folder: Path, kill_at: int, last: int, timeout: float) -> tuple[bool, float]:
+    """Tell whether a run that is left alone came to the last step, and how many seconds after the kill's step."""
+    name = "the run that is left alone"
+    if not run.wait_until(lambda: has_taken(folder, kill_at), name, timeout):
+        return False, 0.0
+    started = time.monotonic()
+    reaches_last = run.wait_until(lambda: has_saved(folder, last), name, timeout)
+    return reaches_last, time.monotonic() - started
+
+
+def _compared(expected: Path, resumed: Path, last: int) -> tuple[int, int, Difference | None]:
+    """Return how many records and tensors of two runs were compared up to a step, and their first difference."""
     records = [proofs.records_until(run_folder, last) for run_folder in (expected, resumed)]
     weights = [proofs.weights_at(run_folder, last) for run_folder in (expected, resumed)]
     difference = (
@@ -229,9 +231,7 @@ def prove_resume(
         or compare_cells(*(cells_at(run_folder, last) for run_folder in (expected, resumed)))
         or proofs.compare_weights(*weights)
     )
-    return Proof(
-        last, not reaches_last, killed_at, resumed_from, len(records[0]), len(weights[0]), difference
-    )
+    return len(records[0]), len(weights[0]), difference
 
 
 def cells_at(run_folder: Path, step: int) -> list[EpochCells]:
