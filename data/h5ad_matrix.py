@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import h5py
 import numpy as np
@@ -63,8 +63,12 @@ class Slices(Protocol):
         ...
 
 
-class CsrMatrix:
-    """Read compressed rows."""
+class _CompressedMatrix:
+    """Hold a matrix compressed along one of its axes."""
+
+    _layout: ClassVar[str]
+    _axis: ClassVar[int]
+    """Along which it is compressed: the row pointers or the column pointers."""
 
     def __init__(
         self, where: str, shape: tuple[int, int], data: Slices, indices: Slices, indptr: Slices
@@ -74,8 +78,20 @@ class CsrMatrix:
         self.shape = shape
         self.data, self.indices, self.indptr = data, indices, indptr
         check_number_type(where, data.dtype)
-        if len(indptr) != shape[0] + 1 or len(data) != len(indices):
-            raise DataError(f"{where}: damaged CSR matrix: its arrays do not fit its shape {shape}")
+        if len(indptr) != shape[self._axis] + 1 or len(data) != len(indices):
+            raise DataError(
+                f"{where}: damaged {self._layout} matrix: its arrays do not fit its shape {shape}"
+            )
+
+    def sample(self) -> Iterator[np.ndarray]:
+        """Yield stored values from evenly spaced places (all of a small matrix)."""
+        return _sample(self.where, self.data)
+
+
+class CsrMatrix(_CompressedMatrix):
+    """Read compressed rows."""
+
+    _layout, _axis = "CSR", 0
 
     def chunks(self, start: int, stop: int) -> Iterator[MatrixChunk]:
         """Yield the rows [start, stop) in order, a bounded number of values at a time."""
@@ -99,10 +115,6 @@ class CsrMatrix:
                 values = read(self.where, self.data, low, high)
                 yield MatrixChunk(first + row, indptr[row : end + 1] - low, columns, values)
                 row = end
-
-    def sample(self) -> Iterator[np.ndarray]:
-        """Yield stored values from evenly spaced places (all of a small matrix)."""
-        return _sample(self.where, self.data)
 
 
 class DenseMatrix:
@@ -149,27 +161,14 @@ class DenseMatrix:
             yield read(self.where, self.dataset, int(start), int(start) + rows).reshape(-1)
 
 
-class CscMatrix:
+class CscMatrix(_CompressedMatrix):
     """Hold compressed columns; they are read by rows only after `transpose_to`."""
 
-    def __init__(
-        self, where: str, shape: tuple[int, int], data: Slices, indices: Slices, indptr: Slices
-    ) -> None:
-        """Check that the three arrays fit each other."""
-        self.where = where
-        self.shape = shape
-        self.data, self.indices, self.indptr = data, indices, indptr
-        check_number_type(where, data.dtype)
-        if len(indptr) != shape[1] + 1 or len(data) != len(indices):
-            raise DataError(f"{where}: damaged CSC matrix: its arrays do not fit its shape {shape}")
+    _layout, _axis = "CSC", 1
 
     def chunks(self, start: int, stop: int) -> Iterator[MatrixChunk]:
         """Refuse: call `transpose_to` first."""
         raise NotImplementedError("compressed columns are read by rows through transpose_to")
-
-    def sample(self) -> Iterator[np.ndarray]:
-        """Yield stored values from evenly spaced places (all of a small matrix)."""
-        return _sample(self.where, self.data)
 
     def transpose_to(self, path: Path) -> None:
         """Write the matrix by rows to `path` and `path`.indptr, for `open_transposed`.
