@@ -14,7 +14,7 @@ from data import circuit_merge
 from data.circuit_folder import open_circuit_sets
 from data.circuit_merge import CircuitTable
 from data.errors import DataError
-from data.hashing import DrawKey, Stream
+from data.hashing import DrawKey
 from data.memory import keep_freed_memory
 from data.size_order import SizeOrder
 
@@ -95,12 +95,11 @@ class CircuitSource:
         is_own = is_own & (np.arange(num_columns) < extents[:, None, None])
         tokens[~is_own] = pad
         sizes = np.stack([qubits, table.lengths[rows].astype(np.int64)], axis=1)
-        seeds = (draw.cell_hashes(Stream.SET_NOISE, rows) >> np.uint64(1)).astype(np.int64)
         arrays: dict[str, NDArray[Any]] = {
             "tokens": tokens,
             "prompt_idx": self._prompt_index[table.prompt_idx[rows]].astype(np.int64),
             "circuit_size": sizes,
-            "noise_seed": seeds,
+            "noise_seed": draw.noise_seeds(rows),
         }
         if self.has_unitary:
             arrays["unitary"] = self._unitaries(rows, num_qubits)

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 from data.corpus import CorpusInfo, open_corpus
 from data.errors import DataError
 from data.gene_columns import HIDDEN, GeneColumns, Unmeasured
-from data.hashing import DrawKey, Stream
+from data.hashing import DrawKey
 from data.memory import keep_freed_memory
 from data.order import part_masks
 from data.perturbation_targets import check_known, counted
-from data.readers import CorpusReader, open_columns, open_reader
+from data.readers import CorpusReader, number_pieces, open_reader
 from data.technical_batches import batch_indices
 from data.tokenizers import ExpressionTransform
 from data.value_tokenizers import ValueTokenizer, build_value_tokenizer
 
 _CELLS_TO_FIT = 2048
-_ROWS_AT_ONCE = 1 << 20
 
 
 class ExpressionSource:
@@ -87,7 +86,7 @@ class ExpressionSource:
             "tokens": tokens,
             "cell_index": rows.astype(np.int64),
             "depth": np.log1p(cells.columns["total"].astype(np.float32)),
-            "noise_seed": (draw.cell_hashes(Stream.SET_NOISE, rows) >> np.uint64(1)).astype(np.int64),
+            "noise_seed": draw.noise_seeds(rows),
         }
         if "technical_batch" in cells.columns:
             arrays["batch_idx"] = self._batch_index[cells.columns["technical_batch"]]
@@ -225,8 +224,6 @@ def _without(info: CorpusInfo, leave_out: Mapping[str, Sequence[str]]) -> NDArra
         for name in names:
             check_known(name, known, f"leave_out.{column}", column)
         codes = np.array([known.index(name) for name in names], np.int64)
-        table = open_columns(info, [column])
-        for start in range(0, info.num_cells, _ROWS_AT_ONCE):
-            rows = np.arange(start, min(start + _ROWS_AT_ONCE, info.num_cells))
-            kept[rows] = ~np.isin(cast(NDArray[Any], table.gather(rows)[column]), codes)
+        for rows, columns in number_pieces(info, [column]):
+            kept[rows] = ~np.isin(columns[column], codes)
     return kept

@@ -64,6 +64,10 @@ class DrawKey(NamedTuple):
         """Give each cell its hash for one purpose."""
         return stateless_hash(self.seed, self.phase, self.epoch, stream, index=rows)
 
+    def noise_seeds(self, rows: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Give each row the seed of its noise, which is never negative."""
+        return (self.cell_hashes(Stream.SET_NOISE, rows) >> np.uint64(1)).astype(np.int64)
+
 
 def mix(value: int) -> int:
     """Scramble one 64-bit integer (the finaliser of splitmix64)."""

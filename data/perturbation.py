@@ -14,11 +14,18 @@ from data.control_cells import ControlCells, ControlMatch
 from data.corpus import CorpusInfo, open_corpus
 from data.errors import DataError
 from data.gene_columns import HIDDEN, GeneColumns, Unmeasured
-from data.hashing import DrawKey, Stream
+from data.hashing import DrawKey
 from data.memory import keep_freed_memory
-from data.perturbation_split import CellGroups, Part, SplitPart, split_groups
+from data.perturbation_split import Part, SplitPart, split_groups
 from data.perturbation_targets import Pairs, PerturbationTargets, UnknownTargets, counted, read_targets
-from data.perturbed_sets import CellLabels, PerturbedSets, group_cells, number_sets, read_cell_labels
+from data.perturbed_sets import (
+    CellLabels,
+    PerturbedSets,
+    find_controls,
+    group_cells,
+    number_sets,
+    read_cell_labels,
+)
 from data.readers import CorpusReader, RaggedBatch, open_reader
 from data.technical_batches import batch_indices
 from data.tokenizers import ExpressionTransform
@@ -116,7 +123,7 @@ class PerturbationSource:
             "control_index": controls,
             "depth": depth[0],
             "control_depth": depth[1],
-            "noise_seed": (draw.cell_hashes(Stream.SET_NOISE, rows) >> np.uint64(1)).astype(np.int64),
+            "noise_seed": draw.noise_seeds(rows),
         }
         if self.unique_batches:
             arrays["batch_idx"] = self._batch_index[batch if self.mix_technical_batches else batch[:, 0]]
@@ -321,7 +328,9 @@ def perturbation_loader(
         split_dataset=split_dataset,
         split_part=split_part,
     )
-    controls = _controls(info, labels, known, groups, min_controls)
+    controls = find_controls(
+        info, labels, known, len(groups.cell_types), len(groups.technical_batches), min_controls
+    )
     description = {
         "set_size": set_size,
         "tokenizers": [dict(tokenizer), None if control_tokenizer is None else dict(control_tokenizer)],
@@ -358,23 +367,6 @@ def perturbation_loader(
             each.tokenizer = fitted[0] if fits[0] else each.tokenizer
             each.control_tokenizer = fitted[1] if fits[1] else each.control_tokenizer
     return source
-
-
-def _controls(
-    info: CorpusInfo, labels: CellLabels, known: PerturbationTargets, groups: CellGroups, min_controls: int
-) -> ControlCells:
-    """Find the control cells of a corpus."""
-    rows = np.flatnonzero(labels.perturbation == known.control)
-    if not len(rows):
-        raise DataError(f"{info.path}: no cell is a control; their label is {known.names[known.control]!r}")
-    return ControlCells(
-        rows,
-        labels.cell_type[rows],
-        labels.technical_batch[rows],
-        num_cell_types=len(groups.cell_types),
-        num_batches=len(groups.technical_batches),
-        min_controls=min_controls,
-    )
 
 
 def _sets(

@@ -2,7 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,9 +14,7 @@ from data.hashing import DrawKey, Stream
 from data.permutation import permuted
 from data.perturbation_split import CellGroups
 from data.perturbation_targets import PerturbationTargets
-from data.readers import open_columns
-
-_ROWS_AT_ONCE = 1 << 20
+from data.readers import number_pieces
 
 
 class CellLabels(NamedTuple):
@@ -77,13 +75,44 @@ def read_cell_labels(info: CorpusInfo) -> CellLabels:
     present = [name for name in names if name in info.columns]
     for name in present:
         info.class_names(name)
-    table = open_columns(info, [*present, "source"])
     arrays = {name: np.zeros(info.num_cells, np.int32) for name in [*names, "source"]}
-    for start in range(0, info.num_cells, _ROWS_AT_ONCE):
-        rows = np.arange(start, min(start + _ROWS_AT_ONCE, info.num_cells))
-        for name, values in table.gather(rows).items():
-            arrays[name][rows] = cast(NDArray[Any], values)
+    for rows, columns in number_pieces(info, [*present, "source"]):
+        for name, values in columns.items():
+            arrays[name][rows] = values
     return CellLabels(*arrays.values())
+
+
+def context_names(info: CorpusInfo) -> tuple[list[str], list[str]]:
+    """Return the cell types and the technical batches, one that nobody named where the corpus has none."""
+    cell_types, batches = (
+        list(info.class_names(name)) if name in info.columns else [f"no {name}"]
+        for name in ("cell_type", "technical_batch")
+    )
+    return cell_types, batches
+
+
+def find_controls(
+    info: CorpusInfo,
+    labels: CellLabels,
+    targets: PerturbationTargets,
+    num_cell_types: int,
+    num_batches: int,
+    min_controls: int,
+) -> ControlCells:
+    """Find the control cells of a corpus."""
+    rows = np.flatnonzero(labels.perturbation == targets.control)
+    if not len(rows):
+        raise DataError(
+            f"{info.path}: no cell is a control; their label is {targets.names[targets.control]!r}"
+        )
+    return ControlCells(
+        rows,
+        labels.cell_type[rows],
+        labels.technical_batch[rows],
+        num_cell_types=num_cell_types,
+        num_batches=num_batches,
+        min_controls=min_controls,
+    )
 
 
 def group_cells(
@@ -95,18 +124,15 @@ def group_cells(
         raise DataError(
             f"{info.path}: no perturbed cell is left; {'; '.join(targets.notices) or 'all are controls'}"
         )
-    names = {
-        name: list(info.class_names(name)) if name in info.columns else [f"no {name}"]
-        for name in ("cell_type", "technical_batch")
-    }
-    sizes = (len(targets.names), len(names["cell_type"]), len(names["technical_batch"]))
+    cell_types, batches = context_names(info)
+    sizes = (len(targets.names), len(cell_types), len(batches))
     # One number for the labels of a cell, which sorts faster than four.
     shape = (*sizes, int(labels.source.max()) + 1)
     codes, group_of = np.unique(
         np.ravel_multi_index([each[rows] for each in labels], shape), return_inverse=True
     )
     perturbation, cell_type, batch, source = np.unravel_index(codes, shape)
-    groups = CellGroups(perturbation, cell_type, batch, source, names["cell_type"], names["technical_batch"])
+    groups = CellGroups(perturbation, cell_type, batch, source, cell_types, batches)
     return groups, group_of, rows
 
 

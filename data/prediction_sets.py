@@ -32,7 +32,7 @@ from data.perturbation_targets import (
     read_targets,
     target_indices,
 )
-from data.perturbed_sets import CellLabels, group_cells, read_cell_labels
+from data.perturbed_sets import CellLabels, context_names, find_controls, group_cells, read_cell_labels
 from data.predicted_values import MatchedControls
 from data.readers import CorpusReader, open_reader
 
@@ -192,23 +192,8 @@ def open_perturbed_corpus(info: CorpusInfo, settings: PerturbationSettings) -> P
         may_be_none=True,
     )
     labels = read_cell_labels(info)
-    rows = np.flatnonzero(labels.perturbation == targets.control)
-    if not len(rows):
-        raise DataError(
-            f"{info.path}: no cell is a control; their label is {targets.names[targets.control]!r}"
-        )
-    cell_types, batches = (
-        info.class_names(name) if name in info.columns else (f"no {name}",)
-        for name in ("cell_type", "technical_batch")
-    )
-    controls = ControlCells(
-        rows,
-        labels.cell_type[rows],
-        labels.technical_batch[rows],
-        num_cell_types=len(cell_types),
-        num_batches=len(batches),
-        min_controls=arguments["min_controls"],
-    )
+    cell_types, batches = context_names(info)
+    controls = find_controls(info, labels, targets, len(cell_types), len(batches), arguments["min_controls"])
     return PerturbedCorpus(
         settings,
         open_reader(info, columns.reader_columns),
@@ -395,7 +380,7 @@ class PredictionSets:
         arrays: dict[str, NDArray[Any]] = {
             "control": tokens,
             "target_gene_idx": indices[:, 0] if indices.shape[1] == 1 else indices,
-            "noise_seed": (self._draw.cell_hashes(Stream.SET_NOISE, keys) >> np.uint64(1)).astype(np.int64),
+            "noise_seed": self._draw.noise_seeds(keys),
         }
         if self._batch_index is not None:
             of_cells = self._batch_index[pairs % corpus.controls.num_batches]

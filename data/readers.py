@@ -1,6 +1,6 @@
 """Readers of a converted corpus: cells by row number, from mapped Arrow files or Parquet behind fsspec."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -14,6 +14,7 @@ from data.parquet_shards import ParquetShards
 
 _CELL_COLUMNS = ("source", "total", "n_genes")
 _NUMBER_GROUPS_KEPT = 1 << 13
+_NUMBERS_AT_ONCE = 1 << 18
 
 
 class RaggedBatch(NamedTuple):
@@ -111,6 +112,16 @@ def open_columns(info: CorpusInfo, names: Sequence[str]) -> RowTable:
         return MappedShards(info.shard_paths, counts, names)
     # Shuffled rows come from many row groups, over and over; a number for each of their cells is small enough to keep.
     return ParquetShards(info.filesystem, info.shard_paths, counts, names, groups_kept=_NUMBER_GROUPS_KEPT)
+
+
+def number_pieces(
+    info: CorpusInfo, names: Sequence[str]
+) -> Iterator[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]]:
+    """Yield the numbers of all cells in order, as many rows at a time as fit in little memory, with these rows."""
+    table = open_columns(info, names)
+    for start in range(0, info.num_cells, _NUMBERS_AT_ONCE):
+        rows = np.arange(start, min(start + _NUMBERS_AT_ONCE, info.num_cells))
+        yield rows, cast(dict[str, NDArray[Any]], dict(table.gather(rows)))
 
 
 def _names(info: CorpusInfo, columns: Sequence[str] | None) -> list[str]:
