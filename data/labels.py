@@ -13,10 +13,9 @@ from data.hashing import Stream, stateless_hash
 from data.manifest import UNLABELLED
 from data.masking import IGNORED_LABEL
 from data.order import choose_rows
-from data.readers import open_columns
+from data.readers import number_pieces, open_columns
 
 LabelTask = Literal["classification", "regression"]
-_ROWS_AT_ONCE = 1 << 18
 _CLASSES_NAMED = 8
 
 
@@ -107,10 +106,9 @@ def open_labels(
 
 def read_labels(info: CorpusInfo, labels: LabelColumn) -> NDArray[Any]:
     """Return the label of every cell of the corpus [num_cells]: int32 for classes, float32 in regression."""
-    table = open_columns(info, [labels.column])
     result = np.empty(info.num_cells, np.float32 if labels.task == "regression" else np.int32)
-    for rows in _pieces(info.num_cells):
-        result[rows] = labels.of(cast(NDArray[Any], table.gather(rows)[labels.column]))
+    for rows, columns in number_pieces(info, [labels.column]):
+        result[rows] = labels.of(columns[labels.column])
     return result
 
 
@@ -175,11 +173,9 @@ def stratified_masks(
 
 def _distinct(info: CorpusInfo, column: str, where: str) -> NDArray[Any]:
     """Return the distinct values of a column of whole numbers; NaN stands for no label."""
-    table = open_columns(info, [column])
     found: NDArray[Any] = np.empty(0)
-    for rows in _pieces(info.num_cells):
-        values = cast(NDArray[Any], table.gather(rows)[column])
-        values = values[np.isfinite(values)]
+    for _, columns in number_pieces(info, [column]):
+        values = columns[column][np.isfinite(columns[column])]
         if (values != np.floor(values)).any():
             raise DataError(
                 f"{where}: obs column {column!r} of {info.path} holds fractional numbers such as "
@@ -187,12 +183,6 @@ def _distinct(info: CorpusInfo, column: str, where: str) -> NDArray[Any]:
             )
         found = np.union1d(found, values)
     return found
-
-
-def _pieces(num_rows: int) -> list[NDArray[np.int64]]:
-    return [
-        np.arange(start, min(start + _ROWS_AT_ONCE, num_rows)) for start in range(0, num_rows, _ROWS_AT_ONCE)
-    ]
 
 
 def _some(names: Sequence[str]) -> str:
