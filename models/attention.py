@@ -42,9 +42,8 @@ def packed_attention(
     real = q[:end], k[:end], v[:end]
     if q.is_cuda and flash_takes(q, dropout):
         attended = attend_by_flash(*real, spans, is_causal=is_causal)
-    elif (
-        q.is_cuda or torch.compiler.is_compiling()
-    ):  # a compiler would unroll the loop anew for all lengths it meets
+    elif q.is_cuda or torch.compiler.is_compiling():
+        # On a CPU too: a compiler would unroll the loop anew for all lengths it meets.
         attended = attend_padded(*real, spans, dropout, is_causal=is_causal)
     else:
         attended = attend_one_by_one(*real, spans, dropout, is_causal=is_causal)

@@ -115,7 +115,7 @@ class AutoregressiveModel(CellModel):
         layout = cell_layout(batch)
         with self._factory.region():
             hidden = self._hidden_states(batch, layout)  # [B, N, D]
-            offset = self._offset(batch)  # [B, D]
+            offset = self._technical_vectors(batch)  # [B, D]
         before, is_meant = places_of(_precedes_gene(batch, layout), num_real_tokens(batch, layout))
         asked = hidden.flatten(end_dim=1)[before]  # [M, D]
         if offset is not None:
@@ -210,18 +210,10 @@ class AutoregressiveModel(CellModel):
         lengths = self._check_prompt(prompt_tokens, num_genes, temperature, top_k, prompt_expression)
         device = self.token_embedding.weight.device
         generator = torch.Generator(device).manual_seed(seed)
-        prompt, lengths = prompt_tokens.to(device), lengths.to(device)
-        num_cells, width = len(prompt), int(lengths.max()) + num_genes
-        tokens = F.pad(prompt, (0, width - prompt.shape[1])) if width > prompt.shape[1] else prompt[:, :width]
-        expression = torch.zeros(
-            tokens.shape, dtype=torch.long if self.config.n_bins else torch.float, device=device
-        )
-        known = torch.zeros_like(tokens, dtype=torch.bool)
-        if prompt_expression is not None:
-            given = prompt_expression.to(expression)[:, :width]
-            expression[:, : given.shape[1]] = given
-            known = torch.arange(width, device=device) < lengths[:, None]
-        is_taken = torch.zeros(num_cells, self.config.vocab_size, dtype=torch.bool, device=device)
+        lengths = lengths.to(device)
+        width = int(lengths.max()) + num_genes
+        tokens, expression, known = self._begun(prompt_tokens.to(device), prompt_expression, lengths, width)
+        is_taken = torch.zeros(len(tokens), self.config.vocab_size, dtype=torch.bool, device=device)
         is_taken[:, :NUM_SPECIAL_TOKENS] = True
         is_taken.scatter_(1, tokens, True)
         extra = {"depth": depth, "batch_idx": batch_idx}
@@ -263,11 +255,6 @@ class AutoregressiveModel(CellModel):
             self.config, num_tokens=num_tokens, num_cells=num_cells, is_mixed=is_mixed
         )
 
-    def _offset(self, batch: dict[str, Any]) -> Tensor | None:
-        if self.technical_batch_embedding is None:
-            return None
-        return self.technical_batch_embedding(needed(batch, "batch_idx", "n_technical_batches is set"))
-
     def _pooled(self, hidden: Tensor, batch: dict[str, Any], layout: PaddedCells | PackedCells) -> Tensor:
         if self.config.pooling == "cls":
             return layout.last(hidden)
@@ -279,11 +266,24 @@ class AutoregressiveModel(CellModel):
         logits = self.value_head(asked, asked, None, self.token_embedding(genes), genes)
         return logits.squeeze(-1) if self.config.n_bins is None else logits
 
+    def _begun(
+        self, prompt: Tensor, given: Tensor | None, lengths: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return tokens and expression [B, width] that begin with the prompt's, and whose expression is given."""
+        tokens = F.pad(prompt, (0, width - prompt.shape[1])) if width > prompt.shape[1] else prompt[:, :width]
+        kind = torch.long if self.config.n_bins else torch.float
+        expression = torch.zeros(tokens.shape, dtype=kind, device=tokens.device)
+        if given is None:
+            return tokens, expression, torch.zeros_like(tokens, dtype=torch.bool)
+        given = given.to(expression)[:, :width]
+        expression[:, : given.shape[1]] = given
+        return tokens, expression, torch.arange(width, device=tokens.device) < lengths[:, None]
+
     def _last_states(self, batch: dict[str, Any], end: int) -> Tensor:
         """Return [B, D] the hidden states after `end` tokens, as the heads see them."""
         layout = cell_layout(batch)
         with self._factory.region():
-            hidden, offset = self._hidden_states(batch, layout), self._offset(batch)
+            hidden, offset = self._hidden_states(batch, layout), self._technical_vectors(batch)
         return hidden[:, end - 1] if offset is None else hidden[:, end - 1] + offset
 
     def _drawn_expression(
@@ -303,6 +303,24 @@ class AutoregressiveModel(CellModel):
         expression: Tensor | None,
     ) -> Tensor:
         """Return the prompts' lengths [B], or say what generation cannot do with them."""
+        self._check_can_generate()
+        self._check_prompt_tokens(tokens, expression)
+        if temperature < 0 or num_genes < 1 or (top_k is not None and top_k < 1):
+            raise ModelError(
+                f"temperature {temperature} must not be negative, num_genes {num_genes} and top_k {top_k} at least 1"
+            )
+        lengths = (tokens != PAD).sum(dim=1)
+        num_known = int((tokens >= NUM_SPECIAL_TOKENS).sum(dim=1).max())
+        room = self.config.vocab_size - NUM_SPECIAL_TOKENS - num_known
+        if num_genes > room:
+            raise ModelError(f"num_genes is {num_genes}, but only {room} genes are not in the longest prompt")
+        longest, limit = int(lengths.max()) + num_genes, self.config.max_seq_len
+        if limit is not None and longest > limit:
+            raise ModelError(f"prompt and num_genes make {longest} tokens; max_seq_len is {limit}")
+        return lengths
+
+    def _check_can_generate(self) -> None:
+        """Raise where the model lacks a head that drawing needs."""
         if self.gene_head is None:
             raise ModelError(
                 "generate draws genes, and gene_loss_weight 0 leaves the model without a gene head"
@@ -312,6 +330,9 @@ class AutoregressiveModel(CellModel):
                 "the model reads expression and has no value head to give genes theirs: generate needs a model with an "
                 "expression_loss_weight above 0, or one with use_expression_values: false"
             )
+
+    def _check_prompt_tokens(self, tokens: Tensor, expression: Tensor | None) -> None:
+        """Raise where no cell can begin with the tokens of a prompt, or with their expression."""
         if tokens.ndim != 2 or not tokens.shape[1] or bool((tokens[:, 0] == PAD).any()):
             raise ModelError(
                 f"prompt_tokens is of shape {list(tokens.shape)}; it must be [cells, tokens], each row beginning with "
@@ -336,19 +357,6 @@ class AutoregressiveModel(CellModel):
                 "a prompt begins with a gene, whose expression nothing before it predicts: give prompt_expression, or "
                 "begin with a cls token as in training"
             )
-        if temperature < 0 or num_genes < 1 or (top_k is not None and top_k < 1):
-            raise ModelError(
-                f"temperature {temperature} must not be negative, num_genes {num_genes} and top_k {top_k} at least 1"
-            )
-        lengths = is_token.sum(dim=1)
-        num_known = int((tokens >= NUM_SPECIAL_TOKENS).sum(dim=1).max())
-        room = self.config.vocab_size - NUM_SPECIAL_TOKENS - num_known
-        if num_genes > room:
-            raise ModelError(f"num_genes is {num_genes}, but only {room} genes are not in the longest prompt")
-        longest, limit = int(lengths.max()) + num_genes, self.config.max_seq_len
-        if limit is not None and longest > limit:
-            raise ModelError(f"prompt and num_genes make {longest} tokens; max_seq_len is {limit}")
-        return lengths
 
 
 def _precedes_gene(batch: dict[str, Any], layout: PaddedCells | PackedCells) -> Tensor:

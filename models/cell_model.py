@@ -1,8 +1,7 @@
 """What our models of cells share: tokens become vectors, the data starts weights, hidden states become an embedding."""
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,13 +27,13 @@ from models.masked_heads import (
     value_prior,
 )
 from models.model_config import ModelConfig
-from models.pretrained import from_pretrained
-from models.transformer import Transformer
+from models.pretrained import PretrainedModule
+from models.transformer import Transformer, block_options
 
 PAD, UNKNOWN, MASK, CLS = range(NUM_SPECIAL_TOKENS)
 
 
-class CellModel(nn.Module):
+class CellModel(PretrainedModule):
     """A transformer over the genes of a cell, without what it is trained for: that is the subclass's.
 
     The subclass's `forward(batch)` returns a NamedTuple of tensors or None, by which exports are compared.
@@ -54,6 +53,7 @@ class CellModel(nn.Module):
     is_causal: ClassVar[bool] = False
 
     transformer: Transformer
+    technical_batch_embedding: TechnicalBatchEmbedding | None
     value_head: ValueHead | DecodedValueHead | None
 
     def __init__(self, config: ModelConfig, *, has_heads: bool = True) -> None:
@@ -76,15 +76,6 @@ class CellModel(nn.Module):
         self.depth_embedding = DepthEmbedding(dim, std) if config.use_depth else None
         self.dropout = nn.Dropout(config.dropout)
         self.value_head = None
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """Load an exported model (`python -m trainer export`), in evaluation mode; no other file is needed.
-
-        Raises:
-            ModelError: a file of the folder is missing, damaged, or describes another kind of model.
-        """
-        return cast(Self, from_pretrained(folder, model_class=cls, device=device))
 
     def encode(self, batch: dict[str, Any]) -> Tensor:
         """Return one embedding per cell, [B, D]; it does not depend on the technical batch."""
@@ -168,17 +159,7 @@ class CellModel(nn.Module):
 
     def _build_technical_batches(self, dim: int) -> TechnicalBatchEmbedding | None:
         """Build the vectors of the technical batches, which are a part of the heads; None where there are none."""
-        config = self.config
-        if not (self.has_heads and config.n_technical_batches):
-            return None
-        padded = config.n_technical_batches
-        return TechnicalBatchEmbedding(
-            padded if config.num_technical_batches is None else config.num_technical_batches,
-            dim,
-            init_std=config.init_std,
-            product=self._factory.embedding_product("technical_batch_embedding", dim),
-            padded_num=padded,
-        )
+        return TechnicalBatchEmbedding.of_model(self.config, dim, self._factory) if self.has_heads else None
 
     def _build_transformer(self, *, is_last: bool = True) -> Transformer:
         config = self.config
@@ -188,11 +169,7 @@ class CellModel(nn.Module):
             config.num_heads,
             config.inner_dim,
             is_causal=self.is_causal,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-            activation=config.activation,
-            normalization=config.normalization,
-            init_std=config.init_std,
+            **block_options(config),
             activation_checkpointing=config.activation_checkpointing,
             factory=self._factory,
             is_last=is_last,
@@ -203,6 +180,12 @@ class CellModel(nn.Module):
             raise ModelError(
                 f"this {type(self).__name__} was built without heads: it can encode, not be pretrained"
             )
+
+    def _technical_vectors(self, batch: dict[str, Any]) -> Tensor | None:
+        """Return the vector of each cell's technical batch, [B, D]; None for a model that does not know these."""
+        if self.technical_batch_embedding is None:
+            return None
+        return self.technical_batch_embedding(needed(batch, "batch_idx", "n_technical_batches is set"))
 
     def _embedded(self, batch: dict[str, Any], layout: PaddedCells | PackedCells) -> Tensor:
         """Return the vectors of all tokens, before the transformer."""

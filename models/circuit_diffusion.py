@@ -12,17 +12,16 @@ import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.errors import ModelError
-from models.layers import check_choice
+from models.errors import ModelError, check_choice, raise_all
 from models.noise import Purpose, fold, normals, uniform
 from models.noise_schedulers import DDPMScheduler, make_scheduler
 from models.outputs import LossOutput
-from models.pretrained import from_pretrained, save_pretrained
+from models.pretrained import PretrainedModule, save_pretrained
 from models.prompts import EncodedPrompts, PromptTable, TextEncoderConfig, encode_prompts
 
 Loss = Literal["MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss"]
@@ -84,9 +83,7 @@ class CircuitDiffusionConfig:
         """Check every field; raise one ModelError that names all that is wrong."""
         object.__setattr__(self, "prompts", tuple(self.prompts))
         object.__setattr__(self, "gate_pool", tuple(self.gate_pool))
-        problems = list(self._problems())
-        if problems:
-            raise ModelError("; ".join(problems))
+        raise_all(self._problems())
         make_scheduler(self.scheduler)
 
     @property
@@ -177,7 +174,7 @@ class Draws(NamedTuple):
     keeps_unitary: Tensor | None = None
 
 
-class CircuitDiffusion(nn.Module):
+class CircuitDiffusion(PretrainedModule):
     """Predict the noise in embedded circuits, their embedding or the velocity between the two, and draw circuits.
 
     `embedding_table` [vocab_size, embedding_dim] is frozen: circuits are noised in it and decoded by it.
@@ -211,15 +208,6 @@ class CircuitDiffusion(nn.Module):
         self.criterion = getattr(nn, config.loss)(reduction="none")
         if not callable(getattr(self.unet, "flops", None)):
             object.__setattr__(self, "batch_flops", None)  # nothing tells what a foreign UNet costs
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """Load a model that was saved or exported (`python -m trainer export`), in evaluation mode.
-
-        Raises:
-            ModelError: a file of the folder is missing, damaged, or describes another kind of model.
-        """
-        return cast(Self, from_pretrained(folder, model_class=cls, device=device))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` and `model.safetensors`, from which `from_pretrained` makes the model anew."""

@@ -89,8 +89,8 @@ class CircuitUNet(nn.Module):
             self.up_levels.append(level(2 * widths[index], index))
         self.norm_out = ChannelNorm(widths[0])
         self.head = nn.Conv2d(widths[0], clr_dim, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+        for parameter in self.head.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, t: Tensor, c_emb: Tensor) -> Tensor:
         """Return [B, C, Q, T] for a noisy circuit of that shape, timesteps [B] and prompt tokens [B, N, E]."""
@@ -307,8 +307,8 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(width, width, (1, _KERNEL), padding="same")
         self.skip = nn.Conv2d(in_width, width, 1) if in_width != width else None
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)  # type: ignore[arg-type]
+        for parameter in self.conv2.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Return [B, W, Q, T]."""

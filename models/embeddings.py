@@ -1,13 +1,18 @@
 """What a token of a cell is made of: gene, expression, depth."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.fp8_alignment import FP8_ALIGNMENT, round_up
-from models.layers import Linear, LinearFunction, Norm
+from models.layers import LayerFactory, Linear, LinearFunction, Norm
+
+if TYPE_CHECKING:
+    from models.model_config import ModelConfig
+    from models.perturbation_config import PerturbationTransformerConfig
 
 
 class Embedding(nn.Embedding):
@@ -47,6 +52,22 @@ class TechnicalBatchEmbedding(Embedding):
         self.linear_function = product
         # 32 is enough for every recipe; a run's count is padded to 16.
         self.padded_num = round_up(max(num, padded_num), 2 * FP8_ALIGNMENT)
+
+    @classmethod
+    def of_model(
+        cls, config: "ModelConfig | PerturbationTransformerConfig", dim: int, factory: LayerFactory
+    ) -> "TechnicalBatchEmbedding | None":
+        """Build what a model calls `technical_batch_embedding`; None for one that knows no technical batches."""
+        padded = config.n_technical_batches
+        if not padded:
+            return None
+        return cls(
+            padded if config.num_technical_batches is None else config.num_technical_batches,
+            dim,
+            init_std=config.init_std,
+            product=factory.embedding_product("technical_batch_embedding", dim),
+            padded_num=padded,
+        )
 
     def forward(self, input: Tensor) -> Tensor:
         """Return [B, D] for indices [B]."""

@@ -114,12 +114,9 @@ class MaskedCellEncoder(CellModel):
         self._need_heads()
         masked_index = needed(batch, "masked_index", _NO_MASKS)
         layout = cell_layout(batch)
-        offset = None
         with self._factory.region():
             hidden = self._hidden_states(batch, layout)  # [B, N, D]
-            if self.technical_batch_embedding is not None:
-                batch_idx = needed(batch, "batch_idx", "n_technical_batches is set")
-                offset = self.technical_batch_embedding(batch_idx)  # [B, D]
+            offset = self._technical_vectors(batch)  # [B, D]
         cells = self._pooled(hidden, batch, layout)  # [B, D]
         rows = layout.cells_of(masked_index)
         asked = hidden.flatten(end_dim=1)[masked_index]  # [M, D]

@@ -5,8 +5,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +15,16 @@ from models import costs
 from models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from models.cell_model import CellModel, needed
 from models.encoder import EncoderConfig, MaskedCellEncoder
-from models.errors import ModelError
+from models.errors import ModelError, raise_all, wrong_choices
 from models.fp8_scaling import Recipe
 from models.heads import TaskHead
-from models.layers import Backend, check_choice
+from models.layers import Backend
 from models.lora import LoraSettings, add_lora, frozen_patterns, merge_lora, plain_name
 from models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
 from models.masked_heads import IGNORED_LABEL
 from models.model_config import ModelConfig
 from models.outputs import LossOutput
-from models.pretrained import from_pretrained
+from models.pretrained import PretrainedModule
 
 BACKBONES: dict[str, tuple[type[CellModel], type[ModelConfig]]] = {
     "models.encoder.MaskedCellEncoder": (MaskedCellEncoder, EncoderConfig),
@@ -81,9 +80,7 @@ class FineTunedConfig:
         object.__setattr__(self, "exclude_layers", tuple(self.exclude_layers))
         given = {**self.backbone_config, "gene_embedding_path": None}
         object.__setattr__(self, "backbone_config", given)
-        problems = list(self._wrong_fields())
-        if problems:
-            raise ModelError("; ".join(problems))
+        raise_all(self._wrong_fields())
         _, config_class = BACKBONES[self.backbone_class.replace(":", ".")]
         names = {each.name for each in dataclasses.fields(config_class)}
         unknown, missing = sorted(given.keys() - names), sorted({"vocab_size"} - given.keys())
@@ -113,11 +110,7 @@ class FineTunedConfig:
     def _wrong_fields(self) -> Iterable[str]:
         if self.backbone_class.replace(":", ".") not in BACKBONES:
             yield f"backbone_class is {self.backbone_class!r}; allowed: {', '.join(BACKBONES)}"
-        for name, allowed in (("task", Task), ("layer_backend", Backend), ("fp8_recipe", Recipe)):
-            try:
-                check_choice(name, getattr(self, name), allowed)
-            except ModelError as error:
-                yield str(error)
+        yield from wrong_choices(self, {"task": Task, "layer_backend": Backend, "fp8_recipe": Recipe})
         for name, least in (("n_classes", 2), ("output_dim", 1), ("head_hidden_dim", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -157,7 +150,7 @@ class FineTunedOutput(NamedTuple):
     embedding: Tensor
 
 
-class FineTunedModel(nn.Module):
+class FineTunedModel(PretrainedModule):
     """A backbone that embeds cells, and a head that tells what is asked of them.
 
     While a phase holds all of the backbone's parameters still, the backbone is in evaluation mode: its dropout is off.
@@ -204,15 +197,6 @@ class FineTunedModel(nn.Module):
                 )
         self.register_buffer("class_weight", given)
         self._is_held = False
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """Load an exported model (`python -m trainer export`), in evaluation mode; no other file is needed.
-
-        Raises:
-            ModelError: a file of the folder is missing, damaged, or describes another kind of model.
-        """
-        return cast(Self, from_pretrained(folder, model_class=cls, device=device))
 
     def forward(self, batch: dict[str, Any]) -> FineTunedOutput:
         """Return what the head makes of each cell, and the embeddings that it read."""

@@ -21,7 +21,7 @@ from models.layers import Linear
 from models.masked_heads import DecodedValueHead
 from models.model_config import ModelConfig
 from models.outputs import LossOutput
-from models.transformer import Transformer
+from models.transformer import Transformer, block_options
 
 _NO_MASKS = "configure masking for this data, with target: expression"
 
@@ -107,11 +107,7 @@ class MaskedAutoencoder(CellModel):
             config.decoder_layers,
             config.num_decoder_heads,
             4 * width,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-            activation=config.activation,
-            normalization=config.normalization,
-            init_std=std,
+            **block_options(config),
             activation_checkpointing=config.activation_checkpointing,
             factory=self._factory,
             name="decoder.layers",
@@ -215,9 +211,9 @@ class MaskedAutoencoder(CellModel):
         told = mask + self.gene_to_decoder(self.token_embedding(genes))  # [M, width]
         x = torch.cat([self.to_decoder(hidden[0]), told.to(hidden.dtype)])
         cells = torch.cat([of_visible, of_masked])
-        if self.technical_batch_embedding is not None:
-            batch_idx = needed(batch, "batch_idx", "n_technical_batches is set")
-            x = x + F.embedding(cells, self.technical_batch_embedding(batch_idx))
+        offset = self._technical_vectors(batch)  # [B, width]
+        if offset is not None:
+            x = x + F.embedding(cells, offset)
         order = cells.argsort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         num_cells = len(visible["cu_seqlens"]) - 1

@@ -10,7 +10,7 @@ from models.cross_attention import CrossAttention
 from models.embeddings import BinEmbedding, Embedding
 from models.layers import MLP, LayerFactory, Linear, Norm
 from models.perturbation_config import PerturbationTransformerConfig
-from models.transformer import TransformerBlock
+from models.transformer import TransformerBlock, block_options
 
 TIME_SCALE = 1000.0
 """Times of 0 to 1 are spread so far before their sines are taken: those of nearby times differ."""
@@ -192,17 +192,7 @@ class CellEncoder(nn.Module):
         self.latents = Embedding(config.num_latents, dim, init_std=std)
         self.summary_norm = Norm(gene_dim, config.normalization)
         self.summary = Linear(gene_dim, dim, init_std=std)
-        self.attention = CrossAttention(
-            dim,
-            gene_dim,
-            dim,
-            config.num_heads,
-            init_std=std,
-            output_init_std=std,
-            normalization=config.normalization,
-            factory=factory,
-            name="cell_encoder.attention",
-        )
+        self.attention = _attention("cell_encoder.attention", dim, gene_dim, dim, config, factory)
 
     def forward(
         self, tokens: Tensor, genes: Tensor, condition: Tensor | None, values: BinEmbedding
@@ -233,27 +223,13 @@ class SetEncoder(nn.Module):
         dim, std = config.hidden_dim, config.init_std
         self.latents = Embedding(config.num_context_latents, dim, init_std=std)
         self.none = Embedding(config.num_context_latents, dim, init_std=std)
-        self.attention = CrossAttention(
-            dim,
-            dim,
-            dim,
-            config.num_heads,
-            init_std=std,
-            output_init_std=std,
-            normalization=config.normalization,
-            factory=factory,
-            name="control_encoder.attention",
-        )
+        self.attention = _attention("control_encoder.attention", dim, dim, dim, config, factory)
         self.layers = nn.ModuleList(
             TransformerBlock(
                 dim,
                 config.num_heads,
                 config.inner_dim,
-                dropout=config.dropout,
-                attention_dropout=config.attention_dropout,
-                activation=config.activation,
-                normalization=config.normalization,
-                init_std=std,
+                **block_options(config),
                 output_init_std=std / math.sqrt(2 * config.num_context_layers),
                 is_causal=False,
                 factory=factory,
@@ -286,17 +262,7 @@ class GeneDecoder(nn.Module):
         """Draw the weights."""
         super().__init__()
         dim, gene_dim, std = config.hidden_dim, config.gene_width, config.init_std
-        self.attention = CrossAttention(
-            gene_dim,
-            dim,
-            gene_dim,
-            config.num_heads,
-            init_std=std,
-            output_init_std=std,
-            normalization=config.normalization,
-            factory=factory,
-            name="decoder.attention",
-        )
+        self.attention = _attention("decoder.attention", gene_dim, dim, gene_dim, config, factory)
         self.condition = factory.norm_linear(
             "decoder.condition", dim, 2 * gene_dim, init_std=std, normalization=config.normalization
         )
@@ -338,3 +304,24 @@ class TokenHead(nn.Module):
         """Return float32 [C, N, K] for hidden states [C, N, G] and logits [C, N, K] to start from."""
         logits = self.output(hidden).float() + self.bias.float()
         return logits if prior is None else logits + prior
+
+
+def _attention(
+    name: str,
+    dim: int,
+    context_dim: int,
+    inner_dim: int,
+    config: PerturbationTransformerConfig,
+    factory: LayerFactory,
+) -> CrossAttention:
+    return CrossAttention(
+        dim,
+        context_dim,
+        inner_dim,
+        config.num_heads,
+        init_std=config.init_std,
+        output_init_std=config.init_std,
+        normalization=config.normalization,
+        factory=factory,
+        name=name,
+    )

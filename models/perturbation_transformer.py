@@ -5,8 +5,7 @@ gene reads its prediction out of them again: what a cell takes grows with the nu
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,8 @@ from models.perturbation_layers import (
     TimeEmbedding,
     TokenHead,
 )
-from models.pretrained import from_pretrained
-from models.transformer import Transformer
+from models.pretrained import PretrainedModule
+from models.transformer import Transformer, block_options
 
 __all__ = ["Conditions", "PerturbationTransformer", "PerturbationTransformerConfig"]
 
@@ -60,7 +59,7 @@ class Conditions(NamedTuple):
     technical_batch: Tensor | None
 
 
-class PerturbationTransformer(nn.Module):
+class PerturbationTransformer(PretrainedModule):
     """Predict the expression tokens of perturbed cells under their masks, from control cells, target and batch.
 
     The cells of a set share its conditions and are predicted each on its own, so their order, and that of the controls,
@@ -81,43 +80,12 @@ class PerturbationTransformer(nn.Module):
         self._factory = LayerFactory(config.layer_backend, config.exclude_layers, config.fp8_recipe)
         self.gene_embedding = GeneIdentity(config.num_genes, gene_dim, config.gene_vector_dim, std)
         self.value_embedding = BinEmbedding(config.vocab_size, gene_dim, std)
-        self.control_value_embedding = self.controls = self.control_encoder = None
-        if config.use_control:
-            if config.control_tokens == "own":
-                self.control_value_embedding = BinEmbedding(config.num_control_tokens, gene_dim, std)
-            self.controls = ControlProfile(config.num_control_tokens, gene_dim, std)
-        self.prior = None
-        if config.use_control and config.control_tokens == "shared":
-            self.prior = ControlPrior(config.vocab_size)
-        self.target_embedding = self.target_flag = self.response = None
-        if config.use_target:
-            own = (config.num_targets or config.num_genes) if config.target_table == "own" else None
-            self.target_embedding = TargetEmbedding(gene_dim, dim, own, std)
-            if own is None:
-                self.target_flag = Embedding(2, gene_dim, init_std=std)
-            if config.response_rank:
-                self.response = Response(
-                    config.num_genes,
-                    config.gene_vector_dim or gene_dim,
-                    config.vocab_size,
-                    config.response_rank,
-                    own,
-                    std,
-                )
-        self.technical_batch_embedding = None
-        if config.n_technical_batches:
-            padded = config.n_technical_batches
-            self.technical_batch_embedding = TechnicalBatchEmbedding(
-                padded if config.num_technical_batches is None else config.num_technical_batches,
-                dim,
-                init_std=std,
-                product=self._factory.embedding_product("technical_batch_embedding", dim),
-                padded_num=padded,
-            )
+        self._build_controls()
+        self._build_targets()
+        self.technical_batch_embedding = TechnicalBatchEmbedding.of_model(config, dim, self._factory)
         self.time_embedding = TimeEmbedding(dim, std)
         self.cell_encoder = CellEncoder(config, self._factory)
-        if config.use_control:
-            self.control_encoder = SetEncoder(config, self._factory)
+        self.control_encoder = SetEncoder(config, self._factory) if config.use_control else None
         self.decoder = GeneDecoder(config, self._factory)
         self.head = TokenHead(gene_dim, config.vocab_size, config.num_genes, std)
         self.auxiliary_head = None
@@ -130,23 +98,10 @@ class PerturbationTransformer(nn.Module):
             config.num_layers,
             config.num_heads,
             config.inner_dim,
-            dropout=config.dropout,
-            attention_dropout=config.attention_dropout,
-            activation=config.activation,
-            normalization=config.normalization,
-            init_std=std,
+            **block_options(config),
             activation_checkpointing=config.activation_checkpointing,
             factory=self._factory,
         )
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
-        """Load an exported model (`python -m trainer export`), in evaluation mode; no other file is needed.
-
-        Raises:
-            ModelError: a file of the folder is missing, damaged, or describes another kind of model.
-        """
-        return cast(Self, from_pretrained(folder, model_class=cls, device=device))
 
     def encode_conditions(
         self,
@@ -288,6 +243,36 @@ class PerturbationTransformer(nn.Module):
     def matrix_sizes(self) -> dict[str, int]:
         """Return by field name the sizes of the matrices that FP8 layers multiply."""
         return perturbation_costs.matrix_sizes(self.config)
+
+    def _build_controls(self) -> None:
+        """Build what the controls tell of each gene."""
+        config = self.config
+        self.control_value_embedding = self.controls = self.prior = None
+        if not config.use_control:
+            return
+        if config.control_tokens == "own":
+            self.control_value_embedding = BinEmbedding(
+                config.num_control_tokens, config.gene_width, config.init_std
+            )
+        self.controls = ControlProfile(config.num_control_tokens, config.gene_width, config.init_std)
+        if config.control_tokens == "shared":
+            self.prior = ControlPrior(config.vocab_size)
+
+    def _build_targets(self) -> None:
+        """Build what the perturbed genes tell."""
+        config, gene_dim, std = self.config, self.config.gene_width, self.config.init_std
+        self.target_embedding = self.target_flag = self.response = None
+        if not config.use_target:
+            return
+        own = (config.num_targets or config.num_genes) if config.target_table == "own" else None
+        self.target_embedding = TargetEmbedding(gene_dim, config.hidden_dim, own, std)
+        if own is None:
+            self.target_flag = Embedding(2, gene_dim, init_std=std)
+        if config.response_rank:
+            vector_dim = config.gene_vector_dim or gene_dim
+            self.response = Response(
+                config.num_genes, vector_dim, config.vocab_size, config.response_rank, own, std
+            )
 
     def _beside(self, time: Tensor, conditions: Conditions) -> Tensor:
         """Return [C, conditions, D]: what stands beside each cell's latents."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -130,6 +130,19 @@ def from_pretrained(
     model = _construct(factory, description, trusted, folder)
     _load(model, weights, tied, folder)
     return model.to(device).eval()
+
+
+class PretrainedModule(nn.Module):
+    """A model whose class loads what was saved or exported of it."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu") -> Self:
+        """Load a model that was saved or exported (`python -m trainer export`), in evaluation mode.
+
+        Raises:
+            ModelError: a file of the folder is missing, damaged, or describes another kind of model.
+        """
+        return cast(Self, from_pretrained(folder, model_class=cls, device=device))
 
 
 def construct(folder: str | Path, *, trusted_modules: Iterable[str] = ()) -> nn.Module:

@@ -1,11 +1,37 @@
 """A stack of pre-norm transformer blocks with a final norm."""
 
 import math
+from typing import TYPE_CHECKING, TypedDict
 
 from torch import Tensor, nn
 
 from models.attention import AttentionSpans
 from models.layers import MLP, Activation, LayerFactory, Norm, Normalization, SelfAttention
+
+if TYPE_CHECKING:
+    from models.model_config import ModelConfig
+    from models.perturbation_config import PerturbationTransformerConfig
+
+
+class BlockOptions(TypedDict):
+    """Name what all blocks of a model have in common, whatever their sizes."""
+
+    dropout: float
+    attention_dropout: float
+    activation: Activation
+    normalization: Normalization
+    init_std: float
+
+
+def block_options(config: "ModelConfig | PerturbationTransformerConfig") -> BlockOptions:
+    """Return what a model's configuration says of all its blocks."""
+    return {
+        "dropout": config.dropout,
+        "attention_dropout": config.attention_dropout,
+        "activation": config.activation,
+        "normalization": config.normalization,
+        "init_std": config.init_std,
+    }
 
 
 class TransformerBlock(nn.Module):
