@@ -11,9 +11,7 @@ beside its share in the data. Trainings and draws that are complete in the outpu
 
 import argparse
 import json
-import shlex
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks._commands import call  # noqa: E402
 from data.known_circuits import read_known_circuits  # noqa: E402
 from trainer.plots import results_table  # noqa: E402
 
@@ -86,15 +85,6 @@ def draw(
         ]
         call(["-m", "trainer", "sample", "--model", model, "--output", output, *asked, *options])
     return json.loads((output / "scores.json").read_text())["prompts"]
-
-
-def call(arguments: Sequence[Any]) -> None:
-    """Show a Python command, run it in the repository, and leave with its exit code if it fails."""
-    texts = [str(part) for part in arguments]
-    print(f"\n$ python {shlex.join(texts)}\n".replace(f"{ROOT}/", ""), flush=True)
-    code = subprocess.run([sys.executable, *texts], cwd=ROOT).returncode
-    if code:
-        raise SystemExit(code)
 
 
 def report(prompts: Sequence[str], found: Sequence[list[dict[str, Any]]]) -> None:

@@ -12,7 +12,6 @@ from there; others go on where they stopped.
 
 import argparse
 import statistics
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from sklearn.preprocessing import StandardScaler
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks._commands import call  # noqa: E402
 from data.loader import CellSource, DrawKey  # noqa: E402
 from trainer.config import load_run_config  # noqa: E402
 from trainer.dotted import resolve  # noqa: E402
@@ -109,14 +109,6 @@ def fine_tune(output: Path, seed: int, pretrained: Path) -> Path:
 
 def of_run(output: Path, name: str, seed: int) -> list[str]:
     return [f"run_name={name}", f"output_dir={output}", f"seed={seed}", "resume_from=auto"]
-
-
-def call(arguments: list[str]) -> None:
-    """Show a Python command, run it in the repository, and leave with its exit code if it fails."""
-    print(f"\n$ python {' '.join(arguments)}\n".replace(f"{ROOT}/", ""), flush=True)
-    code = subprocess.run([sys.executable, *arguments], cwd=ROOT).returncode
-    if code:
-        raise SystemExit(code)
 
 
 def run_folder(output: Path, name: str) -> Path:

@@ -17,12 +17,11 @@ prediction of the other. Parts that are complete in the output folder are taken 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import anndata
 import numpy as np
@@ -31,6 +30,7 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks._commands import call  # noqa: E402
 from data.simulator import CONTROL, write_simulated_h5ad  # noqa: E402
 
 SIMULATOR = "simulator"
@@ -119,7 +119,7 @@ def make_task(data: str, hold_out: str, options: dict[str, str], output: Path, s
 
 def convert(path: Path, output: Path) -> Path:
     corpus = output / f"{path.stem}_corpus"
-    call("-m", "trainer.convert_h5ad", path, "--output", corpus, "--resume")
+    call(["-m", "trainer.convert_h5ad", path, "--output", corpus, "--resume"])
     return corpus
 
 
@@ -201,18 +201,18 @@ def measure(
         *changes,
     ]
     started = time.perf_counter()
-    call(*launch, "trainer/train.py", "--config", task.config, *settings)
+    call([*launch, "trainer/train.py", "--config", task.config, *settings])
     seconds = time.perf_counter() - started
     run = max(folder.glob("run_*"), key=lambda each: each.stat().st_mtime)
     files = {name: folder / f"{name}.h5ad" for name in ("predicted", "real", "train")}
-    call("-m", "trainer", "predict", "--model", run, "--data", task.corpus, "--output", files["predicted"],
+    call(["-m", "trainer", "predict", "--model", run, "--data", task.corpus, "--output", files["predicted"],
          "--real", files["real"], "--train", files["train"], "--num-steps", num_steps, "--seed", seed,
-         "--device", "cpu", "--overwrite")  # fmt: skip
+         "--device", "cpu", "--overwrite"])  # fmt: skip
     figures: Figures = {MODEL: {}, MEAN_RESPONSE: {}}
     if has_scores:
         scores = folder / "scores"
-        call("-m", "trainer", "score", "--pred", files["predicted"], "--real", files["real"],
-             "--train", files["train"], "--preset", "vcc2026", "--output", scores, "--seed", seed)  # fmt: skip
+        call(["-m", "trainer", "score", "--pred", files["predicted"], "--real", files["real"],
+             "--train", files["train"], "--preset", "vcc2026", "--output", scores, "--seed", seed])  # fmt: skip
         figures = read_figures(scores / "results.json")
     seen = {name: changes_of(path) for name, path in files.items()}
     means = mean_changes(seen["train"], seen["real"])
@@ -220,15 +220,6 @@ def measure(
     figures[MEAN_RESPONSE][EFFECT] = effect_correlation(means, seen["real"])
     figures[MODEL]["training seconds"] = seconds
     return figures
-
-
-def call(*arguments: Any) -> None:
-    """Show a Python command, run it in the repository, and leave with its exit code if it fails."""
-    words = [str(each) for each in arguments]
-    print(f"\n$ python {' '.join(words)}\n".replace(f"{ROOT}/", ""), flush=True)
-    code = subprocess.run([sys.executable, *words], cwd=ROOT).returncode
-    if code:
-        raise SystemExit(code)
 
 
 def read_figures(path: Path) -> Figures:
