@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data.errors import DataError
+from data.errors import DataError, listed
 from data.genes import SourceGenes, check_gene_names, strip_version
 
 CELL_ID = "soma_joinid"
@@ -34,7 +34,6 @@ _MEMORY = {
     "soma.init_buffer_bytes": 32 * 1024**2,  # of each column of a piece that is read
     "sm.mem.total_budget": 1024**3,  # of all that TileDB holds while it reads: tiles, filters, results
 }
-_NAMES_SHOWN = 10
 
 FieldKind = Literal["text", "bool", "int", "float", "other"]
 
@@ -171,7 +170,7 @@ class CensusExperiment:
         missing = [each for each in values if each not in known]
         if missing:
             near = difflib.get_close_matches(missing[0], known, n=3)
-            hint = f"close to it: {', '.join(near)}" if near else f"there are: {_some(sorted(known))}"
+            hint = f"close to it: {', '.join(near)}" if near else f"there are: {listed(sorted(known), 10)}"
             raise DataError(f"{place}: no cell of {self.uri} has {missing[0]!r}; {hint}")
 
     def genes(self, var_filter: str | None) -> tuple[SourceGenes, NDArray[np.int64]]:
@@ -444,8 +443,3 @@ def _fragments(folder: Path) -> str:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

@@ -11,7 +11,7 @@ import numpy as np
 
 from data.cell_rows import BadValueError, ValueKind, ValueVerdict, exact_counts, exact_lognorm, judge_values
 from data.conversion import FILE_LABEL, ConversionPlan, SourcePlan, bad_value
-from data.errors import DataError
+from data.errors import DataError, listed
 from data.gene_vocabulary import gene_vocabulary
 from data.genes import GeneSpace, SourceGenes, combine_genes, common_key, match_genes
 from data.h5ad import H5adFile
@@ -27,7 +27,6 @@ OBS_DEFAULTS = {
 MAX_CLASSES = 100_000
 MAX_SOURCES = 2**15
 DEFAULT_CONTROL_LABEL = "non-targeting"
-_NAMES_SHOWN = 10
 _LIKE_CONTROL = re.compile(
     r"control|ctrl|negative|non.?targ|scramble|\bntc?\b|dmso|vehicle|untreated|mock", re.IGNORECASE
 )
@@ -377,7 +376,7 @@ def _say_what_is_left(sources: Sequence[SourcePlan], chosen: Mapping[str, Sequen
             is_number |= {column: file.obs.is_number(column) for column in left}
     if is_number:
         names = sorted(is_number, key=lambda column: (is_number[column], column))
-        say(f"obs columns that are not kept: {_some(names)}; --obs NAME=COLUMN keeps one")
+        say(f"obs columns that are not kept: {listed(names, 10)}; --obs NAME=COLUMN keeps one")
 
 
 def _require(file: H5adFile, name: str, column: str) -> None:
@@ -446,16 +445,10 @@ def _control_label(target_genes: ObsColumn | None, wanted: str | None, say: Say)
     label = wanted or DEFAULT_CONTROL_LABEL
     if label in target_genes.names:
         return label
-    some = _some(sorted(target_genes.names, key=lambda name: _LIKE_CONTROL.search(name) is None))
+    some = listed(sorted(target_genes.names, key=lambda name: _LIKE_CONTROL.search(name) is None), 10)
     if wanted is not None:
         raise DataError(f"--control-label {wanted}: no cell has this target_gene; there are: {some}")
     say(
         f"no cell has the target_gene {label!r}, so no control is recorded; --control-label names it ({some})"
     )
     return None
-
-
-def _some(names: Sequence[str]) -> str:
-    """Show the first names of a long list and how many are left out."""
-    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more

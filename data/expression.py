@@ -225,5 +225,5 @@ def _without(info: CorpusInfo, leave_out: Mapping[str, Sequence[str]]) -> NDArra
             check_known(name, known, f"leave_out.{column}", column)
         codes = np.array([known.index(name) for name in names], np.int64)
         for rows, columns in number_pieces(info, [column]):
-            kept[rows] = ~np.isin(columns[column], codes)
+            kept[rows] &= ~np.isin(columns[column], codes)
     return kept

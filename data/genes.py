@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from data.errors import DataError
+from data.errors import DataError, listed
 from data.gene_tables import previous_symbols
 
 GeneKey = Literal["ensembl_id", "symbol"]
@@ -25,7 +25,6 @@ SYMBOL_COLUMNS = (
     "hgnc_symbol", "name",
 )  # fmt: skip
 _ENSEMBL = re.compile(r"(ENS[A-Z]{0,6}G\d{11})(?:\.\d+)?(_PAR_Y)?")
-_NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class GeneSpace:
             return found
         if name in self.ambiguous_symbols:
             same = [gene for gene, symbol in zip(self.ids, self.symbols, strict=True) if symbol == name]
-            raise DataError(f"gene symbol {name!r} belongs to several genes: {_listed(same)}; use the id")
+            raise DataError(f"gene symbol {name!r} belongs to several genes: {listed(same)}; use the id")
         known = [*self._index_of_id, *self._index_of_symbol]
         near = difflib.get_close_matches(name, known, n=3)
         hint = f"; close to it: {', '.join(near)}" if near else ""
@@ -169,12 +168,12 @@ def check_gene_names(names: Sequence[str], where: str) -> None:
     """Raise where a name is empty or occurs twice, listing positions or names."""
     if "" in names or any(map(str.isspace, names)):
         empty = [str(index) for index, name in enumerate(names) if not name.strip()]
-        raise DataError(f"{where}: {len(empty)} genes have an empty name, at positions {_listed(empty)}")
+        raise DataError(f"{where}: {len(empty)} genes have an empty name, at positions {listed(empty)}")
     if len(set(names)) != len(names):
         repeated = [name for name, times in Counter(names).items() if times > 1]
         raise DataError(
             f"{where}: {len(repeated)} gene names occur more than once (Ensembl versions are cut before): "
-            f"{_listed(repeated)}; make them unique or name another column with --gene-column"
+            f"{listed(repeated)}; make them unique or name another column with --gene-column"
         )
 
 
@@ -186,8 +185,8 @@ def common_key(sources: Sequence[SourceGenes]) -> GeneKey:
     if without:
         only_symbols = [source.where for source in sources if source.ids is None]
         raise DataError(
-            f"the files share no kind of gene name: only Ensembl ids in {_listed(without)}, none in "
-            f"{_listed(only_symbols)}; give --genes a table with the columns id,symbol"
+            f"the files share no kind of gene name: only Ensembl ids in {listed(without)}, none in "
+            f"{listed(only_symbols)}; give --genes a table with the columns id,symbol"
         )
     return "symbol"
 
@@ -202,7 +201,7 @@ def combine_genes(sources: Sequence[SourceGenes], how: Literal["union", "interse
         shared = set(per_source[0]).intersection(*per_source[1:])
         kept = [name for name in per_source[0] if name in shared]
         if not kept:
-            files = _listed([source.where for source in sources])
+            files = listed([source.where for source in sources])
             raise DataError(f"the files have no gene in common (matched by {key}): {files}")
     if key == "symbol":
         return GeneSpace(ids=tuple(kept), symbols=tuple(kept), key=key)
@@ -300,9 +299,3 @@ def _table_columns(text: str, delimiter: str, path: Path) -> tuple[list[str] | N
             f"nor a symbol column ({', '.join(SYMBOL_COLUMNS)})"
         )
     return columns[0], columns[1]
-
-
-def _listed(names: Sequence[str]) -> str:
-    """Show the first names of a long list and how many are left out."""
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import CorpusInfo
-from data.errors import DataError
+from data.errors import DataError, listed
 from data.hashing import Stream, stateless_hash
 from data.manifest import UNLABELLED
 from data.masking import IGNORED_LABEL
@@ -16,7 +16,6 @@ from data.order import choose_rows
 from data.readers import number_pieces, open_columns
 
 LabelTask = Literal["classification", "regression"]
-_CLASSES_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def open_labels(
     if task == "regression":
         if found.kind != "number":
             raise DataError(
-                f"{where}: obs column {column!r} of {info.path} holds classes ({_some(found.names)}), and regression "
+                f"{where}: obs column {column!r} of {info.path} holds classes ({listed(found.names)}), and regression "
                 "needs numbers; use classification, or store the column as numbers"
             )
         return LabelColumn(column, task, (), None, None)
@@ -99,7 +98,7 @@ def open_labels(
     if len(names) < 2:
         raise DataError(
             f"{where}: obs column {column!r} of {info.path} has {len(names)} class{'' if len(names) == 1 else 'es'} "
-            f"({_some(names) or 'no cell has a label'}); two at least are needed"
+            f"({listed(names) or 'no cell has a label'}); two at least are needed"
         )
     return LabelColumn(column, task, names, stored, index)
 
@@ -166,7 +165,7 @@ def stratified_masks(
     if single:
         notices.append(
             f"{len(single)} class{'es' if len(single) > 1 else ''} of one cell cannot be split and "
-            f"stay{'' if len(single) > 1 else 's'} in training: {_some(single)}"
+            f"stay{'' if len(single) > 1 else 's'} in training: {listed(single)}"
         )
     return takes_part & ~validation, validation if validation.any() else None, notices
 
@@ -183,8 +182,3 @@ def _distinct(info: CorpusInfo, column: str, where: str) -> NDArray[Any]:
             )
         found = np.union1d(found, values)
     return found
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:_CLASSES_NAMED])
-    return shown if len(names) <= _CLASSES_NAMED else f"{shown} and {len(names) - _CLASSES_NAMED} more"

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import CorpusInfo
-from data.errors import DataError
-from data.perturbation_targets import PerturbationTargets, check_known, counted, listed, read_names
+from data.errors import DataError, listed
+from data.perturbation_targets import PerturbationTargets, check_known, counted, read_names
 
 SplitPart = Literal["val", "test"]
 _PARTS = ("train", "val", "test")
@@ -162,7 +162,7 @@ def _split_by_file(
                 has_part |= name == split_part and bool(codes)
     if missing:
         notices.append(
-            f"{split_file}: {counted(len(missing), 'perturbation')} not in the corpus: {listed(sorted(missing))}"
+            f"{split_file}: {counted(len(missing), 'perturbation')} not in the corpus: {listed(sorted(missing), 6)}"
         )
     if not has_part and any(content[section] for section in ("zeroshot", "fewshot")):
         raise DataError(
@@ -191,7 +191,7 @@ def _read_split(path: Path) -> dict[str, dict[str, Any]]:
     unknown = [name for name in content if name not in _SECTIONS]
     if unknown or not isinstance(content.get("datasets"), dict) or not content["datasets"]:
         raise DataError(
-            f"split_file {path}: " + (f"unknown section {listed(unknown)}" if unknown else "no [datasets]")
+            f"split_file {path}: " + (f"unknown section {listed(unknown, 6)}" if unknown else "no [datasets]")
             + f"; a split file has the sections {', '.join(_SECTIONS)}"
         )  # fmt: skip
     result = {name: content.get(name, {}) for name in _SECTIONS}

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.corpus import CorpusInfo
-from data.errors import DataError
+from data.errors import DataError, listed
 from data.genes import GeneSpace, read_gene_list
 from data.manifest import UNLABELLED
 
@@ -19,7 +19,6 @@ Pairs = Literal["error", "skip", "index"]
 UnknownTargets = Literal["error", "skip", "index"]
 UNKNOWN_TARGET = -1
 """Index of a target that the target space lacks, and of the second target of a perturbation that has one."""
-_NAMES_SHOWN = 6
 _EMPTY_PARTS = ("", "ctrl", "control")
 
 
@@ -156,19 +155,13 @@ def check_known(name: str, known: Iterable[str], where: str, what: str) -> None:
     if name in known:
         return
     near = difflib.get_close_matches(str(name), known, n=3)
-    hint = f"close to it: {', '.join(near)}" if near else f"there are: {listed(known)}"
+    hint = f"close to it: {', '.join(near)}" if near else f"there are: {listed(known, 6)}"
     raise DataError(f"{where}: no {what} {name!r}; {hint}")
 
 
 def counted(number: int, what: str) -> str:
     """Say how many there are of something."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def listed(names: Sequence[str]) -> str:
-    """Show the first names of a long list and how many are left out."""
-    shown = ", ".join(map(str, names[:_NAMES_SHOWN]))
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def _target_space(
@@ -213,6 +206,6 @@ def _refuse_or_note(
     if not names:
         return
     if choice == "error":
-        raise DataError(f"{path}: {counted(len(names), 'perturbation')} {what}: {listed(names)}; {remedy}")
+        raise DataError(f"{path}: {counted(len(names), 'perturbation')} {what}: {listed(names, 6)}; {remedy}")
     done = "left out" if choice == "skip" else "index -1"
-    notices.append(f"{counted(len(names), 'perturbation')} {what} ({done}): {listed(names)}")
+    notices.append(f"{counted(len(names), 'perturbation')} {what} ({done}): {listed(names, 6)}")

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data.control_cells import ControlCells
 from data.corpus import CorpusInfo
-from data.errors import DataError
+from data.errors import DataError, listed
 from data.gene_columns import HIDDEN, GeneColumns
 from data.hashing import DrawKey, Stream, splitmix64
 from data.permutation import permuted
@@ -27,7 +27,6 @@ from data.perturbation_targets import (
     PerturbationTargets,
     check_known,
     counted,
-    listed,
     read_names,
     read_targets,
     target_indices,
@@ -267,7 +266,7 @@ def make_requests(
             if batches is None or sizes is None:
                 raise DataError(
                     f"{where}: {corpus.cell_types[cell_type]!r} has no control cells to predict {each.target!r} from; "
-                    f"contexts with controls: {listed([corpus.cell_types[code] for code in with_controls])}"
+                    f"contexts with controls: {listed([corpus.cell_types[code] for code in with_controls], 6)}"
                 )
             num_real = 0 if own is None else int(sizes.sum())
             asked = each.num_cells or cells_per_perturbation
@@ -463,8 +462,8 @@ def technical_batch_index(
     missing = [names[index] for index in needed.tolist() if found[index] < 0]
     if missing:
         raise DataError(
-            f"{corpus.info.path}: {counted(len(missing), 'technical batch')} new to the model: {listed(missing)}; say "
-            f"with --technical-batch which one of its own they are predicted as: {listed(sorted(known))}"
+            f"{corpus.info.path}: {counted(len(missing), 'technical batch')} new to the model: {listed(missing, 6)}; "
+            f"say with --technical-batch which one of its own they are predicted as: {listed(sorted(known), 6)}"
         )
     return found
 

@@ -202,6 +202,16 @@ def test_cells_of_labels_that_are_left_out_take_no_part(two_files: Path):
     assert source.fingerprint() != load(two_files, val_fraction=0.3).fingerprint()
 
 
+def test_cells_with_any_label_that_is_left_out_take_no_part(two_files: Path):
+    source = load(two_files, leave_out={"target_gene": ["GENE6"], "technical_batch": ["b"]})
+    cells = open_reader(source.reader.info, ["target_gene", "technical_batch"]).read(np.arange(24)).columns
+    info = source.reader.info
+    is_kept = cells["target_gene"] == info.class_names("target_gene").index("non-targeting")
+    is_kept &= cells["technical_batch"] == info.class_names("technical_batch").index("a")
+    assert is_kept.sum() == 6 and source.row_mask is not None
+    assert source.row_mask.tolist() == is_kept.tolist()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
