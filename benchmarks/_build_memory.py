@@ -9,12 +9,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from trainer import distributed  # noqa: E402
-from trainer.build import build_model  # noqa: E402
-from trainer.config.load import load_run_config  # noqa: E402
-from trainer.config.schema import BatchPlan  # noqa: E402
-from trainer.phases import DataFacts  # noqa: E402
-from trainer.zero_building import whole_shape  # noqa: E402
+from trainer import distributed
+from trainer.build import build_model
+from trainer.config.load import load_run_config
+from trainer.config.schema import BatchPlan
+from trainer.phases import DataFacts
+from trainer.zero_building import whole_shape
 
 
 class Peak:

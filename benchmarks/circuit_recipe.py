@@ -20,9 +20,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._commands import call  # noqa: E402
-from data.known_circuits import read_known_circuits  # noqa: E402
-from trainer.plots import results_table  # noqa: E402
+from benchmarks._commands import call
+from data.known_circuits import read_known_circuits
+from trainer.plots import results_table
 
 DATASET = ROOT / "data" / "samples" / "circuits" / "srv_3q"
 PRESET = "srv_3q_recipe"

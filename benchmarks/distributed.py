@@ -20,12 +20,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402
-from corpora import make_cells, write_corpus  # noqa: E402
-from launching import start_ranks  # noqa: E402
-from running import newest_run, records, strategy_environment, toy, write_config  # noqa: E402
+import torch
+from corpora import make_cells, write_corpus
+from launching import start_ranks
+from running import newest_run, records, strategy_environment, toy, write_config
 
-from trainer.console import table  # noqa: E402
+from trainer.console import table
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 NUM_GENES, STEPS, SAVE_EVERY = 400, 12, 6

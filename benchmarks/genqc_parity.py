@@ -32,13 +32,13 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from data.circuit_folder import open_circuit_sets  # noqa: E402
-from models.circuit_diffusion import CircuitDiffusion, CircuitDiffusionConfig, Draws  # noqa: E402
-from models.prompts import EncodedPrompts, TextEncoderConfig, encode_prompts  # noqa: E402
-from trainer.build import run  # noqa: E402
-from trainer.config import load_run_config  # noqa: E402
-from trainer.config.schema import RunConfig  # noqa: E402
-from trainer.metrics_file import read_metrics  # noqa: E402
+from data.circuit_folder import open_circuit_sets
+from models.circuit_diffusion import CircuitDiffusion, CircuitDiffusionConfig, Draws
+from models.prompts import EncodedPrompts, TextEncoderConfig, encode_prompts
+from trainer.build import run
+from trainer.config import load_run_config
+from trainer.config.schema import RunConfig
+from trainer.metrics_file import read_metrics
 
 TOLERANCE = 1e-6
 PROMPT_TOLERANCE = 1e-5

@@ -24,14 +24,14 @@ from typing import Any, get_args
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+from torch import Tensor, nn
 
-from models.encoder import EncoderConfig, MaskedCellEncoder  # noqa: E402
-from models.errors import ModelError  # noqa: E402
-from models.fp8_scaling import Recipe  # noqa: E402
-from models.layers import LayerFactory  # noqa: E402
-from trainer.console import table  # noqa: E402
+from models.encoder import EncoderConfig, MaskedCellEncoder
+from models.errors import ModelError
+from models.fp8_scaling import Recipe
+from models.layers import LayerFactory
+from trainer.console import table
 
 PEAK_BF16 = 989e12
 """Dense bf16 of H100 and H200 SXM by their datasheets, in operations per second."""

@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from launching import RankGroup, start_ranks  # noqa: E402
-from running import (  # noqa: E402
+from launching import RankGroup, start_ranks
+from running import (
     comparable_records,
     newest_run,
     same_weights,

@@ -24,19 +24,19 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.loader import MicroBatch  # noqa: E402
-from models.encoder import EncoderConfig, MaskedCellEncoder  # noqa: E402
-from trainer import distributed  # noqa: E402
-from trainer.config import RunConfig  # noqa: E402
-from trainer.loop import run_epoch  # noqa: E402
-from trainer.losses import LossModule  # noqa: E402
-from trainer.meters import Meters  # noqa: E402
-from trainer.optim import build_optimizer  # noqa: E402
-from trainer.phases import Phase  # noqa: E402
-from trainer.progress import Progress  # noqa: E402
-from trainer.recorder import Recorder  # noqa: E402
-from trainer.run import Run  # noqa: E402
-from trainer.strategy import Strategy  # noqa: E402
+from data.loader import MicroBatch
+from models.encoder import EncoderConfig, MaskedCellEncoder
+from trainer import distributed
+from trainer.config import RunConfig
+from trainer.loop import run_epoch
+from trainer.losses import LossModule
+from trainer.meters import Meters
+from trainer.optim import build_optimizer
+from trainer.phases import Phase
+from trainer.progress import Progress
+from trainer.recorder import Recorder
+from trainer.run import Run
+from trainer.strategy import Strategy
 
 NUM_GENES, NUM_BINS, NUM_TOKENS = 2000, 12, 129
 

@@ -33,13 +33,13 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from launching import RankGroup, cpu_environment, start_ranks  # noqa: E402
-from running import newest_run, records, write_config  # noqa: E402
+from launching import RankGroup, cpu_environment, start_ranks
+from running import newest_run, records, write_config
 
-from benchmarks._memory import MemoryWatch  # noqa: E402
-from trainer.config.load import load_run_config  # noqa: E402
-from trainer.quickstart import baseline_losses  # noqa: E402
-from trainer.scoring.expression_baselines import MarginalBaseline  # noqa: E402
+from benchmarks._memory import MemoryWatch
+from trainer.config.load import load_run_config
+from trainer.quickstart import baseline_losses
+from trainer.scoring.expression_baselines import MarginalBaseline
 
 NUM_GENES = 20_000
 MICRO_BATCH = 256

@@ -22,14 +22,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data.corpus import CorpusWriter  # noqa: E402
-from data.genes import GeneSpace  # noqa: E402
-from data.loader import MicroBatch, StepLoader, cell_loader  # noqa: E402
-from data.order import GlobalOrder  # noqa: E402
-from data.ragged import gather, offsets_of  # noqa: E402
-from data.synthetic import make_synthetic_counts  # noqa: E402
-from models.encoder import EncoderConfig, MaskedCellEncoder  # noqa: E402
-from trainer.losses import move_to_device  # noqa: E402
+from data.corpus import CorpusWriter
+from data.genes import GeneSpace
+from data.loader import MicroBatch, StepLoader, cell_loader
+from data.order import GlobalOrder
+from data.ragged import gather, offsets_of
+from data.synthetic import make_synthetic_counts
+from models.encoder import EncoderConfig, MaskedCellEncoder
+from trainer.losses import move_to_device
 
 LAYOUTS = ("padded", "bucketed", "packed")
 N_BINS = 51

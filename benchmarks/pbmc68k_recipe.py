@@ -29,17 +29,17 @@ from sklearn.preprocessing import StandardScaler
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._commands import call  # noqa: E402
-from data.loader import CellSource, DrawKey  # noqa: E402
-from trainer.config import load_run_config  # noqa: E402
-from trainer.dotted import resolve  # noqa: E402
-from trainer.metrics_file import read_metrics  # noqa: E402
-from trainer.plots import results_table  # noqa: E402
-from trainer.saved_model import SavedModel, open_model  # noqa: E402
-from trainer.scoring import linear_probe  # noqa: E402
-from trainer.scoring.cells import Cells  # noqa: E402
-from trainer.scoring.embedding_baselines import depth_r2, representations  # noqa: E402
-from trainer.scoring.specs import LinearProbeSpec  # noqa: E402
+from benchmarks._commands import call
+from data.loader import CellSource, DrawKey
+from trainer.config import load_run_config
+from trainer.dotted import resolve
+from trainer.metrics_file import read_metrics
+from trainer.plots import results_table
+from trainer.saved_model import SavedModel, open_model
+from trainer.scoring import linear_probe
+from trainer.scoring.cells import Cells
+from trainer.scoring.embedding_baselines import depth_r2, representations
+from trainer.scoring.specs import LinearProbeSpec
 
 SAMPLE = ROOT / "data" / "samples" / "10x_pbmc68k_reduced.h5ad"
 LABEL = "bulk_labels"

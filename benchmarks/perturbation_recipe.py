@@ -30,8 +30,8 @@ import pandas as pd
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._commands import call  # noqa: E402
-from data.simulator import CONTROL, write_simulated_h5ad  # noqa: E402
+from benchmarks._commands import call
+from data.simulator import CONTROL, write_simulated_h5ad
 
 SIMULATOR = "simulator"
 HELD_OUT_SHARE = 0.25

@@ -20,14 +20,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-import torch  # noqa: E402
-from corpora import make_cells, write_corpus  # noqa: E402
-from kill_resume import run_trials  # noqa: E402
-from running import comparable_records, newest_run, records, toy, train_ranks  # noqa: E402
-from test_export import ENCODER, NUM_GENES, TOKENIZER  # noqa: E402
-from test_zero import CONFIG, copy_until, losses, state_of  # noqa: E402
+import torch
+from corpora import make_cells, write_corpus
+from kill_resume import run_trials
+from running import comparable_records, newest_run, records, toy, train_ranks
+from test_export import ENCODER, NUM_GENES, TOKENIZER
+from test_zero import CONFIG, copy_until, losses, state_of
 
-from trainer.console import table  # noqa: E402
+from trainer.console import table
 
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 PAIRS = ((2, 1), (1, 2), (2, 3), (3, 2))

@@ -79,14 +79,14 @@ def die_at_call(number: int) -> None:
     for name in ("mkdir", "fsync", "rename", "replace", "unlink", "rmdir", "truncate"):
         setattr(os, name, before(getattr(os, name)))
     shutil.rmtree = before(shutil.rmtree, half=lambda folder: os.unlink(Path(folder) / "model.safetensors"))
-    checkpoint.open = before(builtins.open)  # type: ignore[attr-defined]
+    checkpoint.open = before(builtins.open)
     real_write = statefile.HashingSink.write
 
     def write_half(sink: Any, data: Any) -> None:
         real_write(sink, data[: len(data) // 2])
         sink._file.flush()
 
-    statefile.HashingSink.write = before(real_write, half=write_half)  # type: ignore[method-assign]
+    statefile.HashingSink.write = before(real_write, half=write_half)
 
 
 def crash_at_every_call(folder: Path) -> dict[str, Any]:

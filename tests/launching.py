@@ -260,7 +260,7 @@ class RankGroup:
         return members
 
     def _command(self) -> str:
-        return " ".join(str(part) for part in self.processes[0].args)  # type: ignore[union-attr]
+        return " ".join(str(part) for part in self.processes[0].args)
 
 
 class Fork:

@@ -51,7 +51,7 @@ def sets(names=("lane_b", "lane_a"), subset=False, alone=False, val_names=None):
     dataset: Dataset = Sets(list(names))
     loader = DataLoader(Subset(dataset, range(8)) if subset else dataset, batch_size=4, collate_fn=collate)
     if val_names is not None:
-        loader.val_dataset = Sets(list(val_names))  # type: ignore[attr-defined]
+        loader.val_dataset = Sets(list(val_names))
     return loader if alone else (dataset, loader)
 
 
@@ -59,12 +59,12 @@ def annotated(names):
     """Return cells whose data set has no unique_batches, but an AnnData object with obs['batch']."""
     dataset = Sets(list(names))
     del dataset.unique_batches
-    dataset.adata = SimpleNamespace(obs=pd.DataFrame({"batch": names}))  # type: ignore[attr-defined]
+    dataset.adata = SimpleNamespace(obs=pd.DataFrame({"batch": names}))
     return dataset, DataLoader(dataset, batch_size=4, collate_fn=collate)
 
 
 def plain_tensors():
-    return DataLoader(torch.arange(32).reshape(8, 4), batch_size=4)  # type: ignore[arg-type]
+    return DataLoader(torch.arange(32).reshape(8, 4), batch_size=4)
 
 
 class Objective:
@@ -159,7 +159,7 @@ class Forgetful(Sets):
 
 def forgetful():
     dataset, loader = sets()
-    loader.val_dataset = Forgetful(["lane_a", "lane_z"])  # type: ignore[attr-defined]
+    loader.val_dataset = Forgetful(["lane_a", "lane_z"])
     return dataset, loader
 
 

@@ -17,16 +17,16 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import trainer.backbone  # noqa: E402
-from models.errors import ModelError  # noqa: E402
-from trainer.backbone import Backbone  # noqa: E402
-from trainer.build import with_data_sizes  # noqa: E402
-from trainer.config.cells import ScModelForgeConfig, load_config  # noqa: E402
-from trainer.config.cells_run import run_of  # noqa: E402
-from trainer.config.cells_section import CellsSection, section_classes  # noqa: E402
-from trainer.config.messages import inner_section  # noqa: E402
-from trainer.dotted import resolve  # noqa: E402
-from trainer.phases import DataFacts  # noqa: E402
+import trainer.backbone
+from models.errors import ModelError
+from trainer.backbone import Backbone
+from trainer.build import with_data_sizes
+from trainer.config.cells import ScModelForgeConfig, load_config
+from trainer.config.cells_run import run_of
+from trainer.config.cells_section import CellsSection, section_classes
+from trainer.config.messages import inner_section
+from trainer.dotted import resolve
+from trainer.phases import DataFacts
 
 PAGE = ROOT / "docs" / "cells.md"
 BEGIN = "<!-- generated from the code by `python tests/test_cells_fields.py`; do not edit -->"

@@ -583,6 +583,7 @@ def forge(folder: Path, **changes: Any) -> None:
         {"step": "10"},
         {"world_size": None},
         {"world_size": 0},
+        {"world_size": 10**15},
         {"metric": "0.5"},
         {"summary": None},
         {"time": None},

@@ -8,9 +8,9 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from trainer.config.cells_section import section_classes  # noqa: E402
-from trainer.config.circuits import CircuitsConfig  # noqa: E402
-from trainer.config.messages import inner_section  # noqa: E402
+from trainer.config.cells_section import section_classes
+from trainer.config.circuits import CircuitsConfig
+from trainer.config.messages import inner_section
 
 PAGE = ROOT / "docs" / "circuits.md"
 BEGIN = "<!-- generated from the code by `python tests/test_circuit_docs.py`; do not edit -->"

@@ -395,7 +395,7 @@ class GenqcCompilationUNet(GenqcUNet):
 def genqc(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the package be found, with stand-ins of its networks' signatures."""
     module = ModuleType("genQC.models.unet_qc")
-    module.QC_Cond_UNet, module.QC_Compilation_UNet = GenqcUNet, GenqcCompilationUNet  # type: ignore[attr-defined]
+    module.QC_Cond_UNet, module.QC_Compilation_UNet = GenqcUNet, GenqcCompilationUNet
     for name in ("genQC", "genQC.models"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "genQC.models.unet_qc", module)

@@ -115,7 +115,7 @@ def partial(**options: Any) -> PartialMaskingDiffusion:
 
 
 def mean_loss(diffusion: MaskedDiffusion, model: nn.Module, tokens: Tensor, **arguments: Any) -> Tensor:
-    output = diffusion.compute_loss(model, tokens, **arguments)  # type: ignore[arg-type]
+    output = diffusion.compute_loss(model, tokens, **arguments)
     return output.sum / output.weight
 
 
@@ -127,7 +127,7 @@ def chi_square_p(samples: Tensor, p: Tensor = P) -> float:
 
 def bound(model: nn.Module, schedule: str, exponent: float = 1.5) -> float:
     """Integrate the bound in nats per token over all times, masks and states."""
-    made = make_schedule(schedule, exponent)  # type: ignore[arg-type]
+    made = make_schedule(schedule, exponent)
     edges = torch.linspace(0, 1, 2001, dtype=torch.float64)
     time = (edges[1:] + edges[:-1]) / 2
     total = 0.0
@@ -484,7 +484,7 @@ def test_auxiliary_losses_of_a_cell_without_masks_or_changes_are_finite():
     found = auxiliary_losses(AuxiliaryConfig(), outputs, changes, masked, seeds(2))
     assert [float(loss[0].detach()) for loss in found] == [0.0, 0.0, 0.0]
     assert [float(loss[1].detach()) > 0 for loss in found] == [True, False, False]
-    sum(loss.sum() for loss in found).backward()  # type: ignore[union-attr]
+    sum(loss.sum() for loss in found).backward()
     assert outputs.grad is not None and bool(outputs.grad.isfinite().all())
 
 
@@ -507,7 +507,7 @@ def auxiliary_batch() -> dict[str, Any]:
 def test_the_auxiliary_switch_adds_its_losses_and_nothing_else():
     batch, noise = auxiliary_batch(), seeds(8)
     model = Table(has_auxiliary=True)
-    nn.init.normal_(model.auxiliary)  # type: ignore[arg-type]
+    nn.init.normal_(model.auxiliary)
     config = {"significance_weight": 0.5, "direction_weight": 0.3, "ranking_weight": 0.1, "ramp_steps": 10}
 
     def outputs(diffusion: AbsorbingDiffusion, step: int) -> Any:
@@ -528,7 +528,7 @@ def test_the_auxiliary_switch_adds_its_losses_and_nothing_else():
     torch.testing.assert_close(half.sum, off.sum + extra / 2)
     torch.testing.assert_close(none.sum, off.sum)
     on.sum.backward()
-    assert model.auxiliary is not None and bool((model.auxiliary.grad != 0).any(dim=0).all())  # type: ignore[union-attr]
+    assert model.auxiliary is not None and bool((model.auxiliary.grad != 0).any(dim=0).all())
 
 
 def test_auxiliary_losses_need_heads_and_controls():

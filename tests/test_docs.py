@@ -24,17 +24,17 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from census_files import write_census  # noqa: E402
+from census_files import write_census
 
-from data.cell_source import cell_loader  # noqa: E402
-from data.hf import hf_loader  # noqa: E402
-from data.prepared import h5ad_loader  # noqa: E402
-from models.autoregressive import AutoregressiveConfig  # noqa: E402
-from models.encoder import EncoderConfig  # noqa: E402
-from models.fine_tuned import FineTunedConfig  # noqa: E402
-from models.lora import LoraSettings  # noqa: E402
-from models.masked_autoencoder import MaskedAutoencoderConfig  # noqa: E402
-from trainer.config import json_schema, load_run_config  # noqa: E402
+from data.cell_source import cell_loader
+from data.hf import hf_loader
+from data.prepared import h5ad_loader
+from models.autoregressive import AutoregressiveConfig
+from models.encoder import EncoderConfig
+from models.fine_tuned import FineTunedConfig
+from models.lora import LoraSettings
+from models.masked_autoencoder import MaskedAutoencoderConfig
+from trainer.config import json_schema, load_run_config
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.y*ml"))

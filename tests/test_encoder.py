@@ -289,7 +289,7 @@ def test_wrong_config_names_everything_that_is_wrong():
     with pytest.raises(ValueError) as error:
         EncoderConfig(
             vocab_size=4, hidden_dim=30, num_heads=4, dropout=1.0, pooling="max", position_embedding="learned"
-        )  # pyright: ignore[reportArgumentType]
+        )
     for part in (
         "vocab_size is 4",
         "hidden_dim 30 is not divisible by num_heads 4",

@@ -122,7 +122,7 @@ def test_swiglu_gates_the_second_half_with_the_first():
 
 def test_unknown_activation_is_refused_with_the_allowed_ones():
     with pytest.raises(ValueError, match="activation is 'tanh'; allowed: gelu, relu, silu, swiglu"):
-        MLP(8, 12, activation="tanh")  # pyright: ignore[reportArgumentType]
+        MLP(8, 12, activation="tanh")
 
 
 def test_weights_start_with_the_std_and_scaled_residual_projections():

@@ -315,13 +315,13 @@ def test_gene_vectors_of_a_file_are_read_kept_and_exported(tmp_path):
     kept = model.gene_embedding.vectors.clone()
     assert not kept[:2].any() and bool(kept[2:].any(dim=1).all())
     loss_of(model, make_batch()).backward()
-    assert bool(model.gene_embedding.projection.weight.grad.any())  # type: ignore[union-attr]
+    assert bool(model.gene_embedding.projection.weight.grad.any())
     assert torch.equal(model.gene_embedding.vectors, kept)
     save_pretrained(model, tmp_path / "out")
     (tmp_path / "esm.npy").unlink()
     loaded = from_pretrained(tmp_path / "out", model_class=PerturbationTransformer)
     batch = make_batch()
-    assert torch.equal(logits_of(loaded, batch), logits_of(model.eval(), batch))  # type: ignore[arg-type]
+    assert torch.equal(logits_of(loaded, batch), logits_of(model.eval(), batch))
     with pytest.raises(ModelError, match="the data names 19 genes, and the model has 20"):
         model.initialise_from_data([], gene_ids=names[1:])
     with pytest.raises(ModelError, match="gene_vector_dim is 8, but gene_embedding_path names no file"):
@@ -353,7 +353,7 @@ def bytes_saved(model: nn.Module, batch: dict[str, Tensor], dtype: torch.dtype |
 
     context = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
-        loss_of(model, batch)  # type: ignore[arg-type]
+        loss_of(model, batch)
     return sum(size for size, _ in kept.values())
 
 

@@ -193,7 +193,7 @@ def test_the_number_of_neighbours_acts():
 
 def test_one_technical_batch_cannot_be_mixed():
     cells, embedding = clustered()
-    cells.obs["batch"][:] = "one"  # type: ignore[index]
+    cells.obs["batch"][:] = "one"
     with pytest.raises(UserError, match="batch_key: obs column 'batch' has 1 technical batches"):
         embedding_quality.score(EmbeddingQualitySpec(batch_key="batch"), embedding, cells)
 

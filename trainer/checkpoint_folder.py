@@ -29,6 +29,8 @@ RUN_STATE = "run_state.safetensors"
 SUPERSEDED = "superseded"
 FORMAT = 1
 """What this version writes and reads; docs/resuming.md says what raises it, and what every format has in common."""
+MAX_WORLD_SIZE = 1 << 20
+"""Ranks that a manifest may claim: more would be walked through one by one."""
 _FOLDER_NAME = re.compile(r"checkpoint_(0|[1-9][0-9]{0,17})")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -305,6 +307,7 @@ def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
         numbers = [manifest["step"], manifest["world_size"] - 1, *(file.num_bytes for file in files)]
         texts, metric = [manifest["time"], manifest["save"]], manifest["metric"]
         has_summary = isinstance(manifest["summary"], dict)
+        is_possible = manifest["world_size"] <= MAX_WORLD_SIZE
     except (KeyError, TypeError, AttributeError):
         return False
     return (
@@ -312,6 +315,7 @@ def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
         and all(isinstance(text, str) for text in texts)
         and (metric is None or type(metric) in (int, float))
         and has_summary
+        and is_possible
         and all(map(is_file_name, manifest["files"]))
     )
 
