@@ -445,7 +445,8 @@ def _control_label(target_genes: ObsColumn | None, wanted: str | None, say: Say)
     label = wanted or DEFAULT_CONTROL_LABEL
     if label in target_genes.names:
         return label
-    some = listed(sorted(target_genes.names, key=lambda name: _LIKE_CONTROL.search(name) is None), 10)
+    likely_first = sorted(target_genes.names, key=lambda name: _LIKE_CONTROL.search(name) is None)
+    some = listed(likely_first, 10)
     if wanted is not None:
         raise DataError(f"--control-label {wanted}: no cell has this target_gene; there are: {some}")
     say(

@@ -96,12 +96,7 @@ def read_targets(
             "of pairs of genes",
             "set pairs: index for target_gene_idx [B, 2], or pairs: skip to leave them out",
         )  # fmt: skip
-    indices = np.full((len(names), 2 if pairs == "index" and is_pair.any() else 1), UNKNOWN_TARGET, np.int64)
-    is_unknown = np.zeros(len(names), np.bool_)
-    for index, own in enumerate(genes):
-        found = [_index(space, gene) for gene in own]
-        is_unknown[index] = UNKNOWN_TARGET in found
-        indices[index, : len(found)] = found[: indices.shape[1]]
+    indices, is_unknown = _indices(genes, space, 2 if pairs == "index" and is_pair.any() else 1)
     is_used = num_targets > 0
     is_used &= ~is_pair | (pairs == "index")
     what = "genes of the batches" if targets == "genes" else "targets"
@@ -162,6 +157,19 @@ def check_known(name: str, known: Iterable[str], where: str, what: str) -> None:
 def counted(number: int, what: str) -> str:
     """Say how many there are of something."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _indices(
+    genes: Sequence[Sequence[str]], space: GeneSpace, width: int
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return the indices [perturbations, width] of the targets, and whose targets the space lacks."""
+    indices = np.full((len(genes), width), UNKNOWN_TARGET, np.int64)
+    is_unknown = np.zeros(len(genes), np.bool_)
+    for index, own in enumerate(genes):
+        found = [_index(space, gene) for gene in own]
+        is_unknown[index] = UNKNOWN_TARGET in found
+        indices[index, : len(found)] = found[:width]
+    return indices, is_unknown
 
 
 def _target_space(

@@ -142,34 +142,9 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
     try:
         if resume.kind == "run":
             leave_early(config, ranks, f"before it went on; {resume.checkpoint} is its checkpoint")
-        saved = None
-        if resume.kind == "run" and resume.checkpoint is not None:
-            # Rank 0 verified it when it was chosen.
-            saved = open_checkpoint(resume.checkpoint, verify=False)
-            notes += restore(run, saved, config, facts)
-            ranks.barrier()  # the next save may delete an older checkpoint, which a slower rank could still read
-            take_over(config, ranks, folder, resume.checkpoint)
-        elif resume.kind == "weights_file":
-            assert resume.checkpoint is not None
-            notes += restore_reference_checkpoint(resume.checkpoint, run)
-        step = None if saved is None else saved.step
-        if ranks.is_main:
-            trackers = {} if saved is None else saved.state["trackers"]
-            run.recorder = Recorder.open(config, folder, step, trackers, redone_record(run))
-            if step is not None:
-                run.recorder.goes_on(step, run.cells_seen.epochs)
-            start_scoring(run, folder)
-        resumed_from = (
-            None if resume.checkpoint is None else f"{resume.checkpoint} (step {run.progress.global_step})"
-        )
-        account = build_account(run, facts, run_folder=str(folder), resumed_from=resumed_from, notes=notes)
-        print_account(account)
-        if ranks.is_main:
-            journal.note_start(
-                folder, account, world_size=ranks.count, strategy=run.strategy.name, resumed_step=step
-            )
+        is_resumed = begin(run, facts, resume, folder, notes)
         with build_writer(config, ranks, folder) as writer:
-            run.saver = Saver(writer, config, facts, None if saved is None else run.progress)
+            run.saver = Saver(writer, config, facts, run.progress if is_resumed else None)
             train_with_fallback(run, writer, folder, facts)
         save_result(run, folder)
         notice(f"done at step {run.progress.global_step}: {folder} (python -m trainer report {folder})")
@@ -206,6 +181,42 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
             # A launcher ends all ranks when the first one has ended: they leave together, when all is written.
             with contextlib.suppress(RuntimeError):
                 ranks.barrier()
+
+
+def begin(run: Run, facts: DataFacts, resume: Resume, folder: Path, notes: list[str]) -> bool:
+    """Put the run back to its checkpoint if it has one, say what it is, and open its records.
+
+    Returns:
+        Whether it goes on from a checkpoint of its own.
+    """
+    config, ranks = run.config, run.ranks
+    saved = None
+    if resume.kind == "run" and resume.checkpoint is not None:
+        # Rank 0 verified it when it was chosen.
+        saved = open_checkpoint(resume.checkpoint, verify=False)
+        notes += restore(run, saved, config, facts)
+        ranks.barrier()  # the next save may delete an older checkpoint, which a slower rank could still read
+        take_over(config, ranks, folder, resume.checkpoint)
+    elif resume.kind == "weights_file":
+        assert resume.checkpoint is not None
+        notes += restore_reference_checkpoint(resume.checkpoint, run)
+    step = None if saved is None else saved.step
+    if ranks.is_main:
+        trackers = {} if saved is None else saved.state["trackers"]
+        run.recorder = Recorder.open(config, folder, step, trackers, redone_record(run))
+        if step is not None:
+            run.recorder.goes_on(step, run.cells_seen.epochs)
+        start_scoring(run, folder)
+    resumed_from = (
+        None if resume.checkpoint is None else f"{resume.checkpoint} (step {run.progress.global_step})"
+    )
+    account = build_account(run, facts, run_folder=str(folder), resumed_from=resumed_from, notes=notes)
+    print_account(account)
+    if ranks.is_main:
+        journal.note_start(
+            folder, account, world_size=ranks.count, strategy=run.strategy.name, resumed_step=step
+        )
+    return saved is not None
 
 
 def train_with_fallback(run: Run, writer: CheckpointWriter, folder: Path, facts: DataFacts) -> None:

@@ -16,6 +16,7 @@ from data.errors import DataError
 from data.perturbation_settings import LOADER, settings_entry, settings_of_source
 from data.predicted_values import Space, ValueDecoder
 from data.prediction_sets import (
+    PerturbedCorpus,
     PredictionSets,
     held_out_wanted,
     make_requests,
@@ -146,6 +147,25 @@ def _predictions(
             f"phase '{phase.name}' holds no cells of perturbations out; name some by held_out_genes, "
             "held_out_contexts, held_out_combinations or split_file of dataloader_args"
         )
+    sets, chosen = _chosen_sets(run, phase, settings, corpus, held_out_rows)
+    facts = source.facts()
+    description = {
+        "corpus": str(source.reader.info.path),
+        "settings": settings_entry(phase.name, arguments, known.value_kind, facts["tokenizer_options"]),
+        "genes": json.loads(known.genes.to_json()),
+        "technical_batches": dict(technical_batches),
+        "space": space,
+    }
+    names = np.array(corpus.targets.names)[corpus.labels.perturbation[held_out_rows]]
+    real_rows = held_out_rows[np.isin(names, sorted(chosen))]
+    decoder = ValueDecoder(known.tokenizer, known.transform, space, known.value_kind == "counts")
+    return Predictions(preset, sets, decoder, description, real_rows, training_rows)
+
+
+def _chosen_sets(
+    run: Run, phase: Phase, settings: ScoringConfig, corpus: PerturbedCorpus, held_out_rows: NDArray[np.int64]
+) -> tuple[PredictionSets, set[str]]:
+    """Return the sets of the held-out targets that the run's seed chooses, and the targets."""
     wanted = held_out_wanted(corpus, held_out_rows)
     targets = sorted({each.target for each in wanted})
     rng = np.random.default_rng([run.config.seed, phase.index])
@@ -167,18 +187,7 @@ def _predictions(
         batch_index=technical_batch_index(corpus, requests) if knows_batches else None,
         cells_are_apart=predicts_cells_apart(run.module.model),
     )
-    facts = source.facts()
-    description = {
-        "corpus": str(source.reader.info.path),
-        "settings": settings_entry(phase.name, arguments, known.value_kind, facts["tokenizer_options"]),
-        "genes": json.loads(known.genes.to_json()),
-        "technical_batches": dict(technical_batches),
-        "space": space,
-    }
-    names = np.array(corpus.targets.names)[corpus.labels.perturbation[held_out_rows]]
-    real_rows = held_out_rows[np.isin(names, sorted(chosen))]
-    decoder = ValueDecoder(known.tokenizer, known.transform, space, known.value_kind == "counts")
-    return Predictions(preset, sets, decoder, description, real_rows, training_rows)
+    return sets, chosen
 
 
 def _submit(
