@@ -41,6 +41,9 @@ READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "WANDB_")
 """Beginnings of variables that nothing reads while it is imported."""
 READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "PYTEST_CURRENT_TEST"})
 
+DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers")
+"""What every rank under DeepSpeed imports: its Muon, to compare with it, brings the compiler along."""
+
 
 def free_port() -> int:
     """Return a port of this machine that nothing listens on."""
@@ -304,7 +307,7 @@ def start_process(
     command: Sequence[str], environment: Mapping[str, str], cwd: Path | str, output: int
 ) -> "subprocess.Popen[bytes] | Fork":
     """Start a command in a session of its own, as a fork where that comes to the same."""
-    if PRELOAD and may_be_forked(command, environment):
+    if PRELOAD and may_be_forked(command, environment, cwd):
         return fork(command, environment, cwd, output)
     return subprocess.Popen(
         command,
@@ -317,7 +320,7 @@ def start_process(
     )
 
 
-def may_be_forked(command: Sequence[str], environment: Mapping[str, str]) -> bool:
+def may_be_forked(command: Sequence[str], environment: Mapping[str, str], cwd: Path | str) -> bool:
     """Tell whether a fresh interpreter would find what the one that forks has found.
 
     It would not where a variable that is read early differs, or where PYTHONPATH puts another module in the place of
@@ -326,13 +329,19 @@ def may_be_forked(command: Sequence[str], environment: Mapping[str, str]) -> boo
     is_python = command[0] == sys.executable and (command[1] == "-m" or command[1].endswith(".py"))
     if not is_python or LAUNCHER_MODULES.intersection(command[:3]):
         return False
-    base = forker().environment
+    base = forker_for(environment).environment
     differing = {name for name in base.keys() | environment.keys() if base.get(name) != environment.get(name)}
     if any(not name.startswith(READ_LATE) and name not in READ_LATE_TOO for name in differing):
         return False
-    taken = {name.split(".")[0] for name in preloaded.IMPORTED} | {"sitecustomize", "usercustomize"}
-    folders = [Path(part) for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
-    return not any(taken & {path.stem for path in folder.iterdir()} for folder in folders if folder.is_dir())
+    imported = (*preloaded.IMPORTED, *preloaded.OWN, *DEEPSPEED, "data", "models")
+    taken = {name.split(".")[0] for name in imported} | {"sitecustomize", "usercustomize"}
+    first = Path(cwd) if command[1] == "-m" else Path(cwd, command[1]).parent
+    folders = [first, *(Path(part) for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part)]
+    return not any(
+        taken & {path.stem for path in folder.iterdir()}
+        for folder in folders
+        if folder.is_dir() and folder.resolve() != ROOT
+    )
 
 
 class Forker(NamedTuple):
@@ -343,15 +352,20 @@ class Forker(NamedTuple):
     environment: dict[str, str]
 
 
+def forker_for(environment: Mapping[str, str]) -> Forker:
+    """Return what forks a rank: one that has imported DeepSpeed where the rank will."""
+    return forker(*DEEPSPEED) if environment.get("ACCELERATE_USE_DEEPSPEED") == "true" else forker()
+
+
 @functools.cache
-def forker() -> Forker:
-    """Start the process that forks; it ends with this one."""
+def forker(*more: str) -> Forker:
+    """Start a process that forks, with more modules imported; it ends with this one."""
     environment = cpu_environment()
     environment.pop("PYTHONPATH", None)
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
-            [sys.executable, preloaded.__file__, str(theirs.fileno())],
+            [sys.executable, preloaded.__file__, str(theirs.fileno()), *more],
             env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
@@ -364,7 +378,7 @@ def fork(command: Sequence[str], environment: Mapping[str, str], cwd: Path | str
     """Fork what `command`, a `python` with arguments, would start."""
     request = {"arguments": list(command[1:]), "environment": dict(environment), "cwd": str(cwd)}
     report, reports = os.pipe()
-    channel = forker().channel
+    channel = forker_for(environment).channel
     socket.send_fds(channel, [json.dumps(request).encode()], [output, reports])
     os.close(reports)
     answer = channel.recv(8)

@@ -2,8 +2,8 @@
 
 Importing torch and its like takes a processor longer than most of the trainings that tests run. A fork has the
 arguments, folder, environment, output and search path of the command that it stands for, and ends as that would.
-Nothing of the project is imported here, so that a fork reads it as a fresh interpreter does. The other side, and what
-may not be forked, is in launching.py.
+So are the modules of the project that a run imports: none reads its environment or clock while it is imported. The
+other side, and what may not be forked, is in launching.py.
 """
 
 import contextlib
@@ -15,13 +15,15 @@ import select
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 IMPORTED = (
     "accelerate",
     "anndata",
     "datasets",
+    "matplotlib.backends.backend_agg",
     "omegaconf",
     "pandas",
     "psutil",
@@ -33,13 +35,17 @@ IMPORTED = (
     "torch.utils.data",
     "yaml",
 )
+OWN = ("trainer.launch", "trainer.loop", "trainer.plots", "trainer.report")
+ROOT = Path(__file__).resolve().parent.parent
 MAX_REQUEST = 1 << 20
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, more: Sequence[str]) -> None:
     """Serve requests that come over a socket until it closes, and do in each fork what was asked."""
-    for name in IMPORTED:
+    sys.path[0] = str(ROOT)
+    for name in (*IMPORTED, *OWN, *more):
         importlib.import_module(name)
+    del sys.path[0]
     with socket.socket(fileno=descriptor) as channel:
         command = serve(channel)
     if command is not None:
@@ -110,5 +116,4 @@ def become(request: dict[str, Any], output: int) -> None:
 
 
 if __name__ == "__main__":
-    del sys.path[0]  # this folder, which `python SCRIPT` puts there
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), sys.argv[2:])

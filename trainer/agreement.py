@@ -116,9 +116,10 @@ def _modules() -> dict[str, str]:
     found = {}
     for name, module in sorted(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        is_ours = name.split(".")[0] in _OUR_PACKAGES
-        if not file or not file.endswith(".py") or name == "__main__" or not Path(file).is_file():
+        if name == "__main__" or not file or not file.endswith(".py"):
             continue
-        if is_ours or not file.startswith(installed):
+        # A process has thousands of modules that an installer has put there: those are not looked for on the disk.
+        is_ours = name.split(".")[0] in _OUR_PACKAGES
+        if (is_ours or not file.startswith(installed)) and Path(file).is_file():
             found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12]
     return found

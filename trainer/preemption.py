@@ -18,7 +18,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 LAUNCHER_VARIABLES = (control.VARIABLE, "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "CROSS_SIZE")
 """What launch.sh, torchrun, Accelerate and DeepSpeed's launcher leave in the environment of their ranks."""
 
-_STARTED = time.monotonic()
+_started = time.monotonic()
 _received: list[str] = []
 _launcher: int | None = None
 
@@ -35,8 +35,9 @@ class _Ranks(Protocol):
 
 
 def install() -> None:
-    """Take signals as requests from here on, and tell a launch script so."""
-    global _launcher
+    """Take signals as requests from here on, count the process's time from here, and tell a launch script so."""
+    global _launcher, _started
+    _started = time.monotonic()
     for number in SIGNALS:
         signal.signal(number, _receive)
     os.register_at_fork(after_in_child=_forget)
@@ -58,6 +59,11 @@ def uninstall() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+def running_seconds() -> float:
+    """Return how long this process has run: since `install`, which commands call before they import anything slow."""
+    return time.monotonic() - _started
+
+
 def request(limit_seconds: float | None = None) -> str | None:
     """Return what asks this process to end, None while nothing does; once asked, always asked.
 
@@ -68,7 +74,7 @@ def request(limit_seconds: float | None = None) -> str | None:
         return _received[0]
     if _launcher is not None and os.getppid() != _launcher:
         return "the end of the launcher"
-    if limit_seconds is not None and time.monotonic() - _STARTED >= limit_seconds:
+    if limit_seconds is not None and running_seconds() >= limit_seconds:
         return "wall-clock limit"
     return None
 

@@ -11,11 +11,12 @@ import shutil
 import socket
 import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+from trainer import preemption
 from trainer.atomicfile import replace_text
 from trainer.checkpoint_folder import (
     MANIFEST,
@@ -34,8 +35,6 @@ from trainer.errors import CheckpointError, UserError
 
 _WEIGHTS_FILE_SUFFIXES = (".pt", ".pth", ".ckpt")
 _MOST_LISTED = 8
-
-_STARTED = datetime.now(UTC)
 
 SAME_FOLDER_SECONDS = 10.0
 """How long a rank waits to see what rank 0 has made in the run folder."""
@@ -153,13 +152,13 @@ def write_exit_status(run_folder: str | Path, code: int, reason: str) -> dict[st
 
     Launch scripts learn from it what launchers' exit codes do not tell. Returns what it says.
     """
-    now = datetime.now(UTC)
+    now, duration = datetime.now(UTC), preemption.running_seconds()
     status = {
         "exit_code": code,
         "reason": reason,
-        "started": _STARTED.isoformat(),
+        "started": (now - timedelta(seconds=duration)).isoformat(),
         "time": now.isoformat(),
-        "duration_seconds": round((now - _STARTED).total_seconds(), 1),
+        "duration_seconds": round(duration, 1),
     }
     replace_text(Path(run_folder) / "exit_status.json", json.dumps(status) + "\n")
     return status
