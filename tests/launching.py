@@ -41,6 +41,9 @@ READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "WANDB_")
 """Beginnings of variables that nothing reads while it is imported."""
 READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "PYTEST_CURRENT_TEST"})
 
+LEFT_BY_IMPORTS = frozenset({"PYTORCH_NVML_BASED_CUDA_CHECK", "_RJEM_MALLOC_CONF"})
+"""Variables that Accelerate and Polars set in this process, for themselves."""
+
 DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers")
 """What every rank under DeepSpeed imports: its Muon, to compare with it, brings the compiler along."""
 
@@ -55,7 +58,7 @@ def free_port() -> int:
 def cpu_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return this process's environment, but one thread, no GPU, and ranks that talk through loopback."""
     return {
-        **os.environ,
+        **{name: value for name, value in os.environ.items() if name not in LEFT_BY_IMPORTS},
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",

@@ -1,9 +1,21 @@
 import signal
+import sys
 import time
 
 import psutil
 import pytest
-from launching import free_port, launch_ranks, run_command, start_ranks
+from launching import (
+    LEFT_BY_IMPORTS,
+    PRELOAD,
+    ROOT,
+    Fork,
+    cpu_environment,
+    free_port,
+    launch_ranks,
+    may_be_forked,
+    run_command,
+    start_ranks,
+)
 
 SUM_OF_RANKS = """
 import torch
@@ -93,3 +105,29 @@ def test_a_signal_reaches_the_ranks_behind_a_launcher(script):
 
 def test_free_ports_are_free_and_differ():
     assert len({free_port() for _ in range(5)}) > 1
+
+
+COMMAND = [sys.executable, str(ROOT / "trainer" / "train.py")]
+
+
+@pytest.mark.skipif(not PRELOAD, reason="forking is turned off")
+def test_what_imports_leave_in_the_environment_does_not_keep_ranks_from_being_forked(monkeypatch, script):
+    for name in LEFT_BY_IMPORTS:
+        monkeypatch.setenv(name, "left")
+    with start_ranks(2, [script("import os; print(sorted(os.environ))")]) as group:
+        assert all(isinstance(process, Fork) for process in group.processes)
+        assert not any(name in group.wait().stdout for name in LEFT_BY_IMPORTS)
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "TORCH_LOGS", "HOME"])
+def test_a_rank_with_another_variable_that_is_read_early_is_not_forked(name):
+    assert may_be_forked(COMMAND, cpu_environment({"RANK": "1", "CELLPHASE_ANY": "1"}), ROOT)
+    assert not may_be_forked(COMMAND, cpu_environment({name: "2"}), ROOT)
+
+
+@pytest.mark.parametrize("name", ["torch.py", "yaml/__init__.py", "trainer/__init__.py", "sitecustomize.py"])
+def test_a_rank_that_would_import_another_module_is_not_forked(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    assert not may_be_forked(COMMAND, cpu_environment({"PYTHONPATH": str(tmp_path)}), ROOT)
+    assert not may_be_forked([sys.executable, "-m", "trainer"], cpu_environment(), tmp_path)
