@@ -5,6 +5,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pkgutil import resolve_name
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -12,25 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import costs
-from models.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from models.cell_model import CellModel, needed
-from models.encoder import EncoderConfig, MaskedCellEncoder
 from models.errors import ModelError, raise_all, wrong_choices
+from models.families import FAMILIES, Family
 from models.fp8_scaling import Recipe
 from models.heads import TaskHead
 from models.layers import Backend
 from models.lora import LoraSettings, add_lora, frozen_patterns, merge_lora, plain_name
-from models.masked_autoencoder import MaskedAutoencoder, MaskedAutoencoderConfig
 from models.masked_heads import IGNORED_LABEL
 from models.model_config import ModelConfig
 from models.outputs import LossOutput
 from models.pretrained import PretrainedModule
 
-BACKBONES: dict[str, tuple[type[CellModel], type[ModelConfig]]] = {
-    "models.encoder.MaskedCellEncoder": (MaskedCellEncoder, EncoderConfig),
-    "models.autoregressive.AutoregressiveModel": (AutoregressiveModel, AutoregressiveConfig),
-    "models.masked_autoencoder.MaskedAutoencoder": (MaskedAutoencoder, MaskedAutoencoderConfig),
-}
+BACKBONES = {family.model_class: family for family in FAMILIES.values()}
 """The models that can be fine-tuned, by the dotted path that configurations call them by."""
 
 Task = Literal["classification", "regression"]
@@ -81,7 +76,7 @@ class FineTunedConfig:
         given = {**self.backbone_config, "gene_embedding_path": None}
         object.__setattr__(self, "backbone_config", given)
         raise_all(self._wrong_fields())
-        _, config_class = BACKBONES[self.backbone_class.replace(":", ".")]
+        config_class = resolve_name(self.family.config_class)
         names = {each.name for each in dataclasses.fields(config_class)}
         unknown, missing = sorted(given.keys() - names), sorted({"vocab_size"} - given.keys())
         if unknown or missing:
@@ -93,6 +88,11 @@ class FineTunedConfig:
         object.__setattr__(self, "backbone", config_class(**{**given, **fp8}))
         if self.lora is not None:
             self.lora_settings  # noqa: B018 - checks them
+
+    @property
+    def family(self) -> Family:
+        """The family that the backbone is of."""
+        return BACKBONES[self.backbone_class.replace(":", ".")]
 
     @property
     def lora_settings(self) -> LoraSettings | None:
@@ -176,7 +176,7 @@ class FineTunedModel(PretrainedModule):
                     "n_classes is not known: give the data a label of classes (`label` of the loader), or set n_classes"
                 )
             num_outputs = config.n_classes
-        model_class, _ = BACKBONES[config.backbone_class.replace(":", ".")]
+        model_class: type[CellModel] = resolve_name(config.family.model_class)
         self.backbone = model_class(config.backbone, has_heads=False)
         if config.lora_settings is not None:
             add_lora(self.backbone.transformer, config.lora_settings)

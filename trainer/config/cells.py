@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
+from models.families import Architecture, PretrainingTask
 from trainer.config.cells_checks import cross_field_problems, settle_twins
 from trainer.config.cells_section import CellsSection, build
 from trainer.config.compose import compose
@@ -194,9 +195,7 @@ class ModelConfig(CellsSection):
 
     place = "model"
 
-    architecture: Literal["transformer_encoder", "autoregressive_transformer", "masked_autoencoder"] = Field(
-        default="transformer_encoder", description="Which of the three models"
-    )
+    architecture: Architecture = Field(default="transformer_encoder", description="Which of the three models")
     hidden_dim: PositiveCount = Field(default=512, description="Width of the model (numbers)")
     num_layers: PositiveCount = Field(default=12, description="Transformer blocks (blocks)")
     num_heads: PositiveCount = Field(default=8, description="Attention heads; must divide hidden_dim (heads)")
@@ -214,12 +213,7 @@ class ModelConfig(CellsSection):
     use_expression_values: bool = Field(
         default=True, description="Let the model read expression beside the genes and their order"
     )
-    pretraining_task: Literal[
-        "masked_gene_prediction",
-        "masked_expression_prediction",
-        "masked_gene_and_expression_prediction",
-        "next_gene_prediction",
-    ] = Field(
+    pretraining_task: PretrainingTask = Field(
         default="masked_gene_prediction",
         description="What the model learns to predict; where not written, what the architecture is for",
     )

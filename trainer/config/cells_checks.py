@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
+from models.families import FAMILIES
 from trainer.config.messages import Problem
 from trainer.config.yaml_text import describe
 from trainer.errors import ConfigError
@@ -13,17 +14,6 @@ from trainer.scoring.specs import parse_specs
 
 if TYPE_CHECKING:
     from trainer.config.cells import ScModelForgeConfig
-
-TASKS = {
-    "transformer_encoder": (
-        "masked_gene_prediction",
-        "masked_expression_prediction",
-        "masked_gene_and_expression_prediction",
-    ),
-    "autoregressive_transformer": ("next_gene_prediction",),
-    "masked_autoencoder": ("masked_expression_prediction",),
-}
-"""What each architecture can be trained to predict; the first is what it is for."""
 
 TWINS = (
     ("data.max_genes", "tokenizer.max_genes", "model.max_seq_len"),
@@ -59,7 +49,7 @@ def settle_twins(config: ScModelForgeConfig) -> None:
                 default = _field_default(config, path)
                 _show(config, path, value_at(config, written[0]) if written else default)
     if not is_written(config, "model.pretraining_task"):
-        _show(config, "model.pretraining_task", TASKS[config.model.architecture][0])
+        _show(config, "model.pretraining_task", FAMILIES[config.model.architecture].tasks[0])
 
 
 def _field_default(config: Any, path: str) -> Any:
@@ -102,7 +92,7 @@ def _twins(config: ScModelForgeConfig) -> Iterator[Problem]:
 
 def _task(config: ScModelForgeConfig) -> Iterator[Problem]:
     model = config.model
-    possible = TASKS[model.architecture]
+    possible = FAMILIES[model.architecture].tasks
     if is_written(config, "model.pretraining_task") and model.pretraining_task not in possible:
         yield Problem(
             "model.pretraining_task",

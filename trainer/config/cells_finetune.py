@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from models.families import FAMILIES
 from trainer.config.cells import FinetuneConfig, ScModelForgeConfig
 from trainer.config.cells_checks import is_written, value_at
 from trainer.config.cells_run import (
-    MODELS,
     OPTIMIZERS,
     loader,
     phase_settings,
@@ -129,7 +129,7 @@ def label_columns(finetune: FinetuneConfig) -> list[str]:
 
 def _contradictions(config: ScModelForgeConfig, backbone: Backbone) -> Iterator[Problem]:
     """Yield what is written and differs from what the backbone is."""
-    model_class, _ = MODELS[config.model.architecture]
+    model_class = FAMILIES[config.model.architecture].model_class
     if is_written(config, "model.architecture") and backbone.model_class != model_class:
         yield _differs("model.architecture", config.model.architecture, backbone.model_class)
     for name in _OF_MODEL:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from models.families import FAMILIES
 from trainer.config.cells import CellsSection, ScModelForgeConfig
 from trainer.config.cells_checks import is_written
 from trainer.config.cells_section import section_classes, written_values
@@ -16,19 +17,6 @@ from trainer.config.load import validate
 from trainer.config.messages import ValidationError, config_error
 from trainer.config.schema import RunConfig
 from trainer.scoring.specs import Spec, parse_specs
-
-MODELS = {
-    "transformer_encoder": ("models.encoder.MaskedCellEncoder", "models.encoder.EncoderConfig"),
-    "autoregressive_transformer": (
-        "models.autoregressive.AutoregressiveModel",
-        "models.autoregressive.AutoregressiveConfig",
-    ),
-    "masked_autoencoder": (
-        "models.masked_autoencoder.MaskedAutoencoder",
-        "models.masked_autoencoder.MaskedAutoencoderConfig",
-    ),
-}
-"""The classes of each architecture: the model's, and its configuration's."""
 
 TARGETS = {
     "masked_gene_prediction": "gene",
@@ -210,8 +198,7 @@ def build_tokenizer_kwargs(config: ScModelForgeConfig) -> dict[str, Any]:
 
 def uses_bins(config: ScModelForgeConfig) -> bool:
     """Tell whether expression is sorted into bins: by the strategy, or for the model to predict."""
-    is_autoregressive = config.model.architecture == "autoregressive_transformer"
-    return config.tokenizer.strategy == "binned_expression" or is_autoregressive
+    return config.tokenizer.strategy == "binned_expression" or FAMILIES[config.model.architecture].needs_bins
 
 
 def masking(config: ScModelForgeConfig) -> dict[str, Any] | None:
@@ -240,7 +227,7 @@ def benchmark_specs(config: ScModelForgeConfig) -> list[Spec]:
 def model_section(config: ScModelForgeConfig) -> dict[str, Any]:
     """Return the run's `model`: the class of the architecture, and the arguments of its configuration."""
     model = config.model
-    model_class, config_class = MODELS[model.architecture]
+    family = FAMILIES[model.architecture]
     arguments: dict[str, Any] = {
         "hidden_dim": model.hidden_dim,
         "num_layers": model.num_layers,
@@ -259,15 +246,14 @@ def model_section(config: ScModelForgeConfig) -> dict[str, Any]:
     if config.tokenizer.strategy == "gene_embedding":
         arguments["gene_embedding_path"] = config.tokenizer.embedding_path
         arguments["gene_embedding_dim"] = config.tokenizer.embedding_dim
-    if model.architecture == "masked_autoencoder":
-        arguments |= {
-            "decoder_dim": model.decoder_dim,
-            "decoder_layers": model.decoder_layers,
-            "decoder_heads": model.decoder_heads,
-        }
-    else:
+    arguments |= {name: getattr(model, name) for name in family.own_fields}
+    if family.weighs_losses:
         arguments |= loss_weights(config)
-    return {"model_class": model_class, "config_class": config_class, "config_args": arguments}
+    return {
+        "model_class": family.model_class,
+        "config_class": family.config_class,
+        "config_args": arguments,
+    }
 
 
 def loss_weights(config: ScModelForgeConfig) -> dict[str, float]:
@@ -367,7 +353,6 @@ def _conditions(config: ScModelForgeConfig, command: str) -> list[tuple[tuple[st
     data, tokenizer, model, training = config.data, config.tokenizer, config.model, config.training
     steps = data.preprocessing
     is_census = data.source == "cellxgene_census"
-    is_mae = model.architecture == "masked_autoencoder"
     strategy = f"tokenizer.strategy is {tokenizer.strategy}"
     architecture = f"model.architecture is {model.architecture}"
     conditions = [
@@ -404,7 +389,7 @@ def _conditions(config: ScModelForgeConfig, command: str) -> list[tuple[tuple[st
             strategy,
         ),
         (("tokenizer.gene_medians",), tokenizer.strategy == "rank_value", strategy),
-        (("model.decoder_dim", "model.decoder_layers", "model.decoder_heads"), is_mae, architecture),
+        *((fields, name == model.architecture, architecture) for name, fields in _fields_of_families()),
         (
             ("eval.every_n_epochs", "eval.batch_size"),
             bool(config.eval.benchmarks),
@@ -421,7 +406,8 @@ def _conditions(config: ScModelForgeConfig, command: str) -> list[tuple[tuple[st
 
 def _pretraining_conditions(config: ScModelForgeConfig) -> list[tuple[tuple[str, ...], bool, str]]:
     target = TARGETS.get(config.model.pretraining_task)
-    has_both_losses = target == "both" or config.model.architecture == "autoregressive_transformer"
+    family = FAMILIES[config.model.architecture]
+    has_both_losses = family.weighs_losses and target in ("both", None)  # None: genes and expression in turn
     task = f"model.pretraining_task is {config.model.pretraining_task}"
     return [
         (
@@ -443,9 +429,7 @@ def _fine_tuning_conditions(config: ScModelForgeConfig) -> list[tuple[tuple[str,
         "model.pretraining_task",
         "model.gene_loss_weight",
         "model.expression_loss_weight",
-        "model.decoder_dim",
-        "model.decoder_layers",
-        "model.decoder_heads",
+        *(path for _, paths in _fields_of_families() for path in paths),
     )
     of_backbone = (
         "data.gene_vocab",
@@ -478,6 +462,13 @@ def _fine_tuning_conditions(config: ScModelForgeConfig) -> list[tuple[tuple[str,
             not lora.enabled,
             "with finetune.lora.enabled the backbone's own weights are held still in any case",
         ),
+    ]
+
+
+def _fields_of_families() -> list[tuple[str, tuple[str, ...]]]:
+    """Return the paths of the fields that one architecture alone reads, by its name."""
+    return [
+        (name, tuple(f"model.{field}" for field in family.own_fields)) for name, family in FAMILIES.items()
     ]
 
 
