@@ -19,7 +19,7 @@ from models.cell_model import CellModel, asked_genes, hidden_places, needed, num
 from models.embeddings import Embedding
 from models.layers import Linear
 from models.masked_heads import DecodedValueHead
-from models.model_config import ModelConfig
+from models.model_config import ModelConfig, wrong_fp8_sizes
 from models.outputs import LossOutput
 from models.transformer import Transformer, block_options
 
@@ -59,8 +59,13 @@ class MaskedAutoencoderConfig(ModelConfig):
         width, heads = self.decoder_width, self.num_decoder_heads
         if width > 0 and heads > 0 and width % heads:
             yield f"decoder_dim {width} is not divisible by decoder_heads {heads}"
-        yield from self.wrong_fp8_sizes(
-            {"decoder_dim": width}, dim=width, heads_field="decoder_heads", num_heads=heads
+        yield from wrong_fp8_sizes(
+            self.layer_backend,
+            self.fp8_recipe,
+            {"decoder_dim": width},
+            dim=width,
+            num_heads=heads,
+            heads_field="decoder_heads",
         )
 
 

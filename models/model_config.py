@@ -118,31 +118,12 @@ class ModelConfig:
         if not any(weights):
             yield "gene_loss_weight and expression_loss_weight are both 0; one must be positive"
 
-    def wrong_fp8_sizes(
-        self, widths: Mapping[str, int], *, dim: int, heads_field: str, num_heads: int
-    ) -> Iterable[str]:
-        """Say which widths, by field name, FP8 layers cannot have, and which heads of `dim` attention cannot."""
-        if self.layer_backend == "torch":
-            return
-        yield from wrong_fp8_widths(self.fp8_recipe, widths)
-        if self.layer_backend == "te" and num_heads > 0 and dim % num_heads == 0:
-            head_dim = dim // num_heads
-            if head_dim % FP8_ALIGNMENT:
-                yield (
-                    f"{heads_field} is {num_heads}, which makes heads of {head_dim}; Transformer Engine's attention "
-                    f"needs a multiple of {FP8_ALIGNMENT}: {_allowed_heads(dim, num_heads, heads_field)}"
-                )
-
     def _wrong_numbers(self) -> Iterable[str]:
         if self.vocab_size <= NUM_SPECIAL_TOKENS:
             yield f"vocab_size is {self.vocab_size}; it must exceed the {NUM_SPECIAL_TOKENS} special tokens"
         if self.n_bins is not None and self.n_bins < 2:
             yield f"n_bins is {self.n_bins}; it must be at least 2, or null for continuous values"
-        if self.n_technical_batches < 0:
-            yield f"n_technical_batches is {self.n_technical_batches}; it must not be negative"
-        rows = self.num_technical_batches
-        if rows is not None and not 1 <= rows <= self.n_technical_batches:
-            yield f"num_technical_batches is {rows}; it must be in 1 to n_technical_batches {self.n_technical_batches}"
+        yield from wrong_technical_batches(self.n_technical_batches, self.num_technical_batches)
         yield from self.at_least(1, "hidden_dim", "num_layers", "num_heads", "inner_dim", "max_seq_len")
         if self.num_heads > 0 and self.hidden_dim % self.num_heads:
             yield f"hidden_dim {self.hidden_dim} is not divisible by num_heads {self.num_heads}"
@@ -154,8 +135,8 @@ class ModelConfig:
     def _wrong_fp8(self) -> Iterable[str]:
         yield from wrong_recipe(self.layer_backend, self.fp8_recipe)
         widths = {"hidden_dim": self.hidden_dim, "ffn_dim": self.inner_dim}
-        yield from self.wrong_fp8_sizes(
-            widths, dim=self.hidden_dim, heads_field="num_heads", num_heads=self.num_heads
+        yield from wrong_fp8_sizes(
+            self.layer_backend, self.fp8_recipe, widths, dim=self.hidden_dim, num_heads=self.num_heads
         )
 
 
@@ -166,6 +147,14 @@ def wrong_dropout(config: object) -> Iterable[str]:
             yield f"{field} is {getattr(config, field)}; it must be in [0, 1)"
 
 
+def wrong_technical_batches(padded: int, rows: int | None) -> Iterable[str]:
+    """Say what is wrong with `n_technical_batches` and `num_technical_batches`."""
+    if padded < 0:
+        yield f"n_technical_batches is {padded}; it must not be negative"
+    if rows is not None and not 1 <= rows <= padded:
+        yield f"num_technical_batches is {rows}; it must be in 1 to n_technical_batches {padded}"
+
+
 def wrong_recipe(backend: Backend, recipe: Recipe) -> Iterable[str]:
     """Say if a backend does not know an FP8 recipe."""
     if backend == "torch" and recipe != "current_scaling":
@@ -174,13 +163,28 @@ def wrong_recipe(backend: Backend, recipe: Recipe) -> Iterable[str]:
         yield f"fp8_recipe is {recipe}; layer_backend torchao knows current_scaling alone"
 
 
-def wrong_fp8_widths(recipe: Recipe, widths: Mapping[str, int]) -> Iterable[str]:
-    """Say which widths, by field name, FP8 layers cannot have."""
+def wrong_fp8_sizes(
+    backend: Backend,
+    recipe: Recipe,
+    widths: Mapping[str, int],
+    *,
+    dim: int,
+    num_heads: int,
+    heads_field: str = "num_heads",
+) -> Iterable[str]:
+    """Say which widths, by field name, FP8 layers cannot have, and which heads of `dim` attention cannot."""
+    if backend == "torch":
+        return
     multiple = alignment(recipe)
     for field, value in widths.items():
         if value % multiple:
             near = nearest_multiples(value, multiple)
             yield f"{field} is {value}; FP8 layers need a multiple of {multiple}, such as {near}"
+    if backend == "te" and num_heads > 0 and dim % num_heads == 0 and dim // num_heads % FP8_ALIGNMENT:
+        yield (
+            f"{heads_field} is {num_heads}, which makes heads of {dim // num_heads}; Transformer Engine's attention "
+            f"needs a multiple of {FP8_ALIGNMENT}: {_allowed_heads(dim, num_heads, heads_field)}"
+        )
 
 
 def _allowed_heads(dim: int, num_heads: int, field: str) -> str:

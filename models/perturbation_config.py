@@ -7,10 +7,9 @@ from typing import Any, Literal
 from models import perturbation_costs
 from models.diffusion import Objective, make_diffusion
 from models.errors import raise_all, wrong_choices
-from models.fp8_alignment import FP8_ALIGNMENT
 from models.fp8_scaling import Recipe
 from models.layers import Activation, Backend, Normalization
-from models.model_config import wrong_dropout, wrong_fp8_widths, wrong_recipe
+from models.model_config import wrong_dropout, wrong_fp8_sizes, wrong_recipe, wrong_technical_batches
 
 TargetTable = Literal["genes", "own"]
 GeneVectors = Literal["file", "coexpression"]
@@ -144,8 +143,6 @@ class PerturbationTransformerConfig:
             "hidden_dim",
             "gene_width",
             "num_latents",
-        )
-        more = (
             "num_context_latents",
             "num_layers",
             "num_context_layers",
@@ -153,17 +150,15 @@ class PerturbationTransformerConfig:
             "inner_dim",
             "gene_inner_dim",
         )
-        for name in (*sizes, *more):
+        for name in sizes:
             value, least = getattr(self, name), 2 if name in ("vocab_size", "n_bins") else 1
             if value is not None and value < least:
                 shown = {"gene_width": "gene_dim", "inner_dim": "ffn_dim", "gene_inner_dim": "gene_ffn_dim"}
                 yield f"{shown.get(name, name)} is {value}; it must be at least {least}"
-        for name in ("n_technical_batches", "gene_vector_dim", "response_rank"):
+        yield from wrong_technical_batches(self.n_technical_batches, self.num_technical_batches)
+        for name in ("gene_vector_dim", "response_rank"):
             if getattr(self, name) < 0:
                 yield f"{name} is {getattr(self, name)}; it must not be negative"
-        rows = self.num_technical_batches
-        if rows is not None and not 0 <= rows <= self.n_technical_batches:
-            yield f"num_technical_batches is {rows}; it must be in 0 to n_technical_batches {self.n_technical_batches}"
         for name, width in (("hidden_dim", self.hidden_dim), ("gene_dim", self.gene_width)):
             if self.num_heads > 0 and width % self.num_heads:
                 yield f"{name} {width} is not divisible by num_heads {self.num_heads}"
@@ -205,15 +200,7 @@ class PerturbationTransformerConfig:
 
     def _wrong_fp8(self) -> Iterable[str]:
         yield from wrong_recipe(self.layer_backend, self.fp8_recipe)
-        if self.layer_backend == "torch":
-            return
-        yield from wrong_fp8_widths(self.fp8_recipe, perturbation_costs.matrix_sizes(self))
-        if (
-            self.layer_backend == "te"
-            and self.num_heads > 0
-            and self.hidden_dim % (self.num_heads * FP8_ALIGNMENT)
-        ):
-            yield (
-                f"num_heads is {self.num_heads}, which makes heads of {self.hidden_dim / self.num_heads:g}; the "
-                f"attention of Transformer Engine needs a multiple of {FP8_ALIGNMENT}"
-            )
+        widths = perturbation_costs.matrix_sizes(self)
+        yield from wrong_fp8_sizes(
+            self.layer_backend, self.fp8_recipe, widths, dim=self.hidden_dim, num_heads=self.num_heads
+        )

@@ -286,6 +286,14 @@ def test_layers_are_kept_out_of_fp8_by_name_and_unknown_names_are_refused():
         ({"layer_backend": "emulate", "gene_dim": 24}, "gene_dim is 24; FP8 layers need a multiple of 16"),
         ({"objective_args": {"noise": 1}}, "objective absorbing has no option 'noise'"),
         ({"n_technical_batches": -1}, "n_technical_batches is -1; it must not be negative"),
+        (
+            {"num_technical_batches": 0},
+            "num_technical_batches is 0; it must be in 1 to n_technical_batches 3",
+        ),
+        (
+            {"layer_backend": "te", "hidden_dim": 96, "gene_dim": 96, "num_heads": 8},
+            "num_heads is 8, which makes heads of 12; .*: num_heads 6",
+        ),
     ],
 )
 def test_wrong_sizes_are_named(changes, message):
