@@ -100,7 +100,6 @@ class AutoregressiveModel(CellModel):
             self.gene_head = GeneHead(
                 dim, config.vocab_size, tied=config.tie_gene_head, init_std=std, sees_cell=False
             )
-        self.value_head = None
         if has_heads and config.expression_loss_weight > 0:
             self.value_head = ValueHead(dim, config.vocab_size, config.n_bins or 1, init_std=std)
 
@@ -333,7 +332,7 @@ class AutoregressiveModel(CellModel):
 
     def _check_prompt_tokens(self, tokens: Tensor, expression: Tensor | None) -> None:
         """Raise where no cell can begin with the tokens of a prompt, or with their expression."""
-        if tokens.ndim != 2 or not tokens.shape[1] or bool((tokens[:, 0] == PAD).any()):
+        if tokens.ndim != 2 or not tokens.numel() or bool((tokens[:, 0] == PAD).any()):
             raise ModelError(
                 f"prompt_tokens is of shape {list(tokens.shape)}; it must be [cells, tokens], each row beginning with "
                 "a cls token or a gene"

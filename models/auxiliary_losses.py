@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.errors import ModelError, raise_all, wrong_choices
+from models.errors import raise_all, wrong_choices
 from models.noise import Purpose, fold, uniforms
 
 SignificantBy = Literal["share", "change"]
@@ -102,13 +102,8 @@ def mean_changes(config: AuxiliaryConfig, tokens: Tensor, control: Tensor, num_t
         # The middle token of a vocabulary of signed changes stands for none.
         middle = (num_tokens - 1) / 2 if config.tokens_are_changes else 0.0
         values = torch.arange(num_tokens, dtype=torch.float32, device=tokens.device) - middle
-    elif len(config.token_values) == num_tokens:
-        values = torch.tensor(config.token_values, dtype=torch.float32, device=tokens.device)
     else:
-        raise ModelError(
-            f"auxiliary.token_values names {len(config.token_values)} values, but there are {num_tokens} tokens; "
-            "give one for each"
-        )
+        values = torch.tensor(config.token_values, dtype=torch.float32, device=tokens.device)
     of_tokens, is_there = _mean_values(values, tokens)
     if config.tokens_are_changes:
         return of_tokens

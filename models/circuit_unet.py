@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.cross_attention import CrossAttention
+from models.embeddings import TIME_SCALE, TimeEmbedding
 from models.errors import ModelError
 from models.layers import MLP, LayerFactory, Linear, Norm, SelfAttention
-from models.perturbation_layers import TIME_SCALE, TimeEmbedding
 from models.transformer import TransformerBlock
 
 INIT_STD = 0.02
@@ -125,7 +125,7 @@ class CircuitUNet(nn.Module):
             context: tokens that each circuit attends to.
         """
         positions = num_qubits * length
-        total = positions * sum(_weights(module) for module in (self.conv_in, self.norm_out, self.head))
+        total = positions * sum(_weights(module) for module in (self.conv_in, self.head))
         total += _weights(self.time_embedding)
         for index, (level, down) in enumerate(zip(self.down_levels, self.downs, strict=True)):
             here = positions >> index

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from models.cross_entropy import rows_at_once
+from models.embeddings import DepthEmbedding
 
 if TYPE_CHECKING:
     from models.autoregressive import AutoregressiveConfig
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from models.masked_autoencoder import MaskedAutoencoderConfig
     from models.model_config import ModelConfig
 
-_DEPTH_CENTRES = 32
 FP32 = 4
 
 
@@ -99,7 +99,7 @@ def backbone_flops(config: "ModelConfig", lengths: Sequence[float]) -> float:
     if config.n_bins is None and config.use_expression_values:
         flops += sum(lengths) * (4.0 * dim + 6.0 * 2 * dim * dim)
     if config.use_depth:
-        flops += len(lengths) * 4.0 * _DEPTH_CENTRES * dim
+        flops += len(lengths) * 4.0 * DepthEmbedding.NUM_CENTRES * dim
     return flops
 
 

@@ -1,5 +1,6 @@
-"""What a token of a cell is made of: gene, expression, depth."""
+"""What a token of a cell is made of: gene, expression, depth; and what a network is told of noise: the time."""
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,10 @@ from models.layers import LayerFactory, Linear, LinearFunction, Norm
 if TYPE_CHECKING:
     from models.model_config import ModelConfig
     from models.perturbation_config import PerturbationTransformerConfig
+
+
+TIME_SCALE = 1000.0
+"""Times of 0 to 1 are spread so far before their sines are taken: those of nearby times differ."""
 
 
 class Embedding(nn.Embedding):
@@ -133,6 +138,24 @@ class DepthEmbedding(nn.Module):
         """Return [B, D] for depth [B]."""
         centres = self.SPACING * torch.arange(self.NUM_CENTRES, device=depth.device)
         return self.linear(torch.exp(-(((depth[:, None] - centres) / (2 * self.SPACING)) ** 2)))
+
+
+class TimeEmbedding(nn.Module):
+    """Embed a time of 0 to 1 by sines of many frequencies and an MLP."""
+
+    NUM_FREQUENCIES = 128
+
+    def __init__(self, dim: int, init_std: float) -> None:
+        """Draw the weights."""
+        super().__init__()
+        self.linear1 = Linear(2 * self.NUM_FREQUENCIES, dim, init_std=init_std)
+        self.linear2 = Linear(dim, dim, init_std=init_std)
+
+    def forward(self, time: Tensor) -> Tensor:
+        """Return [C, D] for times [C]."""
+        place = torch.arange(self.NUM_FREQUENCIES, device=time.device) / self.NUM_FREQUENCIES
+        angle = TIME_SCALE * time.float().unsqueeze(1) * torch.exp(-math.log(10_000.0) * place)
+        return self.linear2(F.silu(self.linear1(torch.cat([angle.sin(), angle.cos()], dim=1))))
 
 
 class BinWeight(Embedding):

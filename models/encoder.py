@@ -94,7 +94,6 @@ class MaskedCellEncoder(CellModel):
         self.gene_head = None
         if has_heads and config.gene_loss_weight > 0:
             self.gene_head = GeneHead(dim, config.vocab_size, tied=config.tie_gene_head, init_std=std)
-        self.value_head = None
         if has_heads and config.expression_loss_weight > 0:
             self.value_head = ValueHead(
                 dim,

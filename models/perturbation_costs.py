@@ -6,12 +6,12 @@ from torch import Tensor
 
 from models.auxiliary_losses import NUM_OUTPUTS
 from models.costs import FP32, Activations, kept_by_activation, linear1_width, norm_bytes
+from models.embeddings import TimeEmbedding
 
 if TYPE_CHECKING:
     from models.perturbation_config import PerturbationTransformerConfig
 
 _INT64 = 8
-_NUM_SINES = 256
 
 
 class BatchSizes(NamedTuple):
@@ -45,7 +45,7 @@ def training_flops(config: "PerturbationTransformerConfig", sizes: BatchSizes) -
     cells, sets = sizes.num_cells, sizes.num_sets
     states = _states(config)
     flops = 4.0 * genes * config.gene_vector_dim * gene_dim
-    flops += cells * (4.0 * _NUM_SINES * dim + 6.0 * dim * dim)
+    flops += cells * (4.0 * 2 * TimeEmbedding.NUM_FREQUENCIES * dim + 6.0 * dim * dim)
     if config.use_target:
         flops += 6.0 * sets * (gene_dim * dim + dim * dim)
         flops += sets * config.response_rank * (6.0 * genes + _code_flops(config))

@@ -12,9 +12,6 @@ from models.layers import MLP, LayerFactory, Linear, Norm
 from models.perturbation_config import PerturbationTransformerConfig
 from models.transformer import TransformerBlock, block_options
 
-TIME_SCALE = 1000.0
-"""Times of 0 to 1 are spread so far before their sines are taken: those of nearby times differ."""
-
 
 class GeneIdentity(nn.Module):
     """A learned vector for each gene and, beside it, a projection of one that was given and stays as it is."""
@@ -79,24 +76,6 @@ class ControlPrior(nn.Module):
         made_up = self.log_observations.float().exp()
         share = (histogram + made_up / self.num_tokens) / (histogram.sum(dim=-1, keepdim=True) + made_up)
         return self.scale.float() * share.log()
-
-
-class TimeEmbedding(nn.Module):
-    """Embed a time of 0 to 1 by sines of many frequencies and an MLP."""
-
-    NUM_FREQUENCIES = 128
-
-    def __init__(self, dim: int, init_std: float) -> None:
-        """Draw the weights."""
-        super().__init__()
-        self.linear1 = Linear(2 * self.NUM_FREQUENCIES, dim, init_std=init_std)
-        self.linear2 = Linear(dim, dim, init_std=init_std)
-
-    def forward(self, time: Tensor) -> Tensor:
-        """Return [C, D] for times [C]."""
-        place = torch.arange(self.NUM_FREQUENCIES, device=time.device) / self.NUM_FREQUENCIES
-        angle = TIME_SCALE * time.float().unsqueeze(1) * torch.exp(-math.log(10_000.0) * place)
-        return self.linear2(F.silu(self.linear1(torch.cat([angle.sin(), angle.cos()], dim=1))))
 
 
 class TargetEmbedding(nn.Module):

@@ -15,7 +15,7 @@ from models.auxiliary_losses import NUM_OUTPUTS
 from models.coexpression import coexpression_vectors
 from models.costs import Activations
 from models.diffusion import DenoiserOutput, MaskedDiffusion, make_diffusion
-from models.embeddings import BinEmbedding, Embedding, TechnicalBatchEmbedding
+from models.embeddings import BinEmbedding, Embedding, TechnicalBatchEmbedding, TimeEmbedding
 from models.errors import ModelError
 from models.gene_embeddings import fit_to_width, load_gene_embeddings
 from models.layers import LayerFactory, Linear
@@ -29,7 +29,6 @@ from models.perturbation_layers import (
     Response,
     SetEncoder,
     TargetEmbedding,
-    TimeEmbedding,
     TokenHead,
 )
 from models.pretrained import PretrainedModule
