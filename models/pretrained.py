@@ -196,6 +196,14 @@ def describe(model: nn.Module) -> ModelDescription:
     )
 
 
+def set_technical_batches(model: nn.Module, count: int) -> None:
+    """Let `model.config.n_technical_batches` be a count, also where its class does not know it or is frozen."""
+    if not hasattr(model, "config"):
+        model.config = SimpleNamespace()  # type: ignore[assignment]
+    if getattr(model.config, "n_technical_batches", None) != count:
+        object.__setattr__(model.config, "n_technical_batches", count)
+
+
 def config_fields(config: Any) -> dict[str, Any]:
     """Return the arguments from which a dataclass object is made anew; what only a fresh start reads is left empty."""
     arguments = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.init}
@@ -381,12 +389,8 @@ def _construct(factory: Any, description: ModelDescription, trusted: list[str], 
         raise ModelError(
             f"{path}: model_class {description.model_class} made a {type(model).__name__}, not a torch.nn.Module"
         )
-    count = description.n_technical_batches
-    if count is not None:
-        if not hasattr(model, "config"):
-            model.config = SimpleNamespace()  # type: ignore[assignment]
-        if getattr(model.config, "n_technical_batches", None) != count:
-            object.__setattr__(model.config, "n_technical_batches", count)
+    if description.n_technical_batches is not None:
+        set_technical_batches(model, description.n_technical_batches)
     return model
 
 

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from torch import nn
 from data.errors import DataError
 from data.loader import StepLoader
 from models.errors import ModelError
+from models.pretrained import set_technical_batches
 from trainer import control, distributed, journal, preemption, runfolder, watch
 from trainer.account import build_account
 from trainer.agreement import check_agreement, check_same_data
@@ -402,11 +402,7 @@ def build_model(config: RunConfig, facts: DataFacts) -> nn.Module:
         raise ConfigError(
             f"model.model_class: {settings.model_class} made a {type(model).__name__}, not a torch.nn.Module"
         )
-    if not hasattr(model, "config"):
-        model.config = SimpleNamespace()  # type: ignore[assignment]
-    if getattr(model.config, "n_technical_batches", None) != facts.n_technical_batches:
-        # A config class without the field, which some models read all the same; frozen ones included.
-        object.__setattr__(model.config, "n_technical_batches", facts.n_technical_batches)
+    set_technical_batches(model, facts.n_technical_batches)
     return model
 
 
