@@ -148,12 +148,9 @@ class AutoregressiveModel(CellModel):
             key = "values" if self.config.n_bins is None else "bins"
             expression = needed(batch, key, "give the tokenizer n_bins, or set expression_loss_weight: 0")
             truth = expression.flatten()[output.positions.clamp(min=0)]
-            value_loss = self._value_loss(output.value_logits.float(), truth, is_meant)
+            value_loss, value_metrics = self._value_loss(output.value_logits, truth, is_meant)
             total = total + self.config.expression_loss_weight * value_loss
-            metrics["expression_loss"] = value_loss.detach()
-            if self.config.n_bins is not None:
-                is_right = output.value_logits.detach().argmax(dim=-1) == truth
-                metrics["expression_accuracy"] = (is_right & is_meant).sum()
+            metrics |= value_metrics
         return LossOutput(total, is_meant.sum(), metrics)
 
     def loss_weight(self, batch: dict[str, Any]) -> float:

@@ -218,14 +218,20 @@ class CellModel(PretrainedModule):
         weight = read_places(batch, layout).unsqueeze(-1).to(hidden.dtype)
         return layout.sum(hidden * weight) / layout.sum(weight).clamp(min=1)
 
-    def _value_loss(self, logits: Tensor, values: Tensor, is_asked: Tensor | None = None) -> Tensor:
-        """Return the summed loss of predicted bins or values; with `is_asked`, over these positions alone."""
-        if self.config.n_bins is not None:
-            if is_asked is not None:
-                values = values.masked_fill(~is_asked, IGNORED_LABEL)
-            return F.cross_entropy(logits, values, reduction="sum", ignore_index=IGNORED_LABEL)
-        errors = (logits - values).square()
-        return errors.sum() if is_asked is None else errors.masked_fill(~is_asked, 0.0).sum()
+    def _value_loss(
+        self, logits: Tensor, values: Tensor, is_asked: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the summed loss of predicted bins or values, and its metrics; with `is_asked`, of these alone."""
+        logits = logits.float()
+        if self.config.n_bins is None:
+            errors = (logits - values).square()
+            loss = errors.sum() if is_asked is None else errors.masked_fill(~is_asked, 0.0).sum()
+            return loss, {"expression_loss": loss.detach()}
+        if is_asked is not None:
+            values = values.masked_fill(~is_asked, IGNORED_LABEL)
+        loss = F.cross_entropy(logits, values, reduction="sum", ignore_index=IGNORED_LABEL)
+        num_right = (logits.detach().argmax(dim=-1) == values).sum()
+        return loss, {"expression_loss": loss.detach(), "expression_accuracy": num_right}
 
 
 def hidden_places(batch: dict[str, Any]) -> Tensor:

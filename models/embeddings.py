@@ -194,7 +194,7 @@ class CellSummary(nn.Module):
         tokens: Tensor,
         expression: Tensor,
         is_visible: Tensor,
-        add_up: Callable[[Tensor], Tensor] | None = None,
+        add_up: Callable[[Tensor], Tensor],
     ) -> Tensor:
         """Return [B, D].
 
@@ -202,14 +202,9 @@ class CellSummary(nn.Module):
             tokens: [B, N] token ids.
             expression: [B, N] bins, or values where genes are weighed by these.
             is_visible: [B, N] bool, genes whose expression may be looked at.
-            add_up: adds up over each cell, [B, D] of [B, N, D]; None where every row is a cell.
+            add_up: adds up over each cell, [B, D] of [B, N, D].
         """
-        add_up = _over_rows if add_up is None else add_up
         weight = expression.unsqueeze(-1) if self.scale is None else self.scale(expression)
         weighted = self.gene(tokens) * weight * is_visible.unsqueeze(-1)
         count = add_up(is_visible.unsqueeze(-1).float())
         return self.norm(add_up(weighted) / count.clamp(min=1).sqrt())
-
-
-def _over_rows(x: Tensor) -> Tensor:
-    return x.sum(dim=1)

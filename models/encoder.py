@@ -148,11 +148,9 @@ class MaskedCellEncoder(CellModel):
         if output.value_logits is not None:
             labels = needed(batch, "value_labels", "or set expression_loss_weight: 0")
             values = labels.flatten()[masked_index]
-            value_loss = self._value_loss(output.value_logits.float(), values)
+            value_loss, value_metrics = self._value_loss(output.value_logits, values)
             total = total + self.config.expression_loss_weight * value_loss
-            metrics["expression_loss"] = value_loss.detach()
-            if self.config.n_bins is not None:
-                metrics["expression_accuracy"] = (output.value_logits.detach().argmax(dim=-1) == values).sum()
+            metrics |= value_metrics
         if self.config.contrast_weight > 0:
             # A mean over cells, beside losses that are means over masked positions.
             contrast = self._contrast(batch) * masked_index.numel()

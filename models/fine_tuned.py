@@ -86,8 +86,7 @@ class FineTunedConfig:
             )
         fp8 = {name: getattr(self, name) for name in _FP8_FIELDS}
         object.__setattr__(self, "backbone", config_class(**{**given, **fp8}))
-        if self.lora is not None:
-            self.lora_settings  # noqa: B018 - checks them
+        _ = self.lora_settings  # checks them
 
     @property
     def family(self) -> Family:

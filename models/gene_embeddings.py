@@ -59,17 +59,16 @@ def load_gene_embeddings(
     return table
 
 
-def fit_to_width(table: Tensor, dim: int, std: float, seed: int = 0) -> Tensor:
+def fit_to_width(table: Tensor, dim: int, std: float) -> Tensor:
     """Give gene vectors the width and the scale of a token embedding, keeping the angles between them.
 
-    A wider table is cut to its `dim` strongest directions, a narrower one padded; a seeded rotation then spreads
+    A wider table is cut to its `dim` strongest directions, a narrower one padded; a fixed rotation then spreads
     the directions over all coordinates. Rows of NaN (genes without a vector) stay NaN.
 
     Args:
         table: [genes, width].
         dim: width wanted.
         std: root mean square wanted of the entries.
-        seed: of the rotation.
     """
     known = ~table.isnan().any(dim=1)
     vectors = table[known].double()
@@ -77,7 +76,7 @@ def fit_to_width(table: Tensor, dim: int, std: float, seed: int = 0) -> Tensor:
         directions = torch.linalg.svd(vectors, full_matrices=False).Vh[:dim]
         vectors = vectors @ directions.T
     vectors = torch.nn.functional.pad(vectors, (0, dim - vectors.shape[1]))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     rotation = torch.linalg.qr(torch.randn(dim, dim, generator=generator, dtype=torch.float64)).Q
     vectors = vectors @ rotation
     scale = vectors.square().mean().sqrt()

@@ -140,12 +140,9 @@ class MaskedAutoencoder(CellModel):
     def compute_loss(self, batch: dict[str, Any]) -> LossOutput:
         """Return the summed loss over the masked positions, with accuracy as a metric."""
         masked_index = needed(batch, "masked_index", _NO_MASKS)
-        logits = self(batch).value_logits.float()
+        logits = self(batch).value_logits
         values = needed(batch, "value_labels", _NO_MASKS).flatten()[masked_index]
-        loss = self._value_loss(logits, values)
-        metrics = {"expression_loss": loss.detach()}
-        if self.config.n_bins is not None:
-            metrics["expression_accuracy"] = (logits.detach().argmax(dim=-1) == values).sum()
+        loss, metrics = self._value_loss(logits, values)
         return LossOutput(loss, float(masked_index.numel()), metrics)
 
     def loss_weight(self, batch: dict[str, Any]) -> float:

@@ -14,6 +14,8 @@ from models.layers import Linear, Norm
 
 NUM_SPECIAL_TOKENS = 4
 IGNORED_LABEL = -100
+_PSEUDO_COUNT = 5.0
+"""Observations of the distribution (or mean) over all genes that each gene's prior starts with."""
 
 
 class GeneHead(nn.Module):
@@ -139,7 +141,7 @@ class DecodedValueHead(nn.Module):
 
 
 def value_prior(
-    batches: Iterable[dict[str, Any]], vocab_size: int, n_bins: int | None, pseudo_count: float = 5.0
+    batches: Iterable[dict[str, Any]], vocab_size: int, n_bins: int | None
 ) -> tuple[Tensor, Tensor]:
     """Count each gene's expression over unmasked batches.
 
@@ -147,7 +149,6 @@ def value_prior(
         batches: batches without masking.
         vocab_size: token ids.
         n_bins: bins to count; None takes means of continuous values.
-        pseudo_count: observations of the distribution (or mean) over all genes that each gene starts with.
 
     Returns:
         The prior, log probabilities [V, n_bins] or means [V, 1], and the number of values counted [V].
@@ -177,7 +178,7 @@ def value_prior(
     overall = (table.sum(axis=0) + (0 if n_bins is None else 1)) / (
         counted.sum() + (0 if n_bins is None else n_bins)
     )
-    table = (table + pseudo_count * overall) / (counted[:, None] + pseudo_count)
+    table = (table + _PSEUDO_COUNT * overall) / (counted[:, None] + _PSEUDO_COUNT)
     if n_bins is not None:
         table = np.log(table)
     table[:NUM_SPECIAL_TOKENS] = 0

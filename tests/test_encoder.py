@@ -7,6 +7,7 @@ import torch
 from cell_batches import N_BINS, NUM_GENES, VOCAB, make_batch, make_encoder, pad_longer
 from safetensors.torch import save_file
 
+from models.cell_layout import cell_layout
 from models.encoder import EncoderConfig
 from models.errors import ModelError
 from models.gene_embeddings import fit_to_width, load_gene_embeddings
@@ -218,15 +219,15 @@ def test_encode_pools_real_genes_only():
 def test_the_cell_summary_sees_visible_genes_only():
     model = make_encoder().eval()
     batch = make_batch()
-    summary = model.cell_summary
+    summary, add_up = model.cell_summary, cell_layout(batch).sum
     hidden_bin = model.config.n_bins
     is_visible = batch["bins"] != hidden_bin
     changed = torch.where(is_visible, batch["bins"], 0)
-    before, after = (summary(batch["tokens"], bins, is_visible) for bins in (batch["bins"], changed))
+    before, after = (summary(batch["tokens"], bins, is_visible, add_up) for bins in (batch["bins"], changed))
     assert torch.equal(before, after)
     other = batch["bins"].clone()
     other[0, 5] = (other[0, 5] + 1) % hidden_bin
-    assert not torch.allclose(summary(batch["tokens"], other, is_visible)[0], before[0])
+    assert not torch.allclose(summary(batch["tokens"], other, is_visible, add_up)[0], before[0])
 
 
 def test_depth_changes_predictions_unless_switched_off():
@@ -336,9 +337,9 @@ def test_the_contrast_compares_each_cells_masked_genes_with_the_visible_ones_of_
     expression = whole["bins"] if binned else whole["values"].double()
     is_masked = torch.zeros_like(whole["tokens"], dtype=torch.bool)
     is_masked.view(-1)[batch["masked_index"]] = True
-    is_gene = whole["tokens"] >= 4
-    visible = model.cell_summary(whole["tokens"], expression, is_gene & ~is_masked)
-    masked = model.cell_summary(whole["tokens"], expression, is_masked)
+    is_gene, add_up = whole["tokens"] >= 4, cell_layout(whole).sum
+    visible = model.cell_summary(whole["tokens"], expression, is_gene & ~is_masked, add_up)
+    masked = model.cell_summary(whole["tokens"], expression, is_masked, add_up)
     likeness = torch.cosine_similarity(visible[:, None], masked[None], dim=-1) / 0.2
     own = likeness.diagonal()
     expected = (likeness.logsumexp(1) - own + likeness.logsumexp(0) - own).mean() / 2
