@@ -4,17 +4,18 @@ import copy
 from typing import Any, ClassVar, Self
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict
 
+from trainer.config.fields import EmptySectionsAsDefaults
 from trainer.config.messages import (
     Problem,
     ValidationError,
     config_error,
     field_at,
     inner_section,
-    is_touched,
     translate,
 )
+from trainer.config.repair import build_all
 
 
 class _Checked(type(BaseModel)):
@@ -30,7 +31,7 @@ class _Checked(type(BaseModel)):
         return config
 
 
-class CellsSection(BaseModel, metaclass=_Checked):
+class CellsSection(EmptySectionsAsDefaults, metaclass=_Checked):
     """A section of the configuration: no unknown keys, no silent conversion of types, checked at every change."""
 
     model_config = ConfigDict(
@@ -56,26 +57,10 @@ class CellsSection(BaseModel, metaclass=_Checked):
         """Bring fields that depend on each other together, and return what contradicts; only the whole does."""
         return []
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_empty_sections(cls, raw: Any) -> Any:
-        """Read `census:` with nothing under it as the defaults."""
-        if not isinstance(raw, dict):
-            return raw
-        fields = cls.model_fields
-        return {
-            key: {} if value is None and key in fields and _is_section(fields[key].annotation) else value
-            for key, value in raw.items()
-        }
-
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:
         """Build a section from a mapping, with the same errors as the constructor."""
         return obj if isinstance(obj, cls) else cls(**dict(obj))
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, CellsSection)
 
 
 def build(
@@ -83,43 +68,22 @@ def build(
 ) -> tuple[Any, list[Problem]]:
     """Return a section and all its mistakes, those of single fields and those between fields.
 
-    Fields that are wrong take their defaults while the others are compared; a rule that rests on a wrong one is
-    left out.
+    Fields that are wrong take their defaults while the others are compared.
     """
-    problems: list[Problem] = []
-    stated = [problem.path for problem in known or []]
-    for _ in range(_MAX_REPAIRS):
-        try:
-            config = _validated(section, values)
-        except pydantic.ValidationError as error:
-            wrong = [*stated, *(problem.path for problem in problems)]
-            problems += [p for p in _translated(section, error) if not is_touched(p.path, wrong)]
-            values = copy.deepcopy(values)
-            for location in sorted((item["loc"] for item in error.errors()), key=str, reverse=True):
-                _drop(values, location)
-            continue
-        wrong = [*stated, *(problem.path for problem in problems)]
-        problems += [
-            problem
-            for problem in config.settle()
-            if not any(is_touched(path, wrong) for path in (problem.path, *problem.involves))
-        ]
-        return config, problems
-    return None, problems
+    return build_all(
+        values,
+        known or [],
+        parse=section.__pydantic_validator__.validate_python,
+        translate=lambda error: _translated(section, error),
+        repair=_drop,
+        contradictions=lambda config: config.settle(),
+    )
 
 
-_MAX_REPAIRS = 8
-
-
-def _validated(section: type[Any], values: dict[str, Any]) -> Any:
-    """Let pydantic build a section, with pydantic's own error."""
-    return section.__pydantic_validator__.validate_python(values)
-
-
-def _drop(values: Any, location: tuple[int | str, ...]) -> None:
+def _drop(values: Any, error: Any) -> None:
     """Remove the value that an error is about: its key, or the whole list that it stands in."""
     node, owner, key = values, None, None
-    for part in location:
+    for part in error["loc"]:
         if isinstance(node, dict) and part in node:
             owner, key, node = node, part, node[part]
     if owner is not None:

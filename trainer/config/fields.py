@@ -1,10 +1,26 @@
-"""The types of single fields: what a value may be, and what is said of one that may not."""
+"""What fields may hold: the types of single ones, what is said of a wrong value, and what an empty section means."""
 
 import re
 from pathlib import PurePath
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+
+
+class EmptySectionsAsDefaults(BaseModel):
+    """Read `checkpoint:` with nothing under it as the defaults of that section."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_empty_sections(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        return {key: {} if value is None and cls._is_section(key) else value for key, value in raw.items()}
+
+    @classmethod
+    def _is_section(cls, key: str) -> bool:
+        annotation = cls.model_fields[key].annotation if key in cls.model_fields else None
+        return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _check_dotted(path: str) -> str:

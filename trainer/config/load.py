@@ -1,11 +1,8 @@
 """Load a run's configuration (compose it, find which kind it is, validate it) and write it out again."""
 
-import copy
 import re
 from pathlib import Path
 from typing import Any, Literal
-
-from pydantic import ValidationError
 
 from trainer.config.checks import cross_field_problems
 from trainer.config.compose import compose, read_text
@@ -15,10 +12,10 @@ from trainer.config.messages import (
     field_at,
     inner_section,
     is_list,
-    is_touched,
     near_miss,
     translate,
 )
+from trainer.config.repair import build_all
 from trainer.config.schema import RunConfig
 from trainer.config.yaml_text import read_yaml_section, write_yaml
 from trainer.errors import ConfigError
@@ -96,31 +93,16 @@ def validate(
 ) -> tuple[RunConfig | None, list[Problem]]:
     """Return the configuration and all its mistakes, those of single fields and those between fields.
 
-    Values that are wrong in themselves are replaced by stand-ins, so that the rules between the other fields
-    can still be checked; a rule that rests on a stand-in is left out. Mistakes at `known` places are not told
-    twice.
+    Values that are wrong in themselves are replaced by stand-ins. Mistakes at `known` places are not told twice.
     """
-    stated = [problem.path for problem in known or []]
-    problems: list[Problem] = []
-    for _ in range(_MAX_REPAIRS):
-        try:
-            config = RunConfig.model_validate(raw, context={"fields_only": True})
-        except ValidationError as error:
-            errors = [dict(item) for item in error.errors(include_url=False)]
-            found = [translate(item, RunConfig) for item in errors]
-            problems += [p for p in found if not is_touched(p.path, [*stated, *(q.path for q in problems)])]
-            raw = copy.deepcopy(raw)
-            for item in sorted(errors, key=lambda item: str(item["loc"]), reverse=True):
-                _repair(raw, item)
-            continue
-        wrong = [*stated, *(problem.path for problem in problems)]
-        problems += [
-            problem
-            for problem in cross_field_problems(config)
-            if not any(is_touched(path, wrong) for path in (problem.path, *problem.involves))
-        ]
-        return config, problems
-    return None, problems
+    return build_all(
+        raw,
+        known or [],
+        parse=lambda values: RunConfig.model_validate(values, context={"fields_only": True}),
+        translate=lambda error: [translate(dict(record), RunConfig) for record in error.errors()],
+        repair=_repair,
+        contradictions=cross_field_problems,
+    )
 
 
 def check_front_door(raw: dict[str, Any], source: str) -> Literal["phases", "cells", "circuits"]:
@@ -190,9 +172,6 @@ def json_schema(kind: Literal["phases", "cells", "circuits"] = "phases") -> dict
     schema["properties"]["defaults"] = {"description": "Files and presets to merge first", "type": "array"}
     schema["properties"]["hydra"] = {"description": "Accepted; does nothing"}
     return schema
-
-
-_MAX_REPAIRS = 8
 
 
 def _repair(raw: dict[str, Any], error: dict[str, Any]) -> None:

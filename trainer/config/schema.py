@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from trainer.config.checks import cross_field_problems
 from trainer.config.fields import (
@@ -11,6 +11,7 @@ from trainer.config.fields import (
     AsTuple,
     Count,
     DottedPath,
+    EmptySectionsAsDefaults,
     LearningRate,
     NotEmpty,
     Pattern,
@@ -26,7 +27,7 @@ from trainer.errors import ConfigError
 PRECISION_SPELLINGS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-class Section(BaseModel):
+class Section(EmptySectionsAsDefaults):
     """A part of the configuration: frozen, no unknown keys, no silent conversion of types."""
 
     model_config = ConfigDict(
@@ -37,22 +38,6 @@ class Section(BaseModel):
         protected_namespaces=(),
         hide_input_in_errors=True,
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_empty_sections(cls, raw: Any) -> Any:
-        """Read `checkpoint:` with nothing under it as the defaults."""
-        if not isinstance(raw, dict):
-            return raw
-        fields = cls.model_fields
-        return {
-            key: {} if value is None and key in fields and _is_section(fields[key].annotation) else value
-            for key, value in raw.items()
-        }
-
-
-def _is_section(annotation: Any) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, Section)
 
 
 class ModelConfig(Section):
