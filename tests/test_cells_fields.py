@@ -685,6 +685,17 @@ def with_table(text):
     return f"{head}{BEGIN}\n\n{render_table()}\n\n{END}{tail}"
 
 
+def test_what_is_said_not_to_act_does_not_act(lower):
+    census = lower([*BASES["census"], "data.min_match=0.1", "data.layer=X"])
+    assert census.notes == ("not used by this run: data.layer (data.source is cellxgene_census)",)
+    chosen = ["data.preprocessing.hvg_selection=100", "data.preprocessing.hvg_flavor=seurat"]
+    fine_tuning = lower([*BASES["finetune"], *chosen])
+    assert fine_tuning.notes == (
+        "not used by this run: data.preprocessing.hvg_selection, data.preprocessing.hvg_flavor "
+        "(the backbone says so)",
+    )
+
+
 def test_the_table_of_the_page_is_what_the_rows_say():
     text = PAGE.read_text()
     assert BEGIN in text and END in text

@@ -282,6 +282,18 @@ def test_wandb_is_a_tracker_where_it_is_enabled():
             r"100 is not a multiple of batch_size 64",
         ),
         (
+            {"training": {"global_batch_size": 64, "batch_size": 64}, "stages": [{}, {"batch_size": 48}]},
+            r"global_batch_size: 64 is not a multiple of stages\.1\.batch_size 48",
+        ),
+        (
+            {"general": {**GENERAL["general"], "resume": True, "init_from_pipeline_dir": "x"}},
+            r"general\.init_from_pipeline_dir: contradicts resume: latest, which restores the weights too",
+        ),
+        (
+            {"general": {**GENERAL["general"], "device": "cuda:0"}},
+            r"general\.device: got 'cuda:0'; .*the launcher picks the device",
+        ),
+        (
             {"training": {"global_batch_size": 128, "batch_size": 64, "gradient_accumulation_steps": 2}},
             r"both set; keep one",
         ),

@@ -13,8 +13,8 @@ from models.families import FAMILIES
 from trainer.config.cells import FinetuneConfig, ScModelForgeConfig
 from trainer.config.cells_checks import is_written, value_at
 from trainer.config.cells_run import (
-    OPTIMIZERS,
     loader,
+    optimizer_section,
     phase_settings,
     run_config,
     run_name_of,
@@ -202,12 +202,7 @@ def _optimizer_section(config: ScModelForgeConfig, finetune: FinetuneConfig) -> 
         groups += _groups("backbone")
         if finetune.lora.enabled and finetune.lora.bias == "none":
             groups = [group for group in groups if group["name"] != "backbone_no_decay"]
-    optimizer = config.training.optimizer
-    return {
-        "optimizer_class": OPTIMIZERS[optimizer.name],
-        "optimizer_args": {"lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
-        "groups": groups,
-    }
+    return {**optimizer_section(config), "groups": groups}
 
 
 def _groups(part: str) -> list[dict[str, Any]]:
@@ -267,9 +262,8 @@ def _loader(config: ScModelForgeConfig, finetune: FinetuneConfig, backbone: Back
     arguments = section["dataloader_args"]
     options = dict(backbone.tokenizer)
     steps = {name: options.pop(name) for name in _STEPS if name in options}
-    if (
-        backbone.value_kind == "lognorm"
-    ):  # counts become what such values are by the configuration's own steps
+    if backbone.value_kind == "lognorm":
+        # Counts become what such values are by the configuration's own steps.
         steps = {name: value for name, value in arguments["preprocessing"].items() if name in _STEPS}
     if _max_genes(config) is not None:
         options["max_genes"] = config.tokenizer.max_genes

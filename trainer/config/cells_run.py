@@ -358,7 +358,7 @@ def _conditions(config: ScModelForgeConfig, command: str) -> list[tuple[tuple[st
     conditions = [
         (_fields("data.census"), is_census, f"data.source is {data.source}"),
         (
-            ("data.paths", "data.layer", "data.gene_column", "data.min_match"),
+            ("data.paths", "data.layer", "data.gene_column"),
             not is_census,
             f"data.source is {data.source}",
         ),
@@ -435,6 +435,9 @@ def _fine_tuning_conditions(config: ScModelForgeConfig) -> list[tuple[tuple[str,
         "data.gene_vocab",
         "tokenizer.gene_vocab",
         "data.preprocessing.hvg_selection",
+        "data.preprocessing.hvg_flavor",
+        "data.preprocessing.hvg_batch_key",
+        "data.preprocessing.hvg_whitelist",
         "tokenizer.embedding_path",
         "tokenizer.embedding_dim",
         "tokenizer.gene_medians",

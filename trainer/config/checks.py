@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from trainer.config.messages import Problem, unknown_name
 from trainer.config.yaml_text import describe
+from trainer.scoring.specs import wrong_specs
 
 if TYPE_CHECKING:
     from trainer.config.schema import OptimizerConfig, PhaseConfig, RunConfig
@@ -151,8 +152,6 @@ def _batches(config: RunConfig) -> Iterator[Problem]:
 def _benchmarks(phase: PhaseConfig, where: str) -> Iterator[Problem]:
     if phase.benchmarks is None:
         return
-    from trainer.scoring.specs import wrong_specs
-
     for place, text in wrong_specs(phase.benchmarks.tables(), f"{where}.benchmarks.specs"):
         yield Problem(place, text)
 

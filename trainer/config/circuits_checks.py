@@ -122,14 +122,18 @@ def _places(config: CircuitsConfig) -> Iterator[Problem]:
         )
     if general.output_path is None:
         yield Problem("general.output_path", "is required: the folder that the trained pipeline goes to")
-    if (
-        general.model_name is not None
-        and general.model_name in (".", "..", "runs")
-        or (general.model_name is not None and "/" in general.model_name)
-    ):
+    name = general.model_name
+    if name is not None and (name in (".", "..", "runs") or "/" in name):
         yield Problem(
             "general.model_name",
-            f"'{general.model_name}' cannot name a folder in output_path beside runs; use a name without '/'",
+            f"'{name}' cannot name a folder in output_path beside runs; use a name without '/'",
+        )
+    if general.init_from_pipeline_dir is not None and general.resume not in (None, "auto"):
+        yield Problem(
+            "general.init_from_pipeline_dir",
+            f"contradicts resume: {general.resume}, which restores the weights too; remove one (with resume: auto it "
+            "gives the weights of a fresh start)",
+            ("general.resume",),
         )
 
 
@@ -274,12 +278,14 @@ def _batches(config: CircuitsConfig) -> Iterator[Problem]:
             "both set; keep one, the other follows",
             ("training.global_batch_size",),
         )
-    if training.global_batch_size % training.batch_size:
-        yield Problem(
-            "training.global_batch_size",
-            f"{training.global_batch_size} is not a multiple of batch_size {training.batch_size}",
-            ("training.batch_size",),
-        )
+    sizes = [("training.batch_size", "batch_size", training.batch_size)]
+    for index, stage in enumerate(config.stages):
+        if stage.batch_size is not None:
+            sizes.append((f"stages.{index}.batch_size", f"stages.{index}.batch_size", stage.batch_size))
+    for path, name, size in sizes:
+        if training.global_batch_size % size:
+            text = f"{training.global_batch_size} is not a multiple of {name} {size}"
+            yield Problem("training.global_batch_size", text, (path,))
 
 
 def _stages(config: CircuitsConfig) -> Iterator[Problem]:

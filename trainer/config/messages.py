@@ -175,7 +175,7 @@ def _not_allowed(value: Any, expected: str, path: str, or_null: bool) -> str:
     allowed = re.findall(r"'([^']*)'", expected)
     choices = ", ".join(allowed) + (" or null" if or_null else "")
     text = f"got {describe(value)}; allowed: {choices}"
-    if path == "device" and str(value).startswith("cuda:"):
+    if path.split(".")[-1] == "device" and str(value).startswith("cuda:"):
         return f"{text}; the launcher picks the device of each process (or set CUDA_VISIBLE_DEVICES)"
     close = near_miss(value, allowed) if isinstance(value, str) else None
     return f"{text}; did you mean '{close}'?" if close else text
