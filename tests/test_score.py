@@ -385,6 +385,19 @@ def test_a_program_that_takes_too_long_is_ended(tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["real.h5ad"]
 
 
+def test_the_call_that_failed_is_named_and_not_one_that_was_left_out(tmp_path, monkeypatch):
+    (tmp_path / "fails_if_told.py").write_text("import sys\ndef main():\n    sys.exit(int(sys.argv[1]))\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(vcc_programs._MAINS, "cell-eval2", "fails_if_told:main")
+    calls = [
+        vcc_programs.Call("ceiling", ("0",), is_needed=False),
+        vcc_programs.Call("ceiling, try 2", ("0",), is_needed=False, instead_of="ceiling"),
+        vcc_programs.Call("own baseline", ("3",)),
+    ]
+    with pytest.raises(UserError, match="cell-eval2 failed at 'own baseline': exit code 3"):
+        vcc_programs.run_calls(calls, tmp_path / "calls", OPTIONS["vcc2026"], 60)
+
+
 def test_a_folder_with_other_files_is_not_replaced(tmp_path):
     pytest.importorskip("cell_eval2")
     real = write(tmp_path / "real.h5ad")

@@ -187,7 +187,8 @@ def run_calls(
     failed = {name: error for name, error in ended.items() if error is not None}
     for call in calls:
         log = logs[call.name]
-        if call.name not in ended and code:
+        was_due = call.instead_of is None or call.instead_of in failed
+        if was_due and call.name not in ended and code:
             last = _tail(log.read_text(errors="replace")) if log.exists() else ""
             raise UserError(
                 f"{options.preset.program} ended with {code} at '{call.name}':\n{last}\n{_tail(said)}"
