@@ -19,7 +19,7 @@ from trainer.scoring import vcc, vcc_programs
 from trainer.scoring.vcc_baselines import copied_controls, learn_mean_response, mean_response_cells
 from trainer.scoring.vcc_cells import load_cells, shared_target_sum
 from trainer.scoring.vcc_contract import check_pair, check_upload, raise_problems, read_names
-from trainer.scoring.vcc_file import read_perturbed_file
+from trainer.scoring.vcc_file import read_perturbed_file, stated_control_label
 from trainer.scoring.vcc_options import VCC2025, VCC2026, ScoreOptions
 
 COLUMNS = ("target_gene", "cell_type", "context")
@@ -413,6 +413,19 @@ def test_the_command_checks_the_contract_alone(tmp_path, capsys):
     assert "genes: 5; an upload has 18,533" in capsys.readouterr().err
     assert command.main(["--pred", str(pred), "--preset", "vcc2026"]) == 2
     assert "--real FILE is missing" in capsys.readouterr().err
+
+
+def test_the_label_of_controls_is_the_one_that_a_file_states(tmp_path):
+    labels, uns = ("A", "A", "control", "control"), {"cellphase": json.dumps({"control_label": "control"})}
+    stating = write(tmp_path / "pred.h5ad", labels, uns=uns)
+    silent = write(tmp_path / "real.h5ad", labels)
+    damaged = write(tmp_path / "damaged.h5ad", labels, uns={"cellphase": "{"})
+    assert stated_control_label(stating, silent) == stated_control_label(damaged, stating) == "control"
+    assert stated_control_label(silent, None, damaged) == "non-targeting"
+    arguments = ["--real", str(silent), "--preset", "vcc2026", "--contract-only"]
+    assert command.main(["--pred", str(stating), *arguments]) == 0
+    assert command.main(["--pred", str(silent), *arguments]) == 2
+    assert command.main(["--pred", str(silent), *arguments, "--control-label", "control"]) == 0
 
 
 def test_controls_of_other_cell_types_than_a_perturbations_are_told(tmp_path):

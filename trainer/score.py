@@ -13,7 +13,7 @@ from pathlib import Path
 from trainer.console import notice, table
 from trainer.errors import UserError
 from trainer.exits import run_command
-from trainer.scoring.benchmarks import Results
+from trainer.scoring.benchmarks import Results, figure
 from trainer.scoring.vcc import (
     AVERAGE,
     BASELINES,
@@ -31,7 +31,7 @@ from trainer.scoring.vcc_contract import (
     raise_problems,
     read_names,
 )
-from trainer.scoring.vcc_file import read_perturbed_file
+from trainer.scoring.vcc_file import read_perturbed_file, stated_control_label
 from trainer.scoring.vcc_options import PERTURBATION_COLUMN, PRESETS, Preset, ScoreOptions, preset_named
 
 _LOWER_IS_BETTER = ("mae", "expr_mse_unbiased_capped_norm", "de_wilcoxon_lfc_nmae")
@@ -61,8 +61,7 @@ def layout(results: Results, preset: Preset) -> str:
         line: list[str | None] = [metric, better]
         for benchmark, columns in ((preset.name, arms), (preset.name + SCORE_SUFFIX, scores)):
             for arm in columns:
-                row = figures.get((benchmark, arm, metric))
-                line.append(None if row is None else _figure(row.value, row.spread))
+                line.append(figure(figures.get((benchmark, arm, metric))))
         lines.append(line)
     return table(["metric", "better", *arms, *(f"score of {arm}" for arm in scores)], lines)
 
@@ -130,9 +129,9 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is compared with what")
     group.add_argument(
         "--control-label",
-        default=ScoreOptions.control_label,
         metavar="NAME",
-        help=f"the target_gene of control cells (default: {ScoreOptions.control_label})",
+        help="the target_gene of control cells (default: what `predict` wrote into the files, else "
+        f"{ScoreOptions.control_label})",
     )
     group.add_argument(
         "--cell-type-key",
@@ -186,7 +185,7 @@ def _score(arguments: argparse.Namespace) -> int:
     _check_arguments(arguments)
     options = ScoreOptions(
         preset_named(arguments.preset),
-        control_label=arguments.control_label,
+        control_label=arguments.control_label or stated_control_label(arguments.pred, arguments.real),
         cell_type_key=arguments.cell_type_key or None,
         context_key=arguments.context_key,
         only_predicted=arguments.only_predicted,
@@ -262,10 +261,6 @@ def _check_contract(arguments: argparse.Namespace, options: ScoreOptions) -> Non
         notice("  the names and the order of genes were not checked: no --genes")
     if arguments.upload and arguments.perturbations is None:
         notice("  the names of perturbations were not checked: no --perturbations")
-
-
-def _figure(value: float, spread: float | None) -> str:
-    return f"{value:.4f}" if spread is None else f"{value:.4f} ± {spread:.4f}"
 
 
 def _flag(name: str) -> str:

@@ -77,11 +77,18 @@ def pivot(results: Results) -> list[tuple[str, list[str], list[list[Any]]]]:
         metrics = list(dict.fromkeys(row.metric for row in rows))
         figures = {(row.representation, row.metric): row for row in rows}
         lines = [
-            [name, *(_figure(figures.get((name, metric))) for metric in metrics)]
+            [name, *(figure(figures.get((name, metric))) for metric in metrics)]
             for name in dict.fromkeys(row.representation for row in rows)
         ]
         tables.append((title, ["representation", *metrics], lines))
     return tables
+
+
+def figure(row: Row | None) -> str | None:
+    """Return a figure as a table shows it, with its spread; None where there is none."""
+    if row is None:
+        return None
+    return f"{row.value:.4f}" if row.spread is None else f"{row.value:.4f} ± {row.spread:.4f}"
 
 
 def _score(spec: Spec, features: NDArray[np.floating], cells: Cells) -> Scored:
@@ -100,9 +107,3 @@ def _without_features(spec: Spec, cells: Cells) -> dict[str, Scored]:
     if isinstance(spec, PerturbationSpec):
         return {perturbation.MEAN_SHIFT: perturbation.mean_shift(spec, cells)}
     return {}
-
-
-def _figure(row: Row | None) -> str | None:
-    if row is None:
-        return None
-    return f"{row.value:.4f}" if row.spread is None else f"{row.value:.4f} ± {row.spread:.4f}"

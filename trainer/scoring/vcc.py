@@ -29,8 +29,8 @@ from trainer.scoring.vcc_cells import (
     shared_target_sum,
     write_cells,
 )
-from trainer.scoring.vcc_contract import check_pair, raise_problems, used_context
-from trainer.scoring.vcc_file import PerturbedFile, read_perturbed_file
+from trainer.scoring.vcc_contract import CONTEXT_COLUMN, check_pair, raise_problems, used_context
+from trainer.scoring.vcc_file import PerturbedFile, read_perturbed_file, stated_control_label
 from trainer.scoring.vcc_options import PERTURBATION_COLUMN, ScoreOptions, preset_named
 
 MODEL, MEAN_RESPONSE, CONTROLS, CEILING = "model", "mean response", "controls", "ceiling"
@@ -111,11 +111,13 @@ def score(
             program's own baseline, which has seen the cells it is scored on.
         reuse: an output of this function for the same real cells, from which baselines are taken as they are.
         timeout_seconds: for the program, all of its runs together.
-        **options: other fields of `ScoreOptions`.
+        **options: other fields of `ScoreOptions`; without `control_label` it is what the files state.
 
     Raises:
         UserError: a file breaks the rules (all violations are named), or the program is missing or failed.
     """
+    if "control_label" not in options:
+        options["control_label"] = stated_control_label(prediction, real)
     chosen = ScoreOptions(preset_named(preset), **options)
     results = score_files(
         Path(prediction),
@@ -148,37 +150,19 @@ def score_files(
     version = programs.installed_version(options.preset)
     output = Path(os.path.abspath(output.expanduser()))
     _check_output(output)
-    columns = (PERTURBATION_COLUMN, options.context_key, "context", options.cell_type_key)
-    predicted_file, real_file = (read_perturbed_file(path, columns) for path in (prediction, real))
-    problems = check_pair(predicted_file, real_file, options)
-    raise_problems(predicted_file.path, f"what {options.preset.name} can score", problems)
-
+    files = _read_pair(prediction, real, options)
     notes: list[str] = []
-    labels = set(real_file.labels[PERTURBATION_COLUMN].tolist()) - {options.control_label}
-    if options.preset.kind == "counts" and not labels & set(real_file.genes):
-        options = replace(options, has_target_genes=False)
-        notes.append("no perturbation is named after a gene, so no gene is left out as a target")
-    context_key = used_context(predicted_file, real_file, options)
-    target_sum = shared_target_sum(predicted_file, real_file, options, notes)
-    identity = _identity(real_file, train, options, target_sum, version)
+    options = _with_target_genes(files[1], options, notes)
+    target_sum = shared_target_sum(*files, options, notes)
+    identity = _identity(files[1], train, options, target_sum, version)
     reused = None if reuse is None else _read_reused(reuse, identity, baselines)
     plan = _Plan(options, baselines, train, reused)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="cellphase-score-") as scratch:
-        contexts = _write_files(
-            Path(scratch),
-            (predicted_file, real_file),
-            plan,
-            context_key=context_key,
-            target_sum=target_sum,
-            notes=notes,
-        )
+        contexts = _write_files(Path(scratch), files, plan, target_sum, notes)
         calls = [call for context in contexts for call in _calls(context, plan)]
         failed = programs.run_calls(calls, Path(scratch) / "calls", options, timeout_seconds)
         rows = _rows(contexts, plan, failed, notes)
-        if reused is not None:
-            earlier = reused["notes"][options.preset.name]
-            notes += [note for note in earlier if note.startswith("mean response")]
         results = Results(rows, {options.preset.name: list(dict.fromkeys(notes))})
         facts = {
             "prediction": str(prediction),
@@ -192,17 +176,38 @@ def score_files(
     return results
 
 
+def _read_pair(prediction: Path, real: Path, options: ScoreOptions) -> tuple[PerturbedFile, PerturbedFile]:
+    """Read what both files hold.
+
+    Raises:
+        UserError: the rules keep the one from being scored against the other.
+    """
+    columns = (PERTURBATION_COLUMN, options.context_key, CONTEXT_COLUMN, options.cell_type_key)
+    files = read_perturbed_file(prediction, columns), read_perturbed_file(real, columns)
+    problems = check_pair(*files, options)
+    raise_problems(files[0].path, f"what {options.preset.name} can score", problems)
+    return files
+
+
+def _with_target_genes(real: PerturbedFile, options: ScoreOptions, notes: list[str]) -> ScoreOptions:
+    """Return the options with what the real file says: whether its perturbations are named after genes."""
+    labels = set(real.labels[PERTURBATION_COLUMN].tolist()) - {options.control_label}
+    if options.preset.kind != "counts" or labels & set(real.genes):
+        return options
+    notes.append("no perturbation is named after a gene, so no gene is left out as a target")
+    return replace(options, has_target_genes=False)
+
+
 def _write_files(
     scratch: Path,
     files: tuple[PerturbedFile, PerturbedFile],
     plan: _Plan,
-    *,
-    context_key: str | None,
     target_sum: float | None,
     notes: list[str],
 ) -> list[_Context]:
     """Write the cells of each context and its baselines; return the contexts."""
     options = plan.options
+    context_key = used_context(*files, options)
     cell_type_key = options.cell_type_key if options.cell_type_key in files[1].labels else None
     real = prepared(files[1], load_cells(files[1], cell_type_key, context_key), target_sum)
     mine = prepared(files[0], load_cells(files[0], None, context_key), target_sum)
@@ -304,6 +309,8 @@ def _rows(contexts: Sequence[_Context], plan: _Plan, failed: dict[str, str], not
     if len(contexts) > 1:
         names = ", ".join(context.name for context in contexts)
         notes.append(f"means over {len(contexts)} contexts: {names}")
+    if plan.reused is not None:
+        notes += [note for note in plan.reused["notes"][preset.name] if note.startswith("mean response")]
     return rows
 
 

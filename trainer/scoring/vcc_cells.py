@@ -1,6 +1,5 @@
 """Predicted and real cells as the scoring programs are given them: one file a context, all values in one space."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -141,11 +140,7 @@ def prepared(file: PerturbedFile, cells: PerturbedCells, target_sum: float | Non
 
 
 def _stated_total(file: PerturbedFile) -> float | None:
-    try:
-        parsed = json.loads(file.metadata) if file.metadata else None
-    except ValueError:
-        return None
-    total = parsed.get("target_sum") if isinstance(parsed, dict) else None
+    total = file.about.get("target_sum")
     return float(total) if isinstance(total, int | float) and total > 0 else None
 
 

@@ -4,9 +4,9 @@ All violations of a file are found before the first is reported, each with what 
 """
 
 import csv
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +40,7 @@ def check_prediction(prediction: PerturbedFile, options: ScoreOptions) -> list[s
     return [
         *_wrong_labels(prediction),
         *_repeated_genes(prediction.genes),
-        *_wrong_values(prediction.values, options.preset, prediction.metadata),
+        *_wrong_values(prediction.values, options.preset, prediction.about.get("kind")),
         *_few_cells(prediction, options),
     ]
 
@@ -191,7 +191,7 @@ def _repeated_genes(genes: Sequence[str]) -> list[str]:
     return [f"genes: {len(repeated):,} names more than once ({_some(repeated)}); each gene is named once"]
 
 
-def _wrong_values(values: Values, preset: Preset, metadata: str | None) -> list[str]:
+def _wrong_values(values: Values, preset: Preset, stated_kind: Any) -> list[str]:
     problems = []
     if values.num_not_finite:
         problems.append(f"values: {values.num_not_finite:,} are NaN or infinite; all must be finite")
@@ -199,7 +199,7 @@ def _wrong_values(values: Values, preset: Preset, metadata: str | None) -> list[
         problems.append(f"values: {values.num_negative:,} are negative; none may be below 0")
     if preset.kind == "counts":
         if values.num_fractional:
-            hint = f"; it says of itself that it holds {_kind(metadata)}" if _kind(metadata) else ""
+            hint = f"; it says of itself that it holds {stated_kind}" if isinstance(stated_kind, str) else ""
             problems.append(
                 f"values: {values.num_fractional:,} are no whole numbers (such as {values.example_fractional:g})"
                 f"{hint}; {preset.name} takes raw counts"
@@ -217,15 +217,6 @@ def _wrong_values(values: Values, preset: Preset, metadata: str | None) -> list[
             f"{MAX_LOGNORM:g}, counts are whole"
         )
     return problems
-
-
-def _kind(metadata: str | None) -> str | None:
-    try:
-        parsed = json.loads(metadata) if metadata else None
-    except ValueError:
-        return None
-    kind = parsed.get("kind") if isinstance(parsed, dict) else None
-    return kind if isinstance(kind, str) else None
 
 
 def _few_cells(file: PerturbedFile, options: ScoreOptions) -> list[str]:

@@ -1,8 +1,10 @@
 """What an h5ad file of perturbed cells holds, found out in bounded memory: genes, labels, and what its values are."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 from data.h5ad import H5adFile
 from data.h5ad_matrix import CscMatrix, Matrix, read
 from trainer.errors import UserError
+from trainer.scoring.vcc_options import ScoreOptions
 
 _VALUES_AT_ONCE = 1 << 21
 _COUNT_TOLERANCE = 1e-6
@@ -49,8 +52,8 @@ class PerturbedFile:
     labels: dict[str, NDArray[np.str_]]
     """The columns that were asked for and are there [cells]; empty where a cell has no label."""
     values: Values
-    metadata: str | None
-    """The JSON text `uns["cellphase"]`, where there is one."""
+    about: dict[str, Any]
+    """What `python -m trainer predict` says of it in `uns["cellphase"]`; empty where another program wrote it."""
 
 
 def read_perturbed_file(path: str | Path, columns: tuple[str | None, ...]) -> PerturbedFile:
@@ -70,9 +73,6 @@ def read_perturbed_file(path: str | Path, columns: tuple[str | None, ...]) -> Pe
             raise UserError(f"{path}: it has no matrix X, which is what the scoring programs read")
         labels = {name: _labels(file, name) for name in columns if name is not None and name in there}
         matrix = file.matrix("X")
-        stored = file.handle.get("uns/cellphase")
-        metadata = stored[()] if isinstance(stored, h5py.Dataset) and stored.shape == () else None
-        text = metadata.decode() if isinstance(metadata, bytes) else metadata
         return PerturbedFile(
             path=path,
             num_cells=file.num_cells,
@@ -80,8 +80,32 @@ def read_perturbed_file(path: str | Path, columns: tuple[str | None, ...]) -> Pe
             columns=tuple(there),
             labels=labels,
             values=_judge(matrix),
-            metadata=text if isinstance(text, str) else None,
+            about=_about(file),
         )
+
+
+def stated_control_label(*paths: str | Path | None) -> str:
+    """Return the label of control cells that the first file to state one states; the usual one where none does.
+
+    Raises:
+        DataError: one is no h5ad file, or damaged.
+    """
+    for path in filter(None, paths):
+        with H5adFile(Path(path).expanduser()) as file:
+            label = _about(file).get("control_label")
+        if isinstance(label, str) and label:
+            return label
+    return ScoreOptions.control_label
+
+
+def _about(file: H5adFile) -> dict[str, Any]:
+    stored = file.handle.get("uns/cellphase")
+    text = stored[()] if isinstance(stored, h5py.Dataset) and stored.shape == () else None
+    try:
+        about = json.loads(text) if isinstance(text, str | bytes) else None
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
 
 
 def _labels(file: H5adFile, column: str) -> NDArray[np.str_]:
