@@ -1,7 +1,8 @@
 """What is scored: cells' labels, expression and depth, and their representations as rows of numbers."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +47,15 @@ class Cells:
     def __len__(self) -> int:
         """Count the cells."""
         return len(self.depth)
+
+
+def mean_scores(rows: Sequence[Mapping[str, float]]) -> dict[str, Score]:
+    """Return each metric's mean over folds or splits, and its standard deviation where there are several."""
+    values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    return {
+        name: Score(float(each.mean()), float(each.std(ddof=1)) if len(each) > 1 else None)
+        for name, each in values.items()
+    }
 
 
 def labelled(labels: NDArray[np.str_], column: str, *, at_least: int) -> tuple[NDArray[np.int64], list[str]]:
@@ -130,7 +140,7 @@ def sample(kept: NDArray[np.int64], max_cells: int, seed: int) -> tuple[NDArray[
     return np.sort(chosen), [f"a sample of {max_cells} of {len(kept)} cells (max_cells)"]
 
 
-def save_cells(path: Any, cells: Cells) -> None:
+def save_cells(path: str | Path, cells: Cells) -> None:
     """Write cells as one .npz file, which `load_cells` reads without executing anything."""
     columns = {f"obs/{name}": values for name, values in cells.obs.items()}
     matrix = cells.expression
@@ -147,7 +157,7 @@ def save_cells(path: Any, cells: Cells) -> None:
     )
 
 
-def load_cells(path: Any) -> Cells:
+def load_cells(path: str | Path) -> Cells:
     """Read what `save_cells` wrote."""
     with np.load(path, allow_pickle=False) as file:
         parts = (file["data"], file["indices"], file["indptr"])

@@ -98,15 +98,17 @@ def _by_scib_metrics(
     if not (importlib.util.find_spec("igraph") and importlib.util.find_spec("leidenalg")):
         del bio["leiden"]
     logging.getLogger("scib_metrics").setLevel(logging.ERROR)  # it says which types kBET skips
-    connectivity: _Metric = lambda: scib.graph_connectivity(neighbors, labels)  # noqa: E731
+    connectivity: dict[str, _Metric] = {
+        "graph_connectivity": lambda: scib.graph_connectivity(neighbors, labels)
+    }
     if batches is None:
-        return {**bio, "graph_connectivity": connectivity}, {}
+        return {**bio, **connectivity}, {}
     bio["isolated_labels"] = lambda: scib.isolated_labels(embedding, labels, batches)
     return bio, {
         "bras": lambda: scib.bras(embedding, labels, batches),
         "ilisi": lambda: scib.ilisi_knn(neighbors, batches),
         "kbet": lambda: scib.kbet_per_label(neighbors, batches, labels),
-        "graph_connectivity": connectivity,
+        **connectivity,
     }
 
 
@@ -121,12 +123,12 @@ def _by_scikit_learn(
         "kmeans": lambda: _of_kmeans(spec, embedding, labels),
         "silhouette_label": lambda: (float(silhouette_score(embedding, labels)) + 1) / 2,
     }
-    connectivity: _Metric = lambda: _graph_connectivity(indices, labels)  # noqa: E731
+    connectivity: dict[str, _Metric] = {"graph_connectivity": lambda: _graph_connectivity(indices, labels)}
     if batches is None:
-        return {**bio, "graph_connectivity": connectivity}, {}
+        return {**bio, **connectivity}, {}
     return bio, {
         "silhouette_batch": lambda: _silhouette_batch(embedding, labels, batches),
-        "graph_connectivity": connectivity,
+        **connectivity,
     }
 
 

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from data.masking import IGNORED_LABEL
+from data.tokenizers import NUM_SPECIAL_TOKENS
 from trainer.errors import UserError
 
-NUM_SPECIAL_TOKENS = 4
-IGNORED_LABEL = -100
 NUM_FOLDS = 4
 PSEUDO_COUNTS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0)
 NUM_QUANTILES = (2, 3, 4, 5, 6, 8, 12)

@@ -11,7 +11,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import RepeatedStratifiedKFold
 from sklearn.preprocessing import StandardScaler
 
-from trainer.scoring.cells import Cells, Score, Scored, labelled, sample
+from trainer.scoring.cells import Cells, Scored, labelled, mean_scores, sample
 from trainer.scoring.specs import LinearProbeSpec
 
 MAJORITY = "majority"
@@ -38,7 +38,7 @@ def score(spec: LinearProbeSpec, features: NDArray[np.floating], cells: Cells) -
         notes.append(
             f"{unfinished} of {len(folds)} fits did not converge in {spec.max_iterations} iterations"
         )
-    return Scored(_over(folds), tuple(notes))
+    return Scored(mean_scores(folds), tuple(notes))
 
 
 def majority(spec: LinearProbeSpec, cells: Cells) -> Scored:
@@ -48,7 +48,7 @@ def majority(spec: LinearProbeSpec, cells: Cells) -> Scored:
     for train, test in _splits(spec, labels):
         names, counts = np.unique(labels[train], return_counts=True)
         folds.append(_scores(labels[test], np.full(len(test), names[counts.argmax()])))
-    return Scored(_over(folds), tuple(notes))
+    return Scored(mean_scores(folds), tuple(notes))
 
 
 def _chosen(spec: LinearProbeSpec, cells: Cells) -> tuple[NDArray[np.int64], NDArray[np.str_], list[str]]:
@@ -74,8 +74,3 @@ def _scores(truth: NDArray[np.str_], answer: NDArray[np.str_]) -> dict[str, floa
         "f1_macro": float(f1_score(truth, answer, average="macro", **settings)),
         "f1_weighted": float(f1_score(truth, answer, average="weighted", **settings)),
     }
-
-
-def _over(folds: list[dict[str, float]]) -> dict[str, Score]:
-    values = {name: np.array([fold[name] for fold in folds]) for name in folds[0]}
-    return {name: Score(float(each.mean()), float(each.std(ddof=1))) for name, each in values.items()}

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 from sklearn.linear_model import Ridge
 
-from trainer.scoring.cells import Cells, Score, Scored, check_perturbations
+from trainer.scoring.cells import Cells, Scored, check_perturbations, mean_scores
 from trainer.scoring.specs import PerturbationSpec
 
 MEAN_SHIFT = "mean_shift"
@@ -32,7 +32,7 @@ def score(spec: PerturbationSpec, features: NDArray[np.floating], cells: Cells) 
         row = {name: float(values.mean()) for name, values in found.items()}
         row["fraction_above_mean_shift"] = float((found["pearson"] > mean["pearson"]).mean())
         rows.append(row)
-    return Scored(_over(rows), notes)
+    return Scored(mean_scores(rows), notes)
 
 
 def mean_shift(spec: PerturbationSpec, cells: Cells) -> Scored:
@@ -44,7 +44,7 @@ def mean_shift(spec: PerturbationSpec, cells: Cells) -> Scored:
         rows.append(
             {name: float(values.mean()) for name, values in _compared(spec, answers[test], answer).items()}
         )
-    return Scored(_over(rows), notes)
+    return Scored(mean_scores(rows), notes)
 
 
 def _shifts(
@@ -90,12 +90,4 @@ def _compared(
         "pearson": np.divide(products, norms, out=np.zeros_like(norms), where=norms > 0),
         "mse": np.square(true - told).mean(axis=1),
         "direction_accuracy": (np.sign(true) == np.sign(told)).mean(axis=1),
-    }
-
-
-def _over(rows: list[dict[str, float]]) -> dict[str, Score]:
-    values = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    return {
-        name: Score(float(each.mean()), float(each.std(ddof=1)) if len(each) > 1 else None)
-        for name, each in values.items()
     }

@@ -45,8 +45,8 @@ class LinearProbeSpec(Spec):
     num_folds: Annotated[Count, Field(ge=2)] = Field(
         default=5, description="Folds of the cross-validation (folds)"
     )
-    num_repeats: int = Field(
-        default=3, ge=1, description="Cross-validations, each with other folds (repeats)"
+    num_repeats: PositiveCount = Field(
+        default=3, description="Cross-validations, each with other folds (repeats)"
     )
     inverse_regularization: float = Field(
         default=0.1, gt=0, description="C of scikit-learn's LogisticRegression"

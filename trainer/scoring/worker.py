@@ -20,7 +20,7 @@ from trainer.scoring.benchmarks import Results, Row, run_benchmarks
 from trainer.scoring.cells import Cells, load_cells
 from trainer.scoring.embedding_baselines import representations
 from trainer.scoring.parent import end_with_parent
-from trainer.scoring.specs import parse_specs
+from trainer.scoring.specs import Spec, parse_specs
 
 MODEL = "model"
 """The representation that is the model's own embedding."""
@@ -72,7 +72,7 @@ def _benchmark(folder: Path, request: dict[str, Any]) -> Results:
     return Results([*mine.rows, *(row for row in baselines.rows if row not in mine.rows)], mine.notes)
 
 
-def _baselines(path: Path, specs: list[Any], cells: Cells) -> Results:
+def _baselines(path: Path, specs: list[Spec], cells: Cells) -> Results:
     """Return the scores of what took no training, which are the same in every epoch."""
     if path.exists():
         return from_json(json.loads(path.read_text()))
