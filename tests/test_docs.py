@@ -529,7 +529,7 @@ def test_every_file_of_the_tree_in_the_readme_exists_and_none_is_missing():
             path = f"{folder}{name}" if line.startswith(" ") else name
             listed.add(path.rstrip("/"))
             assert list(ROOT.glob(path.rstrip("/"))), f"README: {path}"
-    for package in ("trainer", "trainer/config", "models", "data"):
+    for package in ("trainer", "trainer/config", "trainer/scoring", "models", "data"):
         for file in (ROOT / package).glob("*.py"):
             name = file.relative_to(ROOT).as_posix()
             assert name in listed or file.name == "__init__.py", f"README lists no {name}"
