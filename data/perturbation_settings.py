@@ -134,8 +134,13 @@ def load_entries(folder: str | Path) -> list[dict[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != FORMAT:
             raise DataError(f"{path}: format {content['format']!r} is not {FORMAT}, the only one known here")
-        return list(content["phases"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        entries = list(content["phases"])
+        if not entries or not all(isinstance(each["phase"], str) for each in entries):
+            raise ValueError("it names no phase")
+        return entries
+    except DataError:
+        raise
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise DataError(f"{path}: not readable ({error!r}); export the model again") from error
 
 

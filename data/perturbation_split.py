@@ -3,7 +3,7 @@
 import fnmatch
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -130,36 +130,24 @@ def _split_by_file(
     content = _read_split(Path(split_file))
     names = _dataset_of_sources(content["datasets"], info, split_file, split_dataset)
     part = np.full(len(groups), Part.NEITHER, np.int8)
-    notices, has_part = [], False
-    wanted = Part.VALIDATION
     for source, dataset in enumerate(names):
-        mine = groups.source == source
         if content["training"].get(dataset) == "train":
-            part[mine] = Part.TRAINING
+            part[groups.source == source] = Part.TRAINING
+    notices, has_part = [], False
     missing: set[str] = set()
-    for section in ("fewshot", "zeroshot"):
-        for key, entry in content[section].items():
-            dataset, _, cell_type = key.partition(".")
-            sources = [source for source, name in enumerate(names) if name == dataset]
-            if not sources:
-                continue
-            where = f'{split_file}: [{section}] "{key}"'
-            check_known(cell_type, groups.cell_types, where, "cell type")
-            mine = np.isin(groups.source, sources)
-            mine &= groups.cell_type == groups.cell_types.index(cell_type)
-            if section == "zeroshot":
-                part[mine] = _part(entry, split_part)
-                has_part |= entry == split_part
-                continue
-            part[mine] = Part.TRAINING
-            for name in ("val", "test"):
-                known = [gene for gene in entry.get(name, []) if gene in targets.names]
-                missing |= set(entry.get(name, [])) - set(known)
-                codes = [targets.names.index(gene) for gene in known]
-                here = mine & np.isin(groups.perturbation, codes)
-                # The two may overlap: what validates is validated on, whichever is read last.
-                part[here] = np.where(part[here] == wanted, wanted, _part(name, split_part))
-                has_part |= name == split_part and bool(codes)
+    for mine, lists in _contexts_of_section(content, "fewshot", groups, names, split_file):
+        part[mine] = Part.TRAINING
+        for name in ("val", "test"):
+            codes = [targets.names.index(gene) for gene in lists.get(name, []) if gene in targets.names]
+            missing |= set(lists.get(name, [])) - set(targets.names)
+            here = mine & np.isin(groups.perturbation, codes)
+            # The two may overlap: what validates is validated on, whichever is read last.
+            is_validated = part[here] == Part.VALIDATION
+            part[here] = np.where(is_validated, Part.VALIDATION, _part(name, split_part))
+            has_part |= name == split_part and bool(codes)
+    for mine, name in _contexts_of_section(content, "zeroshot", groups, names, split_file):
+        part[mine] = _part(name, split_part)
+        has_part |= name == split_part
     if missing:
         notices.append(
             f"{split_file}: {counted(len(missing), 'perturbation')} not in the corpus: {listed(sorted(missing), 6)}"
@@ -174,6 +162,23 @@ def _split_by_file(
             f"{split_file}: {counted(left_out, 'group')} of cells in neither part, which take no part"
         )
     return part, notices
+
+
+def _contexts_of_section(
+    content: Mapping[str, dict[str, Any]],
+    section: str,
+    groups: CellGroups,
+    names: Sequence[str],
+    split_file: str,
+) -> Iterator[tuple[NDArray[np.bool_], Any]]:
+    """Yield the groups that each entry of a section is about, and what it says; `names` are the sources' data sets."""
+    for key, entry in content[section].items():
+        dataset, _, cell_type = key.partition(".")
+        sources = [source for source, name in enumerate(names) if name == dataset]
+        if sources:
+            check_known(cell_type, groups.cell_types, f'{split_file}: [{section}] "{key}"', "cell type")
+            is_of_type = groups.cell_type == groups.cell_types.index(cell_type)
+            yield np.isin(groups.source, sources) & is_of_type, entry
 
 
 def _part(name: str, split_part: str) -> Part:
@@ -195,6 +200,12 @@ def _read_split(path: Path) -> dict[str, dict[str, Any]]:
             + f"; a split file has the sections {', '.join(_SECTIONS)}"
         )  # fmt: skip
     result = {name: content.get(name, {}) for name in _SECTIONS}
+    for section, table in result.items():
+        if not isinstance(table, dict):
+            raise DataError(f"split_file {path}: {section} is {table!r}; it must be a section, [{section}]")
+    for dataset, place in result["datasets"].items():
+        if not isinstance(place, str):
+            raise DataError(f'split_file {path}: [datasets] "{dataset}": got {place!r}; it must be a path')
     for section in _SECTIONS[1:]:
         for key, value in result[section].items():
             where = f'split_file {path}: [{section}] "{key}"'
@@ -204,7 +215,10 @@ def _read_split(path: Path) -> dict[str, dict[str, Any]]:
             check_known(dataset, result["datasets"], where, "data set")
             if section == "fewshot":
                 is_valid = isinstance(value, dict) and set(value) <= set(_PARTS)
-                is_valid = is_valid and all(isinstance(names, list) for names in value.values())
+                is_valid = is_valid and all(
+                    isinstance(names, list) and all(isinstance(name, str) for name in names)
+                    for names in value.values()
+                )
             else:
                 is_valid = value in (_PARTS if section == "zeroshot" else ("train",))
             if not is_valid:

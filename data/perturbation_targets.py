@@ -75,11 +75,7 @@ def read_targets(
         if value not in get_args(Pairs):
             raise DataError(f"{name} is {value!r}; it must be {' | '.join(get_args(Pairs))}")
     names = info.class_names("target_gene")
-    label = control_label if control_label is not None else info.manifest.control_label
-    if label is None:
-        raise DataError(f"{info.path}: the corpus names no control label; set control_label")
-    if label not in names:
-        check_known(label, names, f"{info.path}: control_label", "class of target_gene")
+    label = _control_label(info, names, control_label)
     control = names.index(label)
     space = _target_space(targets, columns, info, pair_separator, label)
     genes = tuple(
@@ -112,17 +108,22 @@ def read_targets(
         raise DataError(
             f"{info.path}: no perturbation is left; {'; '.join(notices) or 'all cells are controls'}"
         )
-    shown = tuple(symbol or gene for gene, symbol in zip(space.ids, space.symbols, strict=True))
     return PerturbationTargets(
-        names, control, genes, indices, is_used, shown, targets == "genes", tuple(notices)
+        names, control, genes, indices, is_used, names_of_genes(space), targets == "genes", tuple(notices)
     )
 
 
 def target_indices(
     name: str, space: GeneSpace, *, pair_separator: str, control_label: str, where: str
-) -> tuple[int, ...]:
-    """Return the index of each gene that a perturbation of this name targets; -1 for one that the space lacks."""
-    return tuple(_index(space, gene) for gene in _parts(name, space, pair_separator, control_label, where))
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the genes that a perturbation of this name targets, and their indices; -1 where the space lacks one."""
+    genes = _parts(name, space, pair_separator, control_label, where)
+    return genes, tuple(_index(space, gene) for gene in genes)
+
+
+def names_of_genes(space: GeneSpace) -> tuple[str, ...]:
+    """Return each gene's symbol, or its id where it has none."""
+    return tuple(symbol or gene for gene, symbol in zip(space.ids, space.symbols, strict=True))
 
 
 def read_names(names: Sequence[str] | str, where: str) -> list[str]:
@@ -157,6 +158,15 @@ def check_known(name: str, known: Iterable[str], where: str, what: str) -> None:
 def counted(number: int, what: str) -> str:
     """Say how many there are of something."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _control_label(info: CorpusInfo, names: Sequence[str], given: str | None) -> str:
+    """Return what the controls are called: the label that was given, or else the corpus's own."""
+    label = given if given is not None else info.manifest.control_label
+    if label is None:
+        raise DataError(f"{info.path}: the corpus names no control label; set control_label")
+    check_known(label, names, f"{info.path}: control_label", "class of target_gene")
+    return label
 
 
 def _indices(

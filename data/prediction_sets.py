@@ -6,6 +6,7 @@ else is predicted nor on the batches that sets are put in.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,7 @@ from data.perturbation_targets import (
     PerturbationTargets,
     check_known,
     counted,
+    names_of_genes,
     read_names,
     read_targets,
     target_indices,
@@ -254,13 +256,7 @@ def make_requests(
     with_controls, requests = corpus.contexts(), []
     for each in wanted:
         indices = _indices(corpus, each.target, where)
-        if each.cell_type is None:
-            chosen = with_controls if contexts is None else contexts
-        elif contexts is not None and each.cell_type not in contexts:
-            continue
-        else:
-            chosen = [each.cell_type]
-        for cell_type in chosen:
+        for cell_type in _cell_types_of(each, contexts, with_controls):
             own = real.get((index_of.get(each.target, -1), cell_type))
             batches, sizes = pool.get((0, cell_type), (None, None)) if own is None else own
             if batches is None or sizes is None:
@@ -276,17 +272,12 @@ def make_requests(
             pairs = controls.pair(np.full(len(batches), cell_type), batches)[sizes > 0]
             controls.check(pairs, match, (list(corpus.cell_types), list(corpus.technical_batches)))
             requests.append(Request(each.target, indices, cell_type, pairs, sizes[sizes > 0], rule))
-    names = [(request.target, request.cell_type) for request in requests]
-    repeated = (
-        [name for name in dict.fromkeys(names) if names.count(name) > 1]
-        if len(set(names)) < len(names)
-        else []
-    )
-    if repeated:
-        target, cell_type = repeated[0]
-        raise DataError(
-            f"{where}: {target!r} in {corpus.cell_types[cell_type]!r} is asked for more than once"
-        )
+    times = Counter((request.target, request.cell_type) for request in requests)
+    for (target, cell_type), count in times.items():
+        if count > 1:
+            raise DataError(
+                f"{where}: {target!r} in {corpus.cell_types[cell_type]!r} is asked for more than once"
+            )
     return requests
 
 
@@ -468,6 +459,15 @@ def technical_batch_index(
     return found
 
 
+def _cell_types_of(
+    wanted: Wanted, contexts: Sequence[int] | None, with_controls: Sequence[int]
+) -> Sequence[int]:
+    """Return the cell types that a perturbation is predicted in; `contexts` are those asked for, None: any."""
+    if wanted.cell_type is None:
+        return with_controls if contexts is None else contexts
+    return [wanted.cell_type] if contexts is None or wanted.cell_type in contexts else []
+
+
 def _cells_of(
     perturbation: NDArray[np.integer], cell_type: NDArray[np.integer], batch: NDArray[np.integer]
 ) -> Mapping[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -488,7 +488,7 @@ def _indices(corpus: PerturbedCorpus, target: str, where: str) -> tuple[int, ...
         raise DataError(f"{where}: {target!r} is the control label, not a target")
     space = settings.target_space
     separator = settings.arguments["pair_separator"]
-    found = target_indices(
+    genes, found = target_indices(
         target, space, pair_separator=separator, control_label=label, where=str(corpus.info.path)
     )
     if len(found) > settings.num_target_indices:
@@ -497,13 +497,8 @@ def _indices(corpus: PerturbedCorpus, target: str, where: str) -> tuple[int, ...
             "targets"
         )
     if -1 in found and settings.arguments["unknown_targets"] != "index":
-        names = (
-            space.ids
-            if space.key == "symbol"
-            else [s or g for g, s in zip(space.ids, space.symbols, strict=True)]
-        )
-        genes = [target] if len(found) == 1 else target.split(separator)
-        for gene, index in zip(genes, found, strict=False):
+        names = names_of_genes(space)
+        for gene, index in zip(genes, found, strict=True):
             if index < 0:
                 what = "gene of the model" if settings.target_names is None else "target that the model knows"
                 check_known(gene, [name for name in names if name != gene], where, what)

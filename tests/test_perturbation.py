@@ -672,6 +672,9 @@ def test_cells_that_a_split_file_does_not_name_take_no_part(
         ("[datasets]\nd = 'x'\n[zeroshot]\n'd.beta' = 'eval'", "got 'eval'"),
         ("[datasets]\nd = 'x'\n[zeroshot]\n'd.gamma' = 'val'", "no cell type 'gamma'"),
         ("[datasets]\nd = 'x'\n[fewshot.'d.beta']\nheld = ['GENE1']", "must be a table of the lists"),
+        ("[datasets]\nd = 'x'\n[fewshot.'d.beta']\nval = [['GENE1']]", "must be a table of the lists"),
+        ("zeroshot = 'val'\n[datasets]\nd = 'x'", r"zeroshot is 'val'; it must be a section, \[zeroshot\]"),
+        ("[datasets]\nd = ['x']", r"\[datasets\] \"d\": got \['x'\]; it must be a path"),
     ],
 )
 def test_a_wrong_split_file_is_refused(corpus: Path, tmp_path: Path, text: str, message: str):

@@ -13,9 +13,10 @@ from launching import ROOT, launch_ranks, start_ranks
 from running import toy, train
 
 from data.corpus import open_corpus
+from data.errors import DataError
 from data.hashing import DrawKey
 from data.perturbation import perturbation_loader
-from data.perturbation_settings import settings_of_source
+from data.perturbation_settings import SETTINGS_FILE, load_entries, settings_of_source
 from data.predicted_values import MatchedControls, PredictedRows, ValueDecoder
 from data.prediction_sets import (
     PredictionSets,
@@ -203,6 +204,10 @@ def test_held_out_contexts_are_predicted_in_these_alone(place, tmp_path):
     ("options", "message"),
     [
         (["--targets", "GENE400"], "--targets: no gene of the model 'GENE400'; close to it: GENE40|GENE4"),
+        (
+            ["--targets", "ctrl+GENE400"],
+            "--targets: no gene of the model 'GENE400'; close to it: GENE40|GENE4",
+        ),
         (["--targets", CONTROL], "is the control label, not a target"),
         (["--targets", ",".join(["GENE400"] * 60)], "--targets: no gene of the model 'GENE400'"),
         (["--contexts", "type_7"], "--contexts: no cell type 'type_7'"),
@@ -299,6 +304,21 @@ def test_an_export_predicts_what_its_run_does(place, tmp_path):
     export(place / "run", tmp_path / "export")
     of_export = predicted(place, tmp_path / "out.h5ad", "--model", tmp_path / "export")
     assert is_same(predicted(place, tmp_path / "run.h5ad"), of_export)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[", "perturbation_sets.json: not readable .* export the model again"),
+        ('{"format": 1, "phases": []}', "it names no phase.* export the model again"),
+        ('{"format": 1, "phases": [7]}', "not readable .* export the model again"),
+        ('{"format": 2, "phases": []}', "^[^(]*: format 2 is not 1, the only one known here$"),
+    ],
+)
+def test_damaged_settings_of_an_export_are_told(tmp_path, text, message):
+    (tmp_path / SETTINGS_FILE).write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_entries(tmp_path)
 
 
 def test_an_export_of_a_model_of_ones_own_predicts_where_its_module_is_trusted(place, tmp_path, monkeypatch):
