@@ -68,11 +68,10 @@ class CorpusInfo:
         """Return the path of each shard inside `filesystem`."""
         return [f"{self.root}/{shard.file}" for shard in self.manifest.shards]
 
-    @cached_property
-    def row_starts(self) -> np.ndarray:
-        """Return int64 [shards + 1]: shard i holds rows [row_starts[i], row_starts[i + 1])."""
-        rows = [shard.rows for shard in self.manifest.shards]
-        return np.concatenate([np.zeros(1, np.int64), np.cumsum(rows, dtype=np.int64)])
+    @property
+    def shard_rows(self) -> list[int]:
+        """Return how many rows each shard holds."""
+        return [shard.rows for shard in self.manifest.shards]
 
     @cached_property
     def fingerprint(self) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -209,8 +209,9 @@ class StepLoader:
                 yield from in_thread(load, keys, self.prefetch)
         finally:
             self._announced, self._last_step = [], -1
-            if hasattr(self.source, "expect"):
-                cast(Any, self.source).expect(np.empty(0, np.int64))
+            expect = getattr(self.source, "expect", None)
+            if expect is not None:
+                expect(np.empty(0, np.int64))
 
     def _load(self, key: _Key, pin: bool = False) -> list[MicroBatch]:
         """Prepare one step."""
@@ -242,7 +243,8 @@ class StepLoader:
 
     def _announce(self, key: _Key) -> None:
         """Tell the source which rows of the current and the next window this rank will want."""
-        if not hasattr(self.source, "expect"):
+        expect = getattr(self.source, "expect", None)
+        if expect is None:
             return
         if key.step <= self._last_step:  # a new pass: what was announced has been dropped
             self._announced = []
@@ -266,7 +268,7 @@ class StepLoader:
                 wanted = wanted[(step - key.step) % worker.num_workers == 0]
             if len(wanted):
                 rows = order.window_rows(key.epoch, window)[wanted - begin]
-                cast(Any, self.source).expect(rows)
+                expect(rows)
 
     def _places(self, key: _Key, position: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where in its global batch, as it is arranged, each of consecutive positions of the order comes."""

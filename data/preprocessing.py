@@ -56,8 +56,8 @@ class Preprocessing:
         if value_kind == "lognorm":
             asked = {"normalize": merged.get("normalize"), "log1p": merged.get("log1p")}
             left = [name for name, value in asked.items() if value and name in self.transform]
-            for name in {*self.transform, *left}:
-                merged.pop(name, None)
+            for name in self.transform:
+                del merged[name]
             if not left:
                 return merged, []
             steps = " and ".join(

@@ -84,8 +84,7 @@ class ArrowReader(CorpusReader):
                 f"{info.path}: Arrow shards are mapped from a local disk; convert with --format parquet to "
                 "read from elsewhere, or copy the folder"
             )
-        counts = [shard.rows for shard in info.manifest.shards]
-        super().__init__(info, MappedShards(info.shard_paths, counts, _names(info, columns)))
+        super().__init__(info, MappedShards(info.shard_paths, info.shard_rows, _names(info, columns)))
 
 
 class ParquetReader(CorpusReader):
@@ -93,11 +92,7 @@ class ParquetReader(CorpusReader):
 
     def __init__(self, info: CorpusInfo, columns: Sequence[str] | None = None, groups_kept: int = 8) -> None:
         """Prepare reading; nothing is fetched before the first cells are asked for or announced."""
-        counts = [shard.rows for shard in info.manifest.shards]
-        names = _names(info, columns)
-        super().__init__(
-            info, ParquetShards(info.filesystem, info.shard_paths, counts, names, groups_kept=groups_kept)
-        )
+        super().__init__(info, _parquet(info, _names(info, columns), groups_kept))
 
 
 def open_reader(info: CorpusInfo, columns: Sequence[str] | None = None) -> CorpusReader:
@@ -107,11 +102,10 @@ def open_reader(info: CorpusInfo, columns: Sequence[str] | None = None) -> Corpu
 
 def open_columns(info: CorpusInfo, names: Sequence[str]) -> RowTable:
     """Open numbers of each cell alone, such as `n_genes`, which is much cheaper to read than the cells."""
-    counts = [shard.rows for shard in info.manifest.shards]
     if info.manifest.storage == "arrow":
-        return MappedShards(info.shard_paths, counts, names)
+        return MappedShards(info.shard_paths, info.shard_rows, names)
     # Shuffled rows come from many row groups, over and over; a number for each of their cells is small enough to keep.
-    return ParquetShards(info.filesystem, info.shard_paths, counts, names, groups_kept=_NUMBER_GROUPS_KEPT)
+    return _parquet(info, names, _NUMBER_GROUPS_KEPT)
 
 
 def number_pieces(
@@ -122,6 +116,10 @@ def number_pieces(
     for start in range(0, info.num_cells, _NUMBERS_AT_ONCE):
         rows = np.arange(start, min(start + _NUMBERS_AT_ONCE, info.num_cells))
         yield rows, cast(dict[str, NDArray[Any]], dict(table.gather(rows)))
+
+
+def _parquet(info: CorpusInfo, columns: Sequence[str], groups_kept: int) -> ParquetShards:
+    return ParquetShards(info.filesystem, info.shard_paths, info.shard_rows, columns, groups_kept=groups_kept)
 
 
 def _names(info: CorpusInfo, columns: Sequence[str] | None) -> list[str]:

@@ -114,7 +114,7 @@ class SimulatedPerturbations:
             },
             uns={
                 "simulator": {
-                    "options": {name: getattr(self.options, name) for name in vars(self.options)},
+                    "options": dict(vars(self.options)),
                     "targets": np.array(self.targets),
                     "target_pathway": self.target_pathway,
                 }

@@ -73,9 +73,8 @@ def _read_entry(path: Path, name: str) -> tuple[dict[str, Any], int]:
     names = sorted(header.keys() - {"__metadata__"})
     if name not in names:
         raise DataError(f"{path}: it has no tensor '{name}'; it has: {', '.join(names[:8]) or 'none'}")
-    return _checked(header[name], num_bytes - 8 - length, f"{path}: tensor '{name}'"), 8 + length + header[
-        name
-    ]["data_offsets"][0]
+    entry = _checked(header[name], num_bytes - 8 - length, f"{path}: tensor '{name}'")
+    return entry, 8 + length + entry["data_offsets"][0]
 
 
 def _checked(entry: Any, num_bytes: int, where: str) -> dict[str, Any]:

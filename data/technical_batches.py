@@ -4,7 +4,7 @@ A technical batch is a sequencing run, lane or donor pool, not a training batch.
 `batch_idx` `[B]` int64.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 from data.collate import num_cells
-from data.errors import DataError
+from data.errors import DataError, listed
 
 
 def discover_names(*objects: Any) -> list[str]:
@@ -111,7 +111,7 @@ class BatchIndexer:
             if len(self.phase_names) != 1:
                 raise DataError(
                     f"datasets '{self.phase}': its batches carry neither 'batch_idx' nor 'batch_name', and the phase "
-                    f"has {len(self.phase_names)} technical batches ({_listing(self.phase_names)}), so a cell's own "
+                    f"has {len(self.phase_names)} technical batches ({_quoted(self.phase_names)}), so a cell's own "
                     "cannot be told; return one of the two from the collate function"
                 )
             names = [self.phase_names[0]] * size
@@ -122,8 +122,8 @@ class BatchIndexer:
         unknown = sorted({str(name) for name in names} - self.mapping.keys())
         if unknown:
             raise DataError(
-                f"datasets '{self.phase}': unknown technical batch {_listing(unknown)}; "
-                f"known are {_listing(sorted(self.mapping))}"
+                f"datasets '{self.phase}': unknown technical batch {_quoted(unknown)}; "
+                f"known are {_quoted(sorted(self.mapping))}"
             )
         batch["batch_idx"] = torch.tensor([self.mapping[str(name)] for name in names], dtype=torch.int64)
         return batch
@@ -168,19 +168,6 @@ class IndexedSource:
         if not self._looked:
             self._names, self._looked = row_names(getattr(self.source, "dataset", None)), True
         return None if self._names is None else self._names[rows]
-
-
-class IndexedCollate:
-    """Wrap a collate function so that every batch it makes has `batch_idx`."""
-
-    def __init__(self, collate: Callable[[Any], Any], indexer: BatchIndexer) -> None:
-        """Take the collate function to wrap and what completes its batches."""
-        self.collate = collate
-        self.indexer = indexer
-
-    def __call__(self, samples: Any) -> dict[str, Any]:
-        """Collate the samples and complete the batch."""
-        return self.indexer(self.collate(samples))
 
 
 def as_dict(batch: Any, phase: str) -> dict[str, Any]:
@@ -229,6 +216,5 @@ def _obs_batch(dataset: Any) -> Any:
     return obs["batch"] if obs is not None and "batch" in obs else None
 
 
-def _listing(names: Sequence[str], limit: int = 8) -> str:
-    shown = ", ".join(repr(name) for name in names[:limit])
-    return shown + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _quoted(names: Sequence[str]) -> str:
+    return listed([repr(name) for name in names])

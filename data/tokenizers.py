@@ -26,8 +26,6 @@ PAD, UNKNOWN, MASK, CLS = range(NUM_SPECIAL_TOKENS)
 
 Strategy = Literal["rank_value", "binned_expression", "continuous_projection", "gene_embedding"]
 BinningMethod = Literal["uniform", "quantile", "per_cell"]
-FITTED_OPTIONS = ("target_sum", "edges", "gene_medians")
-"""Options that may come from the data; a run must go on with the same."""
 
 
 class TokenizedCells(NamedTuple):

@@ -10,7 +10,7 @@ mean of decoded values is the mean of the values themselves.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from data.options import Options
 from data.tokenizers import ExpressionTransform
 
 Strategy = Literal["log_bins", "delta_bins", "counts"]
-STRATEGIES: tuple[Strategy, ...] = ("log_bins", "delta_bins", "counts")
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 _MAX_COUNT = 1 << 24
 """Up to here float32 holds whole numbers exactly."""
 _SLACK = 1 + 1e-6

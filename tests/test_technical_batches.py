@@ -9,7 +9,6 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset
 from data.errors import DataError
 from data.technical_batches import (
     BatchIndexer,
-    IndexedCollate,
     attach_mapping,
     discover_names,
     merge_names,
@@ -125,8 +124,3 @@ def test_names_of_the_rows_complete_a_batch():
 def test_a_batch_of_another_shape_is_an_error(batch):
     with pytest.raises(DataError, match=r"must yield a tensor \[B, N\] or a dict with 'tokens'"):
         indexer()(batch)
-
-
-def test_a_wrapped_collate_function_completes_its_batches():
-    collate = IndexedCollate(torch.stack, indexer(["c"]))
-    assert collate([torch.zeros(4), torch.ones(4)])["batch_idx"].tolist() == [2, 2]
