@@ -1,7 +1,5 @@
 """Cells of a converted corpus as batches of tensors: the source that `data.loader.cell_loader` builds."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ from data.collate import collate, collate_packed
 from data.columns import RowTable
 from data.corpus import ROWS_PER_GROUP, CorpusInfo, open_corpus
 from data.errors import DataError
-from data.hashing import DrawKey
+from data.hashing import DrawKey, sha256_of
 from data.labels import LabelColumn, LabelTask, open_labels, read_labels, read_obs, stratified_masks
 from data.masking import Masking, build_masking
 from data.memory import keep_freed_memory
@@ -152,7 +150,7 @@ class CellSource:
     def fingerprint(self) -> str:
         """Identify the cells, their split and how they are tokenized and masked."""
         content = {"corpus": self.reader.info.fingerprint, **self._description}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256_of(content)
 
     def _fetch(
         self, rows: NDArray[np.int64], draw: DrawKey, masking: Masking | None, *, is_packed: bool
@@ -180,11 +178,6 @@ class CellSource:
         if self.labels is not None:
             batch["label"] = torch.from_numpy(self.labels.read(cells.columns))
         return batch
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Prepare a worker process as the main process is."""
-        self.__dict__.update(state)
-        keep_freed_memory()
 
 
 def cell_loader(

@@ -193,11 +193,6 @@ class CircuitSource:
         columns = -(-self.table.extents.astype(np.int64) // LENGTH_MULTIPLE)
         return (self.table.qubits.astype(np.int64) << 32) + columns
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Prepare a worker process as the main process is."""
-        self.__dict__.update(state)
-        keep_freed_memory()
-
 
 def circuit_loader(
     path: str | Path,

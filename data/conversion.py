@@ -5,7 +5,6 @@ A shard depends on the plan alone, so shards can be made in any order and proces
 
 import errno
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from data.errors import DataError
 from data.genes import GeneSpace
 from data.h5ad import H5adFile
 from data.h5ad_matrix import CscMatrix, Matrix, MatrixChunk
+from data.hashing import sha256_of
 from data.manifest import UNLABELLED, ObsColumn, Storage, corpus_schema
 
 FILE_LABEL = "@file"
@@ -122,7 +122,7 @@ class ConversionPlan:
     @cached_property
     def sha256(self) -> str:
         """Identify the conversion by its arguments."""
-        return hashlib.sha256(json.dumps(self.arguments(), sort_keys=True).encode()).hexdigest()
+        return sha256_of(self.arguments())
 
 
 @dataclass

@@ -4,7 +4,6 @@ A corpus in the cache folder is named after the content it was made from: a hash
 the settings of the conversion. Any number of processes may ask for the same one at once; one makes it, the others wait.
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -20,6 +19,7 @@ from data.corpus import UNFINISHED, CorpusInfo, hash_file, open_corpus, write_fi
 from data.errors import DataError
 from data.file_lock import file_lock
 from data.genes import GeneSpace
+from data.hashing import sha256_of
 from data.hvg import HvgOptions
 from data.manifest import RESERVED_COLUMNS
 
@@ -132,9 +132,8 @@ def is_complete(folder: Path) -> bool:
 
 def cache_name(stem: str, num_files: int, content: Any) -> str:
     """Return the name of a corpus in the cache: what it was made from, for people, and a hash of it."""
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     more = f"+{num_files - 1}" if num_files > 1 else ""
-    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', stem)[:60]}{more}-{digest[:16]}"
+    return f"{re.sub(r'[^A-Za-z0-9._-]', '_', stem)[:60]}{more}-{sha256_of(content)[:16]}"
 
 
 def narrowed_name(info: CorpusInfo, options: HvgOptions, min_genes: int) -> str:

@@ -1,7 +1,5 @@
 """Cells as dense rows of value tokens, one for each gene: what a perturbation model is pretrained on."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 from data.corpus import CorpusInfo, open_corpus
 from data.errors import DataError
 from data.gene_columns import HIDDEN, GeneColumns, Unmeasured
-from data.hashing import DrawKey
+from data.hashing import DrawKey, sha256_of
 from data.memory import keep_freed_memory
 from data.order import part_masks
 from data.perturbation_targets import check_known, counted
@@ -125,7 +123,7 @@ class ExpressionSource:
     def fingerprint(self) -> str:
         """Identify the cells, their split and how they are tokenized."""
         content = {"corpus": self.reader.info.fingerprint, **self._description}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256_of(content)
 
     def fit(self) -> ValueTokenizer:
         """Return the tokenizer with the mean of some training cells' values in each bin as its inverse."""
@@ -135,11 +133,6 @@ class ExpressionSource:
         return self.tokenizer.fitted(
             self.transform.apply(cells.counts, cells.offsets, cells.columns["total"])
         )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Prepare a worker process as the main process is."""
-        self.__dict__.update(state)
-        keep_freed_memory()
 
 
 def expression_loader(

@@ -4,6 +4,8 @@ The numbers are splitmix64 (Steele, Lea and Flood 2014), so they are the same on
 release; NumPy's own generators promise neither across versions.
 """
 
+import hashlib
+import json
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -161,6 +163,11 @@ def to_range(hashes: NDArray[np.uint64] | NDArray[np.uint32], limit: int) -> NDA
     """Turn 64-bit or 32-bit hashes into integers in [0, limit); the bias is below limit / 2**32."""
     high = hashes >> np.uint64(32) if hashes.dtype == np.uint64 else hashes.astype(np.uint64)
     return ((high * np.uint64(limit)) >> np.uint64(32)).astype(np.int64)
+
+
+def sha256_of(settings: Any) -> str:
+    """Identify settings that JSON can hold, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _finalise(value: NDArray[np.uint64], scratch: NDArray[np.uint64]) -> None:

@@ -1,7 +1,5 @@
 """Hugging Face data sets (`load_from_disk` folders, Parquet files) as a source of batches."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -12,7 +10,7 @@ from numpy.typing import NDArray
 
 from data.columns import Columns, RaggedColumn, RowTable
 from data.errors import DataError
-from data.hashing import DrawKey
+from data.hashing import DrawKey, sha256_of
 from data.hf_files import TechnicalBatch, find_files
 from data.masking import IGNORED_LABEL, Masking, build_masking
 from data.order import part_masks
@@ -107,7 +105,7 @@ class HFSource:
     def fingerprint(self) -> str:
         """Identify the data set by its files' names and rows, and how it is read."""
         content = {**self._description, "rows": self.table.num_rows}
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return sha256_of(content)
 
     def _fetch(self, rows: NDArray[np.int64], draw: DrawKey, masking: Masking | None) -> dict[str, Any]:
         if self._is_validation:

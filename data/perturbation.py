@@ -1,7 +1,5 @@
 """Sets of perturbed cells beside sets of matched controls, drawn afresh in every epoch."""
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,7 +12,7 @@ from data.control_cells import ControlCells, ControlMatch
 from data.corpus import CorpusInfo, open_corpus
 from data.errors import DataError
 from data.gene_columns import HIDDEN, GeneColumns, Unmeasured
-from data.hashing import DrawKey
+from data.hashing import DrawKey, sha256_of
 from data.memory import keep_freed_memory
 from data.perturbation_split import Part, SplitPart, split_groups
 from data.perturbation_targets import Pairs, PerturbationTargets, UnknownTargets, counted, read_targets
@@ -169,7 +167,7 @@ class PerturbationSource:
     def fingerprint(self) -> str:
         """Identify the cells, their sets and how they are tokenized."""
         content = {"corpus": self.reader.info.fingerprint, "sets": self.sets.digest(), **self._description}
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        return sha256_of(content)
 
     def fit(self) -> tuple[ValueTokenizer, ValueTokenizer]:
         """Return both tokenizers with the mean of some sets' values in each bin as their inverse.
@@ -239,11 +237,6 @@ class PerturbationSource:
             perturbed = perturbed - control
             shown = None if shown is None or control_shown is None else shown & control_shown
         return (perturbed, shown), (control, control_shown)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Prepare a worker process as the main process is."""
-        self.__dict__.update(state)
-        keep_freed_memory()
 
 
 def perturbation_loader(

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.errors import DataError
+from data.memory import keep_freed_memory
 from data.worker_process import start_fork_server, worker_init
 
 Item = TypeVar("Item")
@@ -88,7 +89,7 @@ class WorkerPool(Generic[Key, Item]):
             prefetch_factor=max(1, -(-depth // num_workers)),
             persistent_workers=True,
             multiprocessing_context="forkserver",
-            worker_init_fn=worker_init(),
+            worker_init_fn=worker_init(_keep_memory),
             # Its own generator: the global one, which dropout draws from, must not move.
             generator=torch.Generator(),
         )
@@ -154,6 +155,11 @@ def _without_advice_on_workers() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
         yield
+
+
+def _keep_memory(worker: int) -> None:
+    """Let a worker process keep freed memory, as sources do in the process that opens them."""
+    keep_freed_memory()
 
 
 def _as_it_is(item: Any) -> Any:
