@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks._memory import memory_of
+from benchmarks._rounds import run_rounds
 from data.columns import RaggedColumn
 from data.corpus import CorpusWriter, open_corpus
 from data.genes import GeneSpace
@@ -72,29 +72,28 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each case in each round")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--keep", type=Path, help="folder to keep the corpus in and to take it from again")
-    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=2, metavar=("CASE", "CELLS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        serve_case(arguments.case, arguments.keep, arguments.seconds)
+        serve_case(arguments.case[0], Path(arguments.case[1]), arguments.seconds)
         return
     folder = arguments.keep or Path(tempfile.mkdtemp(prefix="loader-benchmark-"))
     try:
-        corpus = make_data(folder, arguments.cells, arguments.genes, arguments.nonzero)
+        corpus, h5ad = make_data(folder, arguments.cells, arguments.genes, arguments.nonzero)
         num_cells, size = open_corpus(corpus).num_cells, sum(file.stat().st_size for file in corpus.iterdir())
         print(f"{num_cells:,} cells x {arguments.genes:,} genes, {size / 1e9:.2f} GB; load {os.getloadavg()[0]:.1f} "
               f"on {os.cpu_count()} cores; {arguments.rounds} rounds of {arguments.seconds:g} s")  # fmt: skip
-        print_table(run_rounds(folder, arguments))
+        print_table(run_cases(corpus, h5ad, arguments))
     finally:
         if arguments.keep is None:
             shutil.rmtree(folder)
 
 
-def make_data(folder: Path, num_cells: int, num_genes: int, nonzero: int) -> Path:
-    """Write the corpus and a smaller h5ad file where they are missing."""
-    corpus, h5ad = (
-        folder / f"corpus-{num_cells}-{num_genes}-{nonzero}",
-        folder / f"{num_genes}-{nonzero}.h5ad",
-    )
+def make_data(folder: Path, num_cells: int, num_genes: int, nonzero: int) -> tuple[Path, Path]:
+    """Write the corpus and a smaller h5ad file where they are missing, and return where they are."""
+    num_in_h5ad = min(num_cells, H5AD_CELLS)
+    corpus = folder / f"corpus-{num_cells}-{num_genes}-{nonzero}"
+    h5ad = folder / f"cells-{num_in_h5ad}-{num_genes}-{nonzero}.h5ad"
     folder.mkdir(parents=True, exist_ok=True)
     if not corpus.exists():
         # A few thousand distinct cells, repeated: drawing them takes longer than everything else here.
@@ -108,45 +107,23 @@ def make_data(folder: Path, num_cells: int, num_genes: int, nonzero: int) -> Pat
                 labels = {"technical_batch": cells.technical_batch[:count]}
                 writer.write(cells.indptr[: count + 1], cells.indices[:end], cells.counts[:end], labels)
     if not h5ad.exists():
-        write_synthetic_h5ad(h5ad, min(num_cells, H5AD_CELLS), num_genes, nonzero, seed=0)
-    return corpus
+        write_synthetic_h5ad(h5ad, num_in_h5ad, num_genes, nonzero, seed=0)
+    return corpus, h5ad
 
 
-def run_rounds(folder: Path, arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
-    """Start a process for each case and let them run in turn."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    children, results = {}, {}
-    for case in arguments.cases:
-        command = [
-            sys.executable,
-            str(Path(__file__).resolve()),
-            "--case",
-            case,
-            "--seconds",
-            str(arguments.seconds),
-        ]
-        command += ["--keep", str(folder)]
-        children[case] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        results[case] = []
-    try:
-        for _ in range(arguments.rounds):
-            for case, child in children.items():
-                assert child.stdin is not None and child.stdout is not None
-                child.stdin.write("go\n")
-                child.stdin.flush()
-                results[case].append(json.loads(child.stdout.readline()))
-    finally:
-        for child in children.values():
-            child.communicate()
-    return results
+def run_cases(corpus: Path, h5ad: Path, arguments: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Let the cases take turns, each in a process of its own."""
+    options = ["--seconds", arguments.seconds]
+    commands = {
+        case: [Path(__file__).resolve(), "--case", case, h5ad if case == "anndata" else corpus, *options]
+        for case in arguments.cases
+    }
+    return run_rounds(commands, arguments.rounds)
 
 
-def serve_case(case: str, folder: Path, seconds: float) -> None:
+def serve_case(case: str, cells: Path, seconds: float) -> None:
     """Run one case for a while whenever a line comes in, and answer with what it did."""
-    corpus = next(folder.glob("corpus-*"))
-    batches = START[case](next(folder.glob("*.h5ad")) if case == "anndata" else corpus)
+    batches = START[case](cells)
     next(batches)
     # A training loop holds a few batches at a time, so memory is not the same few pages again and again.
     held: deque[Any] = deque(maxlen=4)

@@ -23,7 +23,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler
 
+from benchmarks._rounds import run_rounds
 from data.corpus import CorpusWriter, open_corpus
 from data.genes import GeneSpace
 from data.hashing import DrawKey
@@ -129,7 +129,7 @@ def main() -> None:
             print(f"\n{form}, {f'{workers} workers' if workers else 'one process'}; "
                   f"load {os.getloadavg()[0]:.1f}", flush=True)  # fmt: skip
             fitting = [name for name in cases if (CASES[name].order == "sets") == (form == "sets")]
-            print_speeds(run_rounds(folder, fitting, form, workers, arguments))
+            print_speeds(run_loaders(folder, fitting, form, workers, arguments))
     finally:
         if arguments.keep is None:
             shutil.rmtree(folder)
@@ -160,57 +160,67 @@ def versions() -> str:
 
 def make_data(folder: Path, num_cells: int, num_genes: int, nonzero: int) -> None:
     """Write the same cells as a corpus, as h5ad and as annbatch's collections, where they are missing."""
-    import anndata
-    import pandas as pd
-    import scipy.sparse
-
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.dumps([num_cells, num_genes, nonzero])
     stated = folder / "cells.json"
     if stated.exists() and stated.read_text() != settings:
         raise SystemExit(f"{folder} holds other cells than these; choose another folder for --keep")
-    names = tuple(f"GENE{index}" for index in range(num_genes))
     if not (folder / "corpus").exists():
-        made = make_synthetic_counts(min(num_cells, DISTINCT_CELLS), num_genes, nonzero, seed=0)
-        labels = {
-            "technical_batch": tuple(f"batch_{index}" for index in range(4)),
-            "cell_type": tuple(f"type_{index}" for index in range(4)),
-            "target_gene": (CONTROL, *names[2 : NUM_TARGETS + 2]),
-        }
-        every = np.arange(num_cells)
-        codes = {
-            "technical_batch": np.resize(made.technical_batch, num_cells),
-            "cell_type": every // (NUM_TARGETS + 1) % 4,
-            "target_gene": every % (NUM_TARGETS + 1),
-        }
-        columns = {name: ObsColumn("class", values) for name, values in labels.items()}
-        parts = []
-        with CorpusWriter(folder / "corpus", GeneSpace(names, names, "symbol"), columns=columns) as writer:
-            for start in range(0, num_cells, DISTINCT_CELLS):
-                count = min(DISTINCT_CELLS, num_cells - start)
-                part = numbered(made, every[start : start + count])
-                writer.write(*part, {name: each[start : start + count] for name, each in codes.items()})
-                parts.append(scipy.sparse.csr_matrix((part[2].astype(np.float32), part[1], part[0]),
-                                                     shape=(count, num_genes)))  # fmt: skip
-        cells = anndata.AnnData(scipy.sparse.csr_matrix(scipy.sparse.vstack(parts)))
-        cells.obs_names = [f"cell_{index}" for index in range(num_cells)]
-        cells.var_names = list(names)
-        for column, name in (
-            ("gem_group", "technical_batch"),
-            ("cell_type", "cell_type"),
-            ("gene", "target_gene"),
-        ):
-            cells.obs[column] = pd.Categorical.from_codes(codes[name], labels[name])
-        cells.write_h5ad(folder / "cells.h5ad")
+        write_cells(folder, num_cells, num_genes, nonzero)
     stated.write_text(settings)
     if importlib.util.find_spec("annbatch") is not None:
-        import annbatch  # type: ignore[import-not-found]
+        write_collections(folder)
 
-        for name, options in {"annbatch": {}, "annbatch-plain": {"zarr_compressor": ()}}.items():
-            if not (folder / f"{name}.done").exists():
-                collection = annbatch.DatasetCollection(str(folder / f"{name}.zarr"))
-                collection.add_adatas([str(folder / "cells.h5ad")], shuffle=False, **options)
-                (folder / f"{name}.done").touch()
+
+def write_cells(folder: Path, num_cells: int, num_genes: int, nonzero: int) -> None:
+    """Write the cells as a corpus and as h5ad."""
+    import anndata
+    import pandas as pd
+    import scipy.sparse
+
+    names = tuple(f"GENE{index}" for index in range(num_genes))
+    made = make_synthetic_counts(min(num_cells, DISTINCT_CELLS), num_genes, nonzero, seed=0)
+    labels = {
+        "technical_batch": tuple(f"batch_{index}" for index in range(4)),
+        "cell_type": tuple(f"type_{index}" for index in range(4)),
+        "target_gene": (CONTROL, *names[2 : NUM_TARGETS + 2]),
+    }
+    every = np.arange(num_cells)
+    codes = {
+        "technical_batch": np.resize(made.technical_batch, num_cells),
+        "cell_type": every // (NUM_TARGETS + 1) % 4,
+        "target_gene": every % (NUM_TARGETS + 1),
+    }
+    columns = {name: ObsColumn("class", values) for name, values in labels.items()}
+    parts = []
+    with CorpusWriter(folder / "corpus", GeneSpace(names, names, "symbol"), columns=columns) as writer:
+        for start in range(0, num_cells, DISTINCT_CELLS):
+            count = min(DISTINCT_CELLS, num_cells - start)
+            part = numbered(made, every[start : start + count])
+            writer.write(*part, {name: each[start : start + count] for name, each in codes.items()})
+            parts.append(scipy.sparse.csr_matrix((part[2].astype(np.float32), part[1], part[0]),
+                                                 shape=(count, num_genes)))  # fmt: skip
+    cells = anndata.AnnData(scipy.sparse.csr_matrix(scipy.sparse.vstack(parts)))
+    cells.obs_names = [f"cell_{index}" for index in range(num_cells)]
+    cells.var_names = list(names)
+    for column, name in (
+        ("gem_group", "technical_batch"),
+        ("cell_type", "cell_type"),
+        ("gene", "target_gene"),
+    ):
+        cells.obs[column] = pd.Categorical.from_codes(codes[name], labels[name])
+    cells.write_h5ad(folder / "cells.h5ad")
+
+
+def write_collections(folder: Path) -> None:
+    """Write the h5ad file's cells in annbatch's own format, packed and not."""
+    import annbatch  # type: ignore[import-not-found]
+
+    for name, options in {"annbatch": {}, "annbatch-plain": {"zarr_compressor": ()}}.items():
+        if not (folder / f"{name}.done").exists():
+            collection = annbatch.DatasetCollection(str(folder / f"{name}.zarr"))
+            collection.add_adatas([str(folder / "cells.h5ad")], shuffle=False, **options)
+            (folder / f"{name}.done").touch()
 
 
 def numbered(made: Any, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -597,34 +607,13 @@ CASES = {
 # Speed
 
 
-def run_rounds(
+def run_loaders(
     folder: Path, cases: list[str], form: str, workers: int, arguments: argparse.Namespace
 ) -> dict[str, list[dict[str, float]]]:
-    """Start a process for each loader and let them run in turn."""
-    one = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NUMBA", "RAYON")}
-    environment = {**os.environ, **one, "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-    children, results = {}, {}
-    for case in cases:
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", case, form, str(workers)]
-        command += ["--seconds", str(arguments.seconds), "--keep", str(folder)]
-        children[case] = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        results[case] = []
-    try:
-        for _ in range(arguments.rounds):
-            for case, child in children.items():
-                assert child.stdin is not None and child.stdout is not None
-                child.stdin.write("go\n")
-                child.stdin.flush()
-                answer = child.stdout.readline()
-                if not answer:
-                    raise SystemExit(f"{case} ended with exit code {child.wait()}; its error is above")
-                results[case].append(json.loads(answer))
-    finally:
-        for child in children.values():
-            child.communicate()
-    return results
+    """Let the loaders take turns, each in a process of its own."""
+    options = ["--seconds", arguments.seconds, "--keep", folder]
+    commands = {case: [Path(__file__).resolve(), "--serve", case, form, workers, *options] for case in cases}
+    return run_rounds(commands, arguments.rounds)
 
 
 def serve(case: Case, asked: Asked, seconds: float) -> None:
