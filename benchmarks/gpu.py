@@ -48,6 +48,11 @@ class Shape:
     num_cells: int
     num_steps: int
 
+    @property
+    def vocab_size(self) -> int:
+        """Return the token ids: fewer where sizes are of no interest."""
+        return VOCAB_SIZE if self.dim > 64 else 200
+
 
 def main() -> int:
     """Run the checks and the measurements."""
@@ -145,7 +150,7 @@ def matrix_product(device: torch.device, size: int = 8192) -> float:
 
 def compare(shape: Shape, device: torch.device, backend: Any, measured: float) -> None:
     """Train in each way at one width and print the table."""
-    ways: dict[str, Callable[[], tuple[nn.Module, Callable[[nn.Module, Any], Tensor]]]] = {
+    ways: dict[str, Callable[[], tuple[nn.Module, Callable[[Any], Tensor]]]] = {
         "bf16": lambda: ours(shape, device, "torch")
     }
     if device.type == "cuda":
@@ -191,7 +196,7 @@ def compare(shape: Shape, device: torch.device, backend: Any, measured: float) -
 def config(shape: Shape, backend: Any, recipe: Any = "current_scaling") -> EncoderConfig:
     """Return our encoder at these sizes."""
     return EncoderConfig(
-        vocab_size=VOCAB_SIZE if shape.dim > 64 else 200,
+        vocab_size=shape.vocab_size,
         n_bins=N_BINS,
         hidden_dim=shape.dim,
         num_layers=shape.num_layers,
@@ -210,7 +215,7 @@ def ours(
     recipe: Any = "current_scaling",
     *,
     is_compiled: bool = False,
-) -> tuple[nn.Module, Callable[[nn.Module, Any], Tensor]]:
+) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     """Return our encoder and its loss."""
     torch.manual_seed(0)
     model = MaskedCellEncoder(config(shape, backend, recipe)).to(device)
@@ -218,8 +223,8 @@ def ours(
         for module in model.compiled_modules():
             module.compile()
 
-    def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        output = model.compute_loss(batch)  # type: ignore[operator]
+    def loss(batch: dict[str, Any]) -> Tensor:
+        output = model.compute_loss(batch)
         return output.sum / output.weight
 
     return model, loss
@@ -227,12 +232,12 @@ def ours(
 
 def peer(
     shape: Shape, device: torch.device, *, is_compiled: bool
-) -> tuple[nn.Module, Callable[[nn.Module, Any], Tensor]]:
+) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     """Return a plain BERT for masked tokens of the same size, and its loss at the masked positions."""
     from transformers import BertConfig, BertForMaskedLM  # pyright: ignore[reportMissingImports]
 
     settings = BertConfig(
-        vocab_size=VOCAB_SIZE if shape.dim > 64 else 200,
+        vocab_size=shape.vocab_size,
         hidden_size=shape.dim,
         num_hidden_layers=shape.num_layers,
         num_attention_heads=max(1, shape.dim // 64),
@@ -247,7 +252,7 @@ def peer(
     if is_compiled:
         model.compile()
 
-    def loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    def loss(batch: dict[str, Any]) -> Tensor:
         return model(input_ids=batch["tokens"], labels=batch["labels"]).loss
 
     return model, loss
@@ -257,8 +262,7 @@ def make_batch(shape: Shape, device: torch.device) -> dict[str, Any]:
     """Return one made-up micro-batch without padding, masked as in training."""
     generator = torch.Generator().manual_seed(0)
     size = (shape.num_cells, shape.num_tokens)
-    vocab = VOCAB_SIZE if shape.dim > 64 else 200
-    tokens = torch.randint(4, vocab, size, generator=generator)
+    tokens = torch.randint(4, shape.vocab_size, size, generator=generator)
     bins = torch.randint(0, N_BINS, size, generator=generator)
     tokens[:, 0] = 3  # cls
     is_masked = torch.rand(size, generator=generator) < MASKED_FRACTION
@@ -282,7 +286,7 @@ def make_batch(shape: Shape, device: torch.device) -> dict[str, Any]:
 
 def train(
     model: nn.Module,
-    loss: Callable[[nn.Module, Any], Tensor],
+    loss: Callable[[Any], Tensor],
     batch: dict[str, Any],
     shape: Shape,
     device: torch.device,
@@ -296,7 +300,7 @@ def train(
         synchronise(device)
         started = time.perf_counter()
         with torch.autocast(device.type, dtype=torch.bfloat16):
-            value = loss(model, batch)
+            value = loss(batch)
         value.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -22,13 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from launching import RankGroup, start_ranks
-from running import (
-    comparable_records,
-    newest_run,
-    same_weights,
-    strategy_environment,
-    toy,
-    write_config,
+from running import newest_run, strategy_environment, toy, write_config
+from torch import Tensor
+
+from trainer.proofs import (
+    Difference,
+    compare_records,
+    compare_weights,
+    newest_step,
+    records_until,
+    weights_at,
 )
 
 FIRST_STEP = "one 1/"
@@ -105,15 +108,25 @@ def trial(
             later = chance.uniform(0, seconds / 2)
             moments.append(kill_once(num_ranks, folder, strategy, later, resume_from="auto"))
         resumed = run_rest(num_ranks, folder, strategy)
-        is_equal = comparable_records(resumed) == comparable_records(reference) and same_weights(
-            resumed, reference
-        )
-        print(
-            f"{num_ranks} ranks, trial {number}: {'equal' if is_equal else 'DIFFERENT'}; killed {'; '.join(moments)}"
-        )
-        return is_equal
+        found = difference(reference, resumed)
+        said = "equal" if found is None else f"DIFFERENT at {found}"
+        print(f"{num_ranks} ranks, trial {number}: {said}; killed {'; '.join(moments)}")
+        return found is None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def difference(reference: Path, resumed: Path) -> Difference | None:
+    """Return where two runs differ first: in a record, or in the weights at the end; None: nowhere."""
+    in_records = compare_records(records_until(reference), records_until(resumed))
+    return in_records or compare_weights(final_weights(reference), final_weights(resumed))
+
+
+def final_weights(run_folder: Path) -> dict[str, Tensor]:
+    """Return the weights of the newest checkpoint."""
+    step = newest_step(run_folder)
+    assert step is not None
+    return weights_at(run_folder, step)
 
 
 def run_rest(num_ranks: int, folder: Path, strategy: str) -> Path:
