@@ -40,6 +40,7 @@ _LEAST_CELLS = 20
 _SEED = 0
 _ROWS_AT_ONCE = 1024
 _ROWS_PER_SHARD = 20_000
+_NONE_CHOSEN = "no genes are chosen without hvg_selection"
 
 Say = Callable[[str], None]
 
@@ -69,7 +70,9 @@ class HvgOptions:
             asked = {"hvg_flavor": flavor, "hvg_batch_key": batch_key, "hvg_whitelist": given}
             for name, value in asked.items():
                 if value is not None:
-                    table.wrong(name, "no genes are chosen without hvg_selection")
+                    table.wrong(name, _NONE_CHOSEN)
+            if "hvg_max_cells" in table:
+                table.wrong("hvg_max_cells", _NONE_CHOSEN)
             return None
         if given is not None and not isinstance(given, str | list | tuple):
             table.wrong("hvg_whitelist", f"got {given!r}; it must be a list of genes or the path of one")

@@ -129,7 +129,8 @@ class Manifest:
             raise
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{where}: not a corpus manifest ({error!r})") from error
-        if sum(shard.rows for shard in manifest.shards) != manifest.num_cells:
+        num_rows = sum(shard.rows for shard in manifest.shards)
+        if type(manifest.num_cells) is not int or manifest.num_cells != num_rows:
             raise DataError(f"{where}: its shards do not add up to num_cells {manifest.num_cells}")
         return manifest
 

@@ -37,6 +37,13 @@ from data.errors import DataError
 
 CONTROL = "non-targeting"
 _CELLS_AT_ONCE = 4096
+_AT_LEAST_ONE = (
+    "num_genes", "num_pathways", "members_per_pathway", "targets_per_pathway", "num_cell_types", "num_batches",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "distal_per_pathway", "cells_per_target", "control_cells", "depth", "dispersion", "activity", "context_effect",
+    "seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,11 @@ def write_simulated_h5ad(path: str | Path, **options: Any) -> SimulatedPerturbat
 
 
 def _check(options: SimulatorOptions) -> None:
+    for names, least in ((_AT_LEAST_ONE, 1), (_NOT_NEGATIVE, 0)):
+        for name in names:
+            value = getattr(options, name)
+            if not value >= least:
+                raise DataError(f"{name} is {value}; it must be at least {least}")
     needed = options.num_pathways * options.members_per_pathway
     if needed > options.num_genes:
         raise DataError(

@@ -19,7 +19,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _LOOK_SECONDS = 1.0
 
 
-def worker_init(own: Callable[[int], None] | None = None) -> Callable[[int], None]:
+def worker_init(own: Callable[[int], None] | None) -> Callable[[int], None]:
     """Return a loader's `worker_init_fn`, which calls the user's own after ours."""
     return functools.partial(_begin, own)
 

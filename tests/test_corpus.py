@@ -162,6 +162,7 @@ def changed_manifest(folder, change):
         ("columns", {"genes": {"kind": "number", "dtype": "int64"}}, "columns"),
         ("columns", {"age": {"kind": "number", "dtype": "O"}}, "columns"),
         ("num_cells", [], "do not add up"),
+        ("num_cells", 3.0, "do not add up"),
     ],
 )
 def test_a_manifest_that_no_conversion_wrote_is_refused(tmp_path, key, value, message):

@@ -239,6 +239,10 @@ def test_a_missing_package_is_named_with_its_extra(files, cache, monkeypatch, mo
             "hvg_flavor: no genes are chosen without hvg_selection",
         ),
         (
+            {"hvg_selection": None, "hvg_max_cells": 100},
+            "hvg_max_cells: no genes are chosen without hvg_selection",
+        ),
+        (
             {"hvg_selection": 1, "hvg_whitelist": ["A", "B"]},
             "hvg_whitelist: its 2 genes are more than hvg_selection",
         ),

@@ -165,6 +165,9 @@ def test_the_file_holds_the_cells_and_the_truth(tmp_path: Path):
         ({"num_genes": 50}, "num_genes 50 is less than 6 pathways of 12 members = 72"),
         ({"targets_per_pathway": 13}, "targets are members"),
         ({"distal_per_pathway": 190}, "more than the genes beside"),
+        ({"num_batches": 0}, "num_batches is 0; it must be at least 1"),
+        ({"depth": -1.0}, "depth is -1.0; it must be at least 0"),
+        ({"activity": float("nan")}, "activity is nan; it must be at least 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options: dict, message: str):
