@@ -212,8 +212,10 @@ def train(config: Path, num_cells: int, num_ranks: int) -> dict[str, float]:
     # The line is written when its last step is done, and the records say how long before that the first one was.
     first, last = steps[0], steps[first_line - 1]
     first_step = said - (last["elapsed_seconds"] - first["elapsed_seconds"])
+    parameters = re.search(r"parameters +([\d,]+)", output)
+    assert parameters is not None, output
     results = {
-        "parameters": float(re.search(r"parameters +([\d,]+)", output)[1].replace(",", "")),  # type: ignore[index]
+        "parameters": float(parameters[1].replace(",", "")),
         "first_batch_seconds": first_step - first["step_seconds"] * (1 - first["data_wait_fraction"]),
         "first_step_seconds": first_step,
         "training_seconds": seconds,

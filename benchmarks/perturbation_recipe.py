@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import anndata
 import numpy as np
@@ -237,10 +237,11 @@ def changes_of(path: Path) -> Changes:
     A change is that of log(1 + counts per ten thousand) of the sum of the cells.
     """
     data = anndata.read_h5ad(path)
+    matrix: Any = data.X
     groups = list(zip(*(data.obs[name].astype(str) for name in ("target_gene", "cell_type")), strict=True))
     bulks = {}
     for group in sorted(set(groups)):
-        total = np.asarray(data.X[[each == group for each in groups]].sum(axis=0)).ravel()  # type: ignore[index]
+        total = np.asarray(matrix[[each == group for each in groups]].sum(axis=0)).ravel()
         bulks[group] = np.log1p(1e4 * total / total.sum())
     return {
         (target, cell_type): bulk - bulks[CONTROL, cell_type]
