@@ -74,6 +74,10 @@ def read_targets(
     for name, value in (("pairs", pairs), ("unknown_targets", unknown_targets)):
         if value not in get_args(Pairs):
             raise DataError(f"{name} is {value!r}; it must be {' | '.join(get_args(Pairs))}")
+    if not isinstance(pair_separator, str) or not pair_separator:
+        raise DataError(
+            f"pair_separator is {pair_separator!r}; it must be what stands between the genes of a pair"
+        )
     names = info.class_names("target_gene")
     label = _control_label(info, names, control_label)
     control = names.index(label)

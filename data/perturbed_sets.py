@@ -14,6 +14,7 @@ from data.hashing import DrawKey, Stream
 from data.permutation import permuted
 from data.perturbation_split import CellGroups
 from data.perturbation_targets import PerturbationTargets
+from data.ragged import offsets_of
 from data.readers import number_pieces
 
 
@@ -160,14 +161,13 @@ def number_sets(
     if not len(order):
         return None, dropped
     _, starts, sizes = np.unique(group_of[is_kept[group_of]], return_index=True, return_counts=True)
-    set_starts = np.concatenate([[0], np.cumsum(-(-sizes // set_size))])
     sets = PerturbedSets(
         rows=rows[order],
         pairs=pairs[order],
         starts=starts.astype(np.int64),
         sizes=sizes.astype(np.int64),
         perturbation=perturbation[order][starts].astype(np.int64),
-        set_starts=set_starts.astype(np.int64),
+        set_starts=offsets_of(-(-sizes // set_size)),
         set_size=set_size,
     )
     return sets, dropped

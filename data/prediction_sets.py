@@ -35,7 +35,8 @@ from data.perturbation_targets import (
 )
 from data.perturbed_sets import CellLabels, context_names, find_controls, group_cells, read_cell_labels
 from data.predicted_values import MatchedControls
-from data.readers import CorpusReader, open_reader
+from data.ragged import offsets_of
+from data.readers import CorpusReader, RaggedBatch, open_reader
 
 _EPOCH = -3
 """Of the draws: neither training's, nor validation's, nor those that tokenizers are fitted on."""
@@ -328,7 +329,7 @@ class PredictionSets:
         self._keys = np.array(keys, np.int64)
         self._pairs = np.concatenate(pairs) if pairs else np.empty(0, np.int64)
         self.sizes = np.array([size for _, size in self._sets], np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.sizes)]).astype(np.int64)
+        self.starts = offsets_of(self.sizes)
 
     def __len__(self) -> int:
         """Count the sets."""
@@ -406,7 +407,7 @@ class PredictionSets:
         return indices + [-1] * (self.corpus.settings.num_target_indices - len(indices))
 
     def _tokens(
-        self, read: Any, shape: tuple[int, ...]
+        self, read: RaggedBatch, shape: tuple[int, ...]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
         """Return the tokens of the controls [B, C, N], and their values where differences are added to them."""
         corpus, settings = self.corpus, self.corpus.settings

@@ -585,6 +585,7 @@ def test_a_held_out_gene_takes_its_pairs_along(tmp_path: Path):
         ({"pooling": "mean"}, r"pooling is 'mean'; it must be none \| control \| both"),
         ({"control_match": "batch"}, "control_match is 'batch'; it must be both"),
         ({"pairs": "keep"}, "pairs is 'keep'; it must be error"),
+        ({"pair_separator": ""}, "pair_separator is ''; it must be what stands between"),
         ({"tokenizer": {"strategy": "counts"}, "pooling": "control"}, "the mean of counts is no count"),
         ({"control_tokenizer": {**LOG_BINS, "target_sum": 5e4}}, "must be those of tokenizer"),
     ],
