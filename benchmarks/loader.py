@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="of each case in each round")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--keep", type=Path, help="folder to keep the corpus in and to take it from again")
-    parser.add_argument("--case", nargs=2, metavar=("CASE", "CELLS"), help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=2, metavar=("CASE", "DATA"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
         serve_case(arguments.case[0], Path(arguments.case[1]), arguments.seconds)
@@ -121,9 +121,9 @@ def run_cases(corpus: Path, h5ad: Path, arguments: argparse.Namespace) -> dict[s
     return run_rounds(commands, arguments.rounds)
 
 
-def serve_case(case: str, cells: Path, seconds: float) -> None:
+def serve_case(case: str, data: Path, seconds: float) -> None:
     """Run one case for a while whenever a line comes in, and answer with what it did."""
-    batches = START[case](cells)
+    batches = START[case](data)
     next(batches)
     # A training loop holds a few batches at a time, so memory is not the same few pages again and again.
     held: deque[Any] = deque(maxlen=4)
