@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import fsspec
 import numpy as np
@@ -90,41 +90,76 @@ class CorpusInfo:
 
 def open_corpus(path: str | Path) -> CorpusInfo:
     """Open a converted corpus (a folder or an fsspec URL of one) and check that it is complete."""
-    filesystem, root = fsspec.core.url_to_fs(str(path))
-    root = root.rstrip("/")
-    is_local = "file" in (filesystem.protocol if isinstance(filesystem.protocol, tuple) else ())
-    if is_local and not Path(root).is_dir():
-        raise DataError(
-            f"{path}: no such folder; `python -m trainer.convert_h5ad` makes a corpus from h5ad files"
-        )
-    text = _read_or_none(filesystem, f"{root}/manifest.json")
-    if text is None:
-        raise DataError(f"{path}: conversion not finished: run the same command again (no manifest.json)")
-    manifest = Manifest.from_json(text, where=f"{path}/manifest.json")
-    if manifest.storage == "arrow" and _read_or_none(filesystem, f"{root}/state.json") is None:
+    folder = CorpusFolder.at(path)
+    manifest = Manifest.from_json(folder.manifest_text(), where=f"{path}/manifest.json")
+    if manifest.storage == "arrow" and folder.read("state.json") is None:
         raise DataError(f"{path}: conversion not finished: run the same command again (no state.json)")
-    genes = _read_or_none(filesystem, f"{root}/genes.json")
+    genes = folder.read("genes.json")
     if genes is None:
         raise DataError(f"{path}: genes.json is missing; convert the files again")
     gene_space = GeneSpace.from_json(genes, where=f"{path}/genes.json")
     if gene_space.sha256 != manifest.gene_sha256:
         raise DataError(f"{path}: genes.json is not the gene space that manifest.json was written with")
-    if is_local:
+    if folder.is_local:
         for shard in manifest.shards:
-            file = Path(root, shard.file)
+            file = Path(folder.root, shard.file)
             size = file.stat().st_size if file.is_file() else None
             if size != shard.bytes:
                 found = "is missing" if size is None else f"has {size} bytes, not {shard.bytes}"
                 raise DataError(f"{path}: shard {shard.file} {found}; copy or convert the corpus again")
-    return CorpusInfo(str(path), filesystem, root, manifest, gene_space)
+    return CorpusInfo(str(path), folder.filesystem, folder.root, manifest, gene_space)
 
 
-def _read_or_none(filesystem: fsspec.AbstractFileSystem, path: str) -> str | bytes | None:
+def find_location(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a path or an fsspec URL, and the path inside it."""
     try:
-        with filesystem.open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
+        return fsspec.core.url_to_fs(path)
+    except (ValueError, ImportError) as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+class CorpusFolder(NamedTuple):
+    """Say where a corpus lies."""
+
+    path: str
+    """As the user gave it."""
+    filesystem: fsspec.AbstractFileSystem
+    root: str
+    """Path of the folder inside `filesystem`."""
+
+    @classmethod
+    def at(cls, path: str | Path) -> "CorpusFolder":
+        """Find the folder of a path or an fsspec URL."""
+        filesystem, root = find_location(str(path))
+        folder = cls(str(path), filesystem, root.rstrip("/"))
+        if folder.is_local and not Path(folder.root).is_dir():
+            raise DataError(
+                f"{path}: no such folder; `python -m trainer.convert_h5ad` makes a corpus from h5ad files"
+            )
+        return folder
+
+    @property
+    def is_local(self) -> bool:
+        """Tell whether its files are files of this machine."""
+        protocol = self.filesystem.protocol
+        return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file of the folder, None where there is none."""
+        try:
+            with self.filesystem.open(f"{self.root}/{name}", "rb") as file:
+                return file.read()
+        except FileNotFoundError:
+            return None
+
+    def manifest_text(self) -> bytes:
+        """Return the content of `manifest.json`."""
+        text = self.read("manifest.json")
+        if text is None:
+            raise DataError(
+                f"{self.path}: conversion not finished: run the same command again (no manifest.json)"
+            )
+        return text
 
 
 class ShardWriter:
@@ -240,23 +275,30 @@ def publish_corpus(folder: Path, manifest: Manifest, gene_space: GeneSpace, part
             stale.unlink()
     write_file_atomically(folder / "genes.json", gene_space.to_json())
     if manifest.storage == "arrow":
-        info = {"citation": "", "description": "", "homepage": "", "license": ""}
-        features = corpus_features(manifest.count_dtype, manifest.columns)
-        write_file_atomically(
-            folder / "dataset_info.json", json.dumps({**info, "features": features}, indent=1)
-        )
+        write_file_atomically(folder / "dataset_info.json", json.dumps(dataset_info(manifest), indent=1))
     write_file_atomically(folder / "manifest.json", manifest.to_json())
     if manifest.storage == "arrow":
-        state = {
-            "_data_files": [{"filename": name} for name in names],
-            "_fingerprint": hashlib.sha256(manifest.to_json().encode()).hexdigest()[:16],
-            "_format_columns": None,
-            "_format_kwargs": {},
-            "_format_type": None,
-            "_output_all_columns": False,
-            "_split": None,
-        }
+        state = dataset_state(names, manifest.to_json().encode())
         write_file_atomically(folder / "state.json", json.dumps(state, indent=1))
+
+
+def dataset_info(manifest: Manifest) -> dict[str, Any]:
+    """Return the content of `dataset_info.json`, the features as Hugging Face `datasets` describes them."""
+    features = corpus_features(manifest.count_dtype, manifest.columns)
+    return {"citation": "", "description": "", "homepage": "", "license": "", "features": features}
+
+
+def dataset_state(shard_names: Sequence[str], manifest_text: bytes) -> dict[str, Any]:
+    """Return the content of `state.json`, which names the shards and has a hash of `manifest.json`."""
+    return {
+        "_data_files": [{"filename": name} for name in shard_names],
+        "_fingerprint": hashlib.sha256(manifest_text).hexdigest()[:16],
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
 
 
 class CorpusWriter:

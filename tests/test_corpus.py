@@ -9,11 +9,14 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
+from corpora import file_server
 
 from data.corpus import ROWS_PER_BATCH, CorpusWriter, open_corpus
+from data.corpus_check import check_corpus
 from data.errors import DataError
 from data.genes import GeneSpace
 from data.manifest import ObsColumn, corpus_schema, index_ranges
+from trainer import __main__ as command_line
 
 SPACE = GeneSpace(("A", "B", "C", "D"), ("A", "B", "C", "D"), "symbol")
 COLUMNS = {
@@ -268,3 +271,82 @@ def test_measured_genes_are_kept_as_ranges(tmp_path):
     assert index_ranges(np.array([], dtype=np.int32)) == ()
     source = open_corpus(write_small(tmp_path / "c")).manifest.sources[0]
     assert source.measured_mask(4).tolist() == [True] * 4
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("storage", ["arrow", "parquet"])
+def test_a_corpus_is_found_as_it_was_written(tmp_path, capsys, storage):
+    folder = write_small(tmp_path / "c", storage=storage)
+    check = check_corpus(folder)
+    assert check.differences == ()
+    assert check.num_cells == 3
+    assert check.num_files == len(list(folder.iterdir()))
+    assert check.num_bytes == sum(file.stat().st_size for file in folder.iterdir())
+    assert command_line.main(["verify-corpus", str(folder), str(folder)]) == 0
+    [first, second] = capsys.readouterr().out.splitlines()
+    assert f"{folder}: as it was written (3 cells, {check.num_files} files, 0.00" in first
+    assert first.split(" GB, ")[0] == second.split(" GB, ")[0]
+
+
+def test_a_byte_that_was_changed_in_a_shard_is_found(tmp_path, capsys):
+    whole, folder = write_small(tmp_path / "whole"), write_small(tmp_path / "c")
+    flip_a_byte(folder / "data-00001-of-00002.arrow")
+    open_corpus(folder)
+    assert command_line.main(["verify-corpus", str(folder), str(whole)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0] for line in lines if not line.startswith(" ")] == [
+        f"{folder}: 1 difference",
+        f"{whole}: as it was written",
+    ]
+    assert "data-00001-of-00002.arrow has other bytes than were written: sha256 " in lines[1]
+
+
+def test_every_file_of_a_corpus_that_is_missing_differs_or_is_unknown_is_named(tmp_path):
+    folder = write_small(tmp_path / "c")
+    (folder / "data-00000-of-00002.arrow").unlink()
+    with (folder / "data-00001-of-00002.arrow").open("ab") as file:
+        file.write(b"more")
+    flip_a_byte(folder / "genes.json")
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / "cache-1.arrow").touch()
+    (folder / ".unfinished").mkdir()
+    found = dict(check_corpus(folder).differences)
+    size = (folder / "data-00001-of-00002.arrow").stat().st_size
+    assert found == {
+        "data-00000-of-00002.arrow": "is missing",
+        "data-00001-of-00002.arrow": f"has {size} bytes, not {size - 4}",
+        "genes.json": "is not what manifest.json was written with",
+        "dataset_info.json": "is not what manifest.json was written with",
+        ".unfinished": "is not named by manifest.json",
+        "cache-1.arrow": "is not named by manifest.json",
+    }
+
+
+def test_an_edited_manifest_is_found_by_the_hash_in_state_json(tmp_path):
+    folder = changed_manifest(write_small(tmp_path / "c"), lambda m: m.update(control_label="A"))
+    assert [each.file for each in check_corpus(folder).differences] == ["state.json"]
+
+
+def test_a_folder_that_is_no_corpus_is_a_mistake_before_anything_is_read(tmp_path, capsys):
+    folder = write_small(tmp_path / "c")
+    assert command_line.main(["verify-corpus", str(folder), str(tmp_path)]) == 2
+    printed = capsys.readouterr()
+    assert "no manifest.json" in printed.err and printed.out == ""
+    assert command_line.main(["verify-corpus"]) == 2
+
+
+def test_a_remote_corpus_is_compared_too(tmp_path):
+    folder = write_small(tmp_path / "c", storage="parquet")
+    flip_a_byte(folder / "data-00000-of-00002.parquet")
+    with file_server(tmp_path) as url:
+        assert [each.file for each in check_corpus(f"{url}/c").differences] == ["data-00000-of-00002.parquet"]
+
+
+def test_a_url_of_an_unknown_kind_is_a_mistake(tmp_path):
+    with pytest.raises(DataError, match="nowhere://c: Protocol not known"):
+        open_corpus("nowhere://c")

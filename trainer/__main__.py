@@ -23,6 +23,7 @@ COMMANDS = {
     "doctor": Command("trainer.doctor", "find out whether a run can start on this machine"),
     "selfcheck": Command("trainer.selfcheck", "prove on this machine, without data, that results are exact"),
     "verify-resume": Command("trainer.verify_resume", "prove that a run of your own resumes exactly"),
+    "verify-corpus": Command("trainer.verify_corpus", "compare every byte of corpora with their manifests"),
     "sample": Command("trainer.sample", "draw quantum circuits from a trained model"),
     "embed": Command("trainer.embed", "write the embeddings of an h5ad file's cells into a copy of it"),
     "score": Command(
