@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ class HFSource:
         if self._is_validation:
             draw = draw._replace(epoch=-1)
         columns = self._cut(self.table.gather(rows))
-        tokens = cast(RaggedColumn, columns[self.columns["tokens"]])
+        tokens = self._tokens(columns)
         width = int(tokens.lengths.max(initial=1))
         batch: dict[str, Any] = {
             "attention_mask": torch.from_numpy(row_mask(tokens.lengths, width)),
@@ -130,11 +130,20 @@ class HFSource:
             batch["batch_idx"] = torch.from_numpy(self._batch_index[self._batch_codes[rows]])
         return batch
 
+    def _tokens(self, columns: Columns) -> RaggedColumn:
+        name = self.columns["tokens"]
+        column = columns[name]
+        if not isinstance(column, RaggedColumn):
+            raise DataError(
+                f"{self._where}: columns.tokens: {name!r} holds one number a row; tokens are lists"
+            )
+        return column
+
     def _cut(self, columns: Columns) -> Columns:
         """Cut the tokens, and the lists that are as long, to `max_length`."""
-        tokens = cast(RaggedColumn, columns[self.columns["tokens"]])
         if self.max_length is None:
             return columns
+        tokens = self._tokens(columns)
         return {
             name: column.cut(self.max_length)
             if isinstance(column, RaggedColumn) and np.array_equal(column.lengths, tokens.lengths)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple
 
 import fsspec
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data.columns import Columns, RowTable, from_arrow
+from data.corpus import find_location
 from data.errors import DataError
 from data.mapped_shards import MappedShards
 from data.parquet_shards import ParquetShards
@@ -68,8 +69,14 @@ class HFFiles:
             )
         encoded = array.combine_chunks().dictionary_encode()
         encoded = encoded.combine_chunks() if isinstance(encoded, pa.ChunkedArray) else encoded
-        labels = _class_names(self.schema, column)
-        found = [labels[value] if labels else str(value) for value in encoded.dictionary.to_pylist()]
+        labels = _class_names(self.schema, column) if pa.types.is_integer(array.type) else []
+        values = encoded.dictionary.to_pylist()
+        unnamed = [value for value in values if labels and not 0 <= value < len(labels)]
+        if unnamed:
+            raise DataError(
+                f"{self.where}: column {column!r} has the class {unnamed[0]}, which has no name; leave such rows out"
+            )
+        found = [labels[value] if labels else str(value) for value in values]
         names = sorted(found)
         place = {name: index for index, name in enumerate(names)}
         order = np.array([place[name] for name in found], np.int32)
@@ -92,8 +99,8 @@ def find_files(path: str | Path | Sequence[str], format: str, split: str | None)
     if not given:
         raise DataError("path: got no file")
     where = ", ".join(given[:3]) + (", ..." if len(given) > 3 else "")
-    filesystem, root = fsspec.core.url_to_fs(given[0])
-    roots = [filesystem._strip_protocol(each) for each in given]
+    filesystem, root = find_location(given[0])
+    roots = [str(filesystem._strip_protocol(each)) for each in given]
     if len(given) > 1 or root.endswith(".parquet"):
         if format == "arrow" or split is not None:
             raise DataError(f"{where}: format: arrow and split need the folder that save_to_disk wrote")
@@ -116,10 +123,21 @@ def _split_folder(filesystem: fsspec.AbstractFileSystem, root: str, split: str |
         if split is not None:
             raise DataError(f"{where}: split: got {split!r}, but the folder has no splits; leave it out")
         return root
-    splits = json.loads(filesystem.cat_file(f"{root}/dataset_dict.json"))["splits"]
+    splits = _described(filesystem, f"{root}/dataset_dict.json", "splits")
     if split not in splits:
-        raise DataError(f"{where}: split: got {split!r}; the folder has: {', '.join(splits)}")
+        raise DataError(f"{where}: split: got {split!r}; the folder has: {', '.join(map(str, splits))}")
     return f"{root}/{split}"
+
+
+def _described(filesystem: fsspec.AbstractFileSystem, path: str, key: str) -> list[Any]:
+    """Return a list out of a file that says what `save_to_disk` wrote."""
+    try:
+        found = json.loads(filesystem.cat_file(path))[key]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, list):
+        raise DataError(f"{path}: damaged: it holds no list {key}, as save_to_disk writes it")
+    return found
 
 
 def _arrow(where: str, filesystem: fsspec.AbstractFileSystem, root: str) -> HFFiles:
@@ -128,8 +146,11 @@ def _arrow(where: str, filesystem: fsspec.AbstractFileSystem, root: str) -> HFFi
         raise DataError(
             f"{where}: Arrow files are mapped from a local disk; copy the folder or use Parquet files"
         )
-    state = json.loads(filesystem.cat_file(f"{root}/state.json"))
-    paths = tuple(f"{root}/{each['filename']}" for each in state["_data_files"])
+    described = _described(filesystem, f"{root}/state.json", "_data_files")
+    names = [each.get("filename") if isinstance(each, dict) else None for each in described]
+    if not names or not all(isinstance(name, str) and name and PurePath(name).name == name for name in names):
+        raise DataError(f"{root}/state.json: damaged: _data_files names no files of this folder")
+    paths = tuple(f"{root}/{name}" for name in names)
     return HFFiles(where, "arrow", filesystem, paths, root, _stream(paths[0]).schema)
 
 
@@ -153,9 +174,12 @@ def _is_text(kind: pa.DataType) -> bool:
 
 def _class_names(schema: pa.Schema, column: str) -> list[str]:
     """Return the names of a ClassLabel column, from what `datasets` stored with the schema."""
-    stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = stored.get("info", {}).get("features", {}).get(column, {})
-    return feature.get("names", []) if feature.get("_type") == "ClassLabel" else []
+    try:
+        stored = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        feature = stored["info"]["features"][column]
+        return [str(name) for name in feature["names"]] if feature["_type"] == "ClassLabel" else []
+    except (ValueError, RecursionError, KeyError, TypeError):  # the schema is of another program
+        return []
 
 
 class _DatasetRows:

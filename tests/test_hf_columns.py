@@ -254,6 +254,12 @@ def test_columns_of_text_are_refused(folders: dict[str, Path]):
         fetch(source, [0])
 
 
+def test_tokens_that_are_no_lists_are_refused(folders: dict[str, Path]):
+    source = hf_loader(folders["arrow"], columns={"tokens": "length"})
+    with pytest.raises(DataError, match="columns.tokens: 'length' holds one number a row; tokens are lists"):
+        fetch(source, [0])
+
+
 def test_tokens_outside_the_vocabulary_are_refused(folders: dict[str, Path]):
     source = hf_loader(folders["arrow"], columns=GENEFORMER, vocab_size=50)
     with pytest.raises(DataError, match="vocab_size 50 allows 0 to 49"):
@@ -265,6 +271,32 @@ def test_a_row_without_tokens_is_refused(tmp_path: Path):
     source = hf_loader(tmp_path / "data", columns={"tokens": "input_ids"})
     with pytest.raises(DataError, match="row 1 has no token"):
         fetch(source, [0, 1])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("state.json", "{", "state.json: damaged: it holds no list _data_files"),
+        ("state.json", '{"_data_files": []}', "_data_files names no files of this folder"),
+        ("state.json", '{"_data_files": [{"filename": "../other.arrow"}]}', "names no files of this folder"),
+        ("dataset_dict.json", '{"splits": 3}', "dataset_dict.json: damaged: it holds no list splits"),
+    ],
+)
+def test_a_damaged_description_is_refused(tmp_path: Path, name: str, text: str, message: str):
+    datasets.Dataset.from_dict({"input_ids": [[1]]}).save_to_disk(tmp_path / "data")
+    (tmp_path / "data" / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        hf_loader(tmp_path / "data", columns={"tokens": "input_ids"}, split=None)
+
+
+def test_a_class_without_a_name_is_no_technical_batch(tmp_path: Path):
+    features = datasets.Features(
+        {"input_ids": datasets.List(datasets.Value("int64")), "lane": datasets.ClassLabel(names=["a", "b"])}
+    )
+    rows = {"input_ids": [[1], [2]], "lane": [0, -1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "data")
+    with pytest.raises(DataError, match="column 'lane' has the class -1, which has no name"):
+        hf_loader(tmp_path / "data", columns={"tokens": "input_ids"}, technical_batch="lane")
 
 
 def test_a_folder_without_data_is_refused(tmp_path: Path):
