@@ -97,7 +97,7 @@ def exact_counts(values: np.ndarray) -> np.ndarray:
         return values.astype(np.uint16)
     if values.dtype.kind == "b":
         return values.astype(np.uint16)
-    minimum, maximum = values.min(), values.max()
+    minimum, maximum = float(values.min()), float(values.max())  # float32 would round MAX_COUNT up
     if minimum >= 0 and maximum <= MAX_COUNT:  # false for NaN too
         counts = values.astype(np.uint16 if maximum <= 65535 else np.uint32)
         if values.dtype.kind != "f" or (counts == values).all():
@@ -116,13 +116,15 @@ def exact_lognorm(values: np.ndarray) -> np.ndarray:
 
 def _first_bad(values: np.ndarray, *, is_count: bool) -> BadValueError:
     limit = MAX_COUNT if is_count else float(np.finfo(np.float32).max)
+    is_float = values.dtype.kind == "f"
+    numbers = values.astype(np.float64) if is_float else values  # both limits are exact in it
     tests = {
-        "is NaN": np.isnan(values) if values.dtype.kind == "f" else np.zeros(len(values), bool),
-        "is infinite": np.isinf(values) if values.dtype.kind == "f" else np.zeros(len(values), bool),
+        "is NaN": np.isnan(values) if is_float else np.zeros(len(values), bool),
+        "is infinite": np.isinf(values) if is_float else np.zeros(len(values), bool),
         "is negative": values < 0,
-        "is above what the corpus can hold": values > limit,
+        "is above what the corpus can hold": numbers > limit,
     }
-    if is_count and values.dtype.kind == "f":
+    if is_count and is_float:
         tests["is fractional"] = values != np.rint(values)
     firsts = {reason: int(np.argmax(bad)) for reason, bad in tests.items() if bad.any()}
     reason = min(firsts, key=lambda each: firsts[each])

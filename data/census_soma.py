@@ -378,12 +378,12 @@ def _open(release: Release) -> Any:
         return _open_uri(release.uri)
     census = _package("cellxgene_census")
     soma = _package("tiledbsoma")
-    with _network(f"census_version {release.name}"):
-        try:
+    try:
+        with _network(f"census_version {release.name}"):
             context = census.get_default_soma_context(tiledb_config=_MEMORY)
             return census.open_soma(census_version=release.name, context=context)
-        except (soma.SOMAError, RuntimeError) as error:
-            raise DataError(f"{release.title}: it cannot be opened ({_first_line(error)})") from error
+    except (soma.SOMAError, RuntimeError) as error:
+        raise DataError(f"{release.title}: it cannot be opened ({_first_line(error)})") from error
 
 
 def _open_uri(uri: str) -> Any:

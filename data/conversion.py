@@ -326,14 +326,14 @@ class _BatchBuffer:
         self._scalars: list[dict[str, np.ndarray]] = []
 
     def has_room(self, rows: CellRows) -> bool:
-        """Tell whether rows fit; an empty buffer grows instead."""
+        """Tell whether rows fit; an empty buffer takes any."""
+        return self._size == 0 or self._size + len(rows.genes) <= len(self._genes)
+
+    def append(self, rows: CellRows, scalars: dict[str, np.ndarray]) -> None:
+        """Copy rows in; an empty buffer grows where it must."""
         if self._size == 0 and len(rows.genes) > len(self._genes):
             self._genes = np.empty(len(rows.genes), np.int32)
             self._counts = np.empty(len(rows.genes), self._counts.dtype)
-        return self._size + len(rows.genes) <= len(self._genes)
-
-    def append(self, rows: CellRows, scalars: dict[str, np.ndarray]) -> None:
-        """Copy rows in."""
         end = self._size + len(rows.genes)
         self._genes[self._size : end] = rows.genes
         self._counts[self._size : end] = rows.counts

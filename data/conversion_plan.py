@@ -2,6 +2,7 @@
 
 import glob
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from data.conversion import FILE_LABEL, ConversionPlan, SourcePlan, bad_value
 from data.errors import DataError, listed
 from data.gene_vocabulary import gene_vocabulary
 from data.genes import GeneSpace, SourceGenes, combine_genes, common_key, match_genes
-from data.h5ad import H5adFile
+from data.h5ad import PREFERRED_MATRICES, H5adFile, matrix_name
 from data.h5ad_matrix import CscMatrix
 from data.manifest import LABEL_COLUMNS, RESERVED_COLUMNS, UNLABELLED, ObsColumn, Storage
 
@@ -71,7 +72,8 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
         if not found:
             raise DataError(f"{pattern}: no file matches this pattern")
         paths.extend(Path(name) for name in found)
-    repeated = [str(path) for path in paths if sum(path.resolve() == each.resolve() for each in paths) > 1]
+    times = Counter(resolved := [path.resolve() for path in paths])
+    repeated = [str(path) for path, real in zip(paths, resolved, strict=True) if times[real] > 1]
     if repeated:
         raise DataError(f"the same input is given more than once: {', '.join(sorted(set(repeated)))}")
     if len(paths) > MAX_SOURCES:
@@ -192,12 +194,7 @@ def choose_matrix(file: H5adFile, layer: str, say: Say) -> ChosenMatrix:
     """Choose the matrix to read: the one named, or for `auto` the first that holds counts."""
     if layer == "auto":
         return _choose_automatically(file, say)
-    names = {"counts": "layers/counts", "raw": "raw.X"}
-    name = (
-        layer
-        if layer in ("X", "raw.X") or layer.startswith("layers/")
-        else names.get(layer, f"layers/{layer}")
-    )
+    name = matrix_name(layer)
     verdict = judge_values(file.matrix(name).sample())
     if verdict.kind == "counts" or (layer == "counts" and verdict.kind in ("mixed", "lognorm", "not logged")):
         if verdict.kind != "counts":
@@ -212,7 +209,7 @@ def choose_matrix(file: H5adFile, layer: str, say: Say) -> ChosenMatrix:
 
 def _choose_automatically(file: H5adFile, say: Say) -> ChosenMatrix:
     """Take the first of `layers['counts']`, raw.X, X that holds counts, else the first non-negative one."""
-    candidates = [name for name in ("layers/counts", "raw.X", "X") if name in file.matrix_names()]
+    candidates = [name for name in PREFERRED_MATRICES if name in file.matrix_names()]
     if not candidates:
         there = ", ".join(file.matrix_names()) or "none"
         raise DataError(
@@ -308,12 +305,12 @@ def match_source(space: GeneSpace, genes: SourceGenes, settings: ConversionSetti
             if index >= 0 and space.symbols[index] != name
         ]
         if renamed:
-            listed = ", ".join(renamed[:5])
-            say(f"{genes.where}: {len(renamed)} of them by the symbol that they had before: {listed}")
+            some = ", ".join(renamed[:5])
+            say(f"{genes.where}: {len(renamed)} of them by the symbol that they had before: {some}")
         shared = [name for name in names if name in space.ambiguous_symbols]
         if shared:
-            listed = ", ".join(shared[:5])
-            say(f"{genes.where}: {len(shared)} symbols belong to several genes and are dropped: {listed}")
+            some = ", ".join(shared[:5])
+            say(f"{genes.where}: {len(shared)} symbols belong to several genes and are dropped: {some}")
     return remap
 
 
@@ -400,8 +397,9 @@ def _merge_column(
             names_of.append({source.stem})
             continue
         with H5adFile(source.path) as file:
-            kinds.add("class" if name in LABEL_COLUMNS else file.obs.kind(column))
-            if "number" in kinds:
+            kind = "class" if name in LABEL_COLUMNS else file.obs.kind(column)
+            kinds.add(kind)
+            if kind == "number":
                 number_types.add(file.obs.number_type(column))
                 continue
             names: set[str] = set()

@@ -147,10 +147,10 @@ class CorpusFolder(NamedTuple):
     def read(self, name: str) -> bytes | None:
         """Return the content of a file of the folder, None where there is none."""
         try:
-            with self.filesystem.open(f"{self.root}/{name}", "rb") as file:
-                return file.read()
+            content: Any = self.filesystem.cat_file(f"{self.root}/{name}")
         except FileNotFoundError:
             return None
+        return content
 
     def manifest_text(self) -> bytes:
         """Return the content of `manifest.json`."""
@@ -345,11 +345,13 @@ class CorpusWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Publish the corpus, or remove what was written if the block raised."""
-        if kind is None:
-            self._publish()
-        elif self._shard is not None:
-            self._shard.abandon()
-        shutil.rmtree(self._unfinished)
+        try:
+            if kind is None:
+                self._publish()
+            elif self._shard is not None:
+                self._shard.abandon()
+        finally:
+            shutil.rmtree(self._unfinished)
 
     def write(
         self,

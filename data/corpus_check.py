@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from data.corpus import CorpusFolder, dataset_info, dataset_state
 from data.genes import GeneSpace
@@ -73,7 +73,8 @@ def check_corpus(path: str | Path) -> CorpusCheck:
 def _read_shard(folder: CorpusFolder, shard: Shard) -> _Reading:
     digest, num_bytes = hashlib.sha256(), 0
     try:
-        with folder.filesystem.open(f"{folder.root}/{shard.file}", "rb") as file:
+        opened: Any = folder.filesystem.open(f"{folder.root}/{shard.file}", "rb")
+        with opened as file:
             while block := file.read(1 << 20):
                 digest.update(block)
                 num_bytes += len(block)

@@ -277,7 +277,7 @@ def _table_columns(text: str, delimiter: str, path: Path) -> tuple[list[str] | N
     reader = csv.reader(text.splitlines(), delimiter=delimiter)
     try:
         header = [name.strip() for name in next(reader, [])]
-        rows = [row for row in reader if any(cell.strip() for cell in row)]
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:
         raise DataError(
             f"gene list {path}: line {reader.line_num} is no line of a table ({error})"
@@ -289,10 +289,10 @@ def _table_columns(text: str, delimiter: str, path: Path) -> tuple[list[str] | N
             columns.append(None)
             continue
         position = header.index(name)
-        short = [number for number, row in enumerate(rows, 2) if len(row) <= position]
+        short = [number for number, row in rows if len(row) <= position]
         if short:
             raise DataError(f"gene list {path}: line {short[0]} has no column {name!r}")
-        columns.append([row[position].strip() for row in rows])
+        columns.append([row[position].strip() for _, row in rows])
     if columns == [None, None]:
         raise DataError(
             f"gene list {path}: its header {header} names neither an id column ({', '.join(ID_COLUMNS)}) "

@@ -14,6 +14,8 @@ from data.errors import DataError
 from data.genes import ID_COLUMNS, SYMBOL_COLUMNS, SourceGenes, looks_like_ensembl, strip_version
 from data.h5ad_matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix, read, reading
 
+PREFERRED_MATRICES = ("layers/counts", "raw.X", "X")
+"""Where values are looked for, in this order, where the user names no matrix."""
 ROWS_PER_OBS_READ = 1 << 16
 _CHUNK_CACHE_BYTES = 1 << 24
 _WRITE_ANEW = "read it with anndata where the other file is, and write it anew, as one file"
@@ -150,7 +152,8 @@ class H5adFile:
         return next((path for path in (f"raw/{part}", f"raw.{part}") if path in self.handle), None)
 
     def _what_it_is(self, missing: str) -> str:
-        if "matrix" in self.handle and "barcodes" in self.handle["matrix"]:  # type: ignore[operator]
+        matrix = self.handle.get("matrix")
+        if isinstance(matrix, h5py.Group) and "barcodes" in matrix:
             return "it is a 10x Genomics matrix; make one with scanpy.read_10x_h5(FILE).write_h5ad(OUT)"
         return f"it has no {missing!r}; its top level holds: {', '.join(self.handle) or 'nothing'}"
 
@@ -321,6 +324,13 @@ class Frame:
             mask = read(self.where, item["mask"], start, stop).astype(bool) if "mask" in item else None
             return _read_column(self.where, item["values"], start, stop), mask
         raise DataError(f"{self.where}[{column!r}]: a column in an encoding that is not known here")
+
+
+def matrix_name(layer: str) -> str:
+    """Return the name in `H5adFile.matrix_names` of what users call `raw`, `X`, or by the name of a layer."""
+    if layer in ("X", "raw.X") or layer.startswith("layers/"):
+        return layer
+    return "raw.X" if layer == "raw" else f"layers/{layer}"
 
 
 def _open_hdf5(path: Path) -> h5py.File:

@@ -13,12 +13,11 @@ from data.cell_rows import BadValueError, ValueVerdict, judge_values, sum_rows
 from data.errors import DataError
 from data.exported import ExportedTokenizer
 from data.genes import match_genes
-from data.h5ad import H5adFile
+from data.h5ad import PREFERRED_MATRICES, H5adFile, matrix_name
 from data.h5ad_matrix import CscMatrix, Matrix, MatrixChunk
 
 DEPTH_COLUMNS = ("n_counts", "total_counts", "nCount_RNA")
 """Obs columns that say how many counts a cell had, where the matrix holds log-normalised values."""
-_CANDIDATES = ("layers/counts", "raw.X", "X")
 _TARGET_SUM = 1e4
 _NAMES_SHOWN = 5
 
@@ -174,11 +173,9 @@ class H5adCells:
 def _choose_matrix(file: H5adFile, layer: str, value_kind: str, say: Say) -> str:
     """Return the name of the matrix whose values are of the model's kind."""
     if layer == "auto":
-        candidates = [name for name in _CANDIDATES if name in file.matrix_names()]
+        candidates = [name for name in PREFERRED_MATRICES if name in file.matrix_names()]
     else:
-        names = {"counts": "layers/counts", "raw": "raw.X"}
-        is_name = layer in ("X", "raw.X") or layer.startswith("layers/")
-        candidates = [layer if is_name else names.get(layer, f"layers/{layer}")]
+        candidates = [matrix_name(layer)]
     verdicts: dict[str, ValueVerdict] = {}
     for name in candidates:
         verdicts[name] = judge_values(file.matrix(name).sample())

@@ -489,6 +489,21 @@ def test_an_unknown_release_is_refused(census, tmp_path, monkeypatch):
         census_corpus({"census_version": "stable"}, cache_dir=tmp_path)
 
 
+def test_a_release_that_cannot_be_opened_is_not_said_to_be_missing(census, tmp_path, monkeypatch):
+    directory = FakeDirectory(monkeypatch, census)
+
+    def fail(**_):
+        import tiledbsoma
+
+        raise tiledbsoma.SOMAError("S3: access denied")
+
+    monkeypatch.setattr(directory.package, "open_soma", fail)
+    with pytest.raises(
+        DataError, match=rf"^the Census of {BUILD}: it cannot be opened \(S3: access denied\)"
+    ):
+        census_corpus({"census_version": BUILD}, cache_dir=tmp_path)
+
+
 def test_without_network_the_message_says_what_works_without(tmp_path, monkeypatch):
     package = pytest.importorskip("cellxgene_census", reason="needs the extra census")
     requests = pytest.importorskip("requests")

@@ -500,6 +500,17 @@ def test_cells_without_a_label_are_refused_unless_the_column_is_named(tmp_path, 
     assert datasets.load_from_disk(str(tmp_path / "c"))["cell_type"] == [1, 2, 0]
 
 
+@pytest.mark.parametrize("numbers_in", ["a", "b"])
+def test_labels_in_one_file_and_numbers_in_another_are_refused(tmp_path, capsys, numbers_in):
+    for name in ("a", "b"):
+        stage = [1, 2] if name == numbers_in else pd.Categorical(["early", "late"])
+        write_h5ad(tmp_path / f"{name}.h5ad", np.ones((2, 2)), obs={"stage": stage})
+    message = fails(
+        capsys, *sorted(tmp_path.glob("*.h5ad")), "--output", tmp_path / "c", "--obs", "stage=stage"
+    )
+    assert "--obs stage=stage: it holds labels in some files and numbers in others" in message
+
+
 def test_the_control_label_must_be_a_target(tmp_path, capsys, cells):
     message = fails(capsys, cells, "--output", tmp_path / "c", "--control-label", "DMSO")
     assert "no cell has this target_gene; there are: non-targeting, GENE1, GENE2" in message
@@ -539,6 +550,15 @@ def test_files_without_cells_or_genes_are_refused(tmp_path, capsys):
     assert "X has no cells" in fails(capsys, no_cells, "--output", tmp_path / "c")
     no_genes = write_h5ad(tmp_path / "b.h5ad", np.ones((3, 0)))
     assert "X has no genes" in fails(capsys, no_genes, "--output", tmp_path / "c")
+
+
+def test_rows_beyond_the_buffer_follow_rows_that_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.conversion._VALUES_PER_BATCH", 4)
+    monkeypatch.setattr("data.h5ad_matrix.VALUES_PER_CHUNK", 1)  # a chunk holds one row
+    counts = np.tril(np.ones((7, 7)))
+    path = write_h5ad(tmp_path / "a.h5ad", counts)
+    assert convert(path, "--output", tmp_path / "c") == 0
+    assert np.array_equal(dense_corpus(open_corpus(tmp_path / "c")), counts)
 
 
 def test_cells_that_are_all_empty_leave_nothing(tmp_path, capsys):

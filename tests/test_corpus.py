@@ -244,6 +244,12 @@ def test_a_writer_that_fails_leaves_nothing_that_loads(tmp_path):
         open_corpus(tmp_path / "c")
 
 
+def test_a_writer_without_cells_leaves_an_empty_folder(tmp_path):
+    with pytest.raises(DataError, match="no cell was written"), CorpusWriter(tmp_path / "c", SPACE):
+        pass
+    assert list((tmp_path / "c").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("offsets", "genes", "counts", "message"),
     [

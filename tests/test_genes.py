@@ -186,6 +186,7 @@ def test_gene_lists_are_read_in_every_format(tmp_path):
         ("a.txt", f"{P53}.1\n{P53}.2\n", f"occur more than once.*: {P53}"),
         ("a.csv", "x,y\n1,2\n", "names neither an id column"),
         ("a.csv", "length,symbol\n1\n", "line 2 has no column 'symbol'"),
+        ("a.csv", "length,symbol\n\n1\n", "line 3 has no column 'symbol'"),
         ("a.csv", "id\n" + "A" * 200_000, "line 2 is no line of a table"),
         ("a.json", "{", "not a gene space"),
         ("a.json", "[" * 100_000, "not a gene space"),

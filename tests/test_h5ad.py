@@ -300,6 +300,11 @@ def test_counts_are_exact_or_refused():
         assert error.value.position == position
 
 
+def test_a_count_just_above_the_limit_is_refused_in_single_precision_too():
+    with pytest.raises(BadValueError, match="above what the corpus can hold"):
+        exact_counts(np.array([1, 2**32], np.float32))
+
+
 def test_lognorm_values_are_non_negative_and_finite():
     assert exact_lognorm(np.array([0.1, 2.0])).dtype == np.float32
     for values, reason in [
