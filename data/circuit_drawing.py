@@ -137,13 +137,12 @@ def _draw_gate(axes: Axes, gate: Gate, x: float) -> None:
 
 def _symbols(gate: Gate) -> dict[int, str]:
     """Return what is drawn on each qubit that a gate acts on."""
-    base = gate.name.lstrip("c") if gate.controls else gate.name
-    if base == "swap":
+    if gate.base == "swap":
         target = "╳"
-    elif base == "x" and gate.controls:
+    elif gate.base == "x" and gate.controls:
         target = "⊕"
-    elif base == "z" and gate.controls:
+    elif gate.base == "z" and gate.controls:
         target = "●"  # symmetric: any of its qubits may be called the target
     else:
-        target = _LABELS.get(base, base.upper())
+        target = _LABELS.get(gate.base, gate.base.upper())
     return {**dict.fromkeys(gate.controls, "●"), **dict.fromkeys(gate.targets, target)}

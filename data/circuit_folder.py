@@ -10,7 +10,7 @@ import yaml
 from numpy.typing import NDArray
 
 from data.circuit_labels import read_label_array
-from data.errors import DataError
+from data.errors import DataError, listed
 from data.plain_yaml import load_plain
 from data.stored_tensor import StoredTensor
 
@@ -78,13 +78,14 @@ def open_circuit_sets(path: str | Path) -> tuple[list[CircuitSet], bool, list[st
     found = [child for child in inner if (child / "config.yaml").is_file() and (child / "dataset").is_dir()]
     skipped = [child.name for child in inner if child not in found]
     if not found:
+        names = listed([child.name for child in inner]) or "none"
         raise DataError(
-            f"{folder}: it has no config.yaml, and none of its folders ({_listed([c.name for c in inner])}) is a data "
-            "set of circuits (config.yaml beside dataset/)"
+            f"{folder}: it has no config.yaml, and none of its folders ({names}) is a data set of circuits "
+            "(config.yaml beside dataset/)"
         )
     notices = []
     if skipped:
-        notices.append(f"{folder}: skipped {_listed(skipped)}: no data set (config.yaml beside dataset/)")
+        notices.append(f"{folder}: skipped {listed(skipped)}: no data set (config.yaml beside dataset/)")
     sets = [_open_set(child) for child in found]
     _check_together(sets)
     return sets, True, notices
@@ -102,7 +103,7 @@ def _check_together(sets: list[CircuitSet]) -> None:
     without = [each.folder.name for each in sets if each.unitaries is None]
     if without and len(without) < len(sets):
         raise DataError(
-            f"{first.folder.parent}: {_listed(without)} has no unitaries (U in its store_dict), the other sets have; "
+            f"{first.folder.parent}: {listed(without)} has no unitaries (U in its store_dict), the other sets have; "
             "they cannot be learned together: keep them in folders of their own, as phases"
         )
 
@@ -327,8 +328,3 @@ def _open_unitaries(folder: Path, is_bucketed: bool, tokens: StoredTensor) -> St
                 "mixes circuits with and without unitaries cannot be used"
             )
     return unitaries
-
-
-def _listed(names: list[str], limit: int = 8) -> str:
-    shown = ", ".join(names[:limit])
-    return (shown or "none") + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -13,8 +13,6 @@ from numpy.typing import NDArray
 
 from data.errors import DataError
 
-BACKGROUND = 0
-
 
 class GateShape(NamedTuple):
     """How many qubits of each kind a gate acts on."""
@@ -59,6 +57,11 @@ class Gate:
     name: str
     controls: tuple[int, ...]
     targets: tuple[int, ...]
+
+    @property
+    def base(self) -> str:
+        """Return the name of what it does to its targets: `x` for `cx` and `ccx`."""
+        return self.name.lstrip("c") if self.controls else self.name
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON holds it."""

@@ -9,7 +9,7 @@ import re
 import numpy as np
 from numpy.typing import NDArray
 
-from data.circuit_gates import GATES, Circuit, Gate
+from data.circuit_gates import Circuit, Gate
 from data.errors import DataError
 
 MAX_QUBITS = 12
@@ -118,7 +118,7 @@ def gates_of_prompt(prompt: str) -> list[str] | None:
         return None
     try:
         names = ast.literal_eval(found[1])
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None
     return [str(name) for name in names]
 
@@ -147,7 +147,7 @@ def _apply(gate: Gate, states: NDArray[np.complex128], num_qubits: int) -> None:
     part = np.moveaxis(
         states[tuple(place)], [_axis(q, num_qubits) for q in gate.targets], range(len(gate.targets))
     )
-    matrix = _MATRICES[gate.name.lstrip("c") if GATES[gate.name].num_controls else gate.name]
+    matrix = _MATRICES[gate.base]
     part[...] = (matrix @ part.reshape(len(matrix), -1)).reshape(part.shape)
 
 

@@ -370,6 +370,11 @@ def test_a_prompt_that_asks_for_nothing_computable_has_no_right_share():
     assert (found.valid, found.right, found.random_right, found.distinct_right) == (1.0, None, None, None)
 
 
+@pytest.mark.parametrize("gates", ["[{[]: 1}]", "[" + "-" * 100_000 + "1]", "[h]"])
+def test_gates_that_are_no_list_of_names_are_none(gates):
+    assert Task(f"Compile using: {gates}").gates is None
+
+
 def untrained(folder, **options):
     """Save a small model at random initialisation and return its folder."""
     sizes = {"model_features": [32], "num_heads": 2, "t_emb_size": 32, "cond_emb_size": 32}
