@@ -6,10 +6,8 @@ the Census. What is finished is noted line by line in a journal; nothing is load
 
 import contextlib
 import itertools
-import json
 import os
 import shutil
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -25,10 +23,12 @@ from data.cell_rows import BadValueError, CellRows, cell_rows
 from data.census_soma import CELL_ID, DATASET, CensusExperiment, labels_of, number_type, numbers_of
 from data.conversion import FILE_LABEL, is_disk_full
 from data.conversion_plan import MAX_CLASSES, MAX_SOURCES
+from data.conversion_run import ProgressLines
 from data.corpus import UNFINISHED, ShardWriter, hash_file, publish_corpus, shard_name, sync_file
 from data.errors import DataError
 from data.genes import GeneSpace, combine_genes, match_genes
 from data.h5ad_matrix import MatrixChunk
+from data.journal import JournalFile
 from data.manifest import (
     LABEL_COLUMNS,
     UNLABELLED,
@@ -43,7 +43,6 @@ from data.manifest import (
 CELLS_PER_BATCH = 2048
 """Cells whose counts are in memory at once, twice: one batch is converted while the next one is read."""
 BATCHES_PER_SHARD = 10
-_SECONDS_BETWEEN_LINES = 10.0
 
 Say = Callable[[str], None]
 
@@ -82,6 +81,16 @@ class _Plan:
             for name, column in content["columns"].items()
         }
         return cls(content["num_cells"], columns, content["obs"], tuple(content["datasets"]))
+
+
+class _Seen(NamedTuple):
+    """Hold what reading obs columns of all cells has shown, by column of the Census."""
+
+    num_cells: int
+    labels: dict[str, set[str]]
+    unlabelled: dict[str, int]
+    """Cells without a label."""
+    types: dict[str, pa.DataType]
 
 
 @dataclass
@@ -212,9 +221,7 @@ class _Conversion:
         experiment = self.experiment
         has_datasets = experiment.fields.get(DATASET) == "text"
         asked = {**settings.columns, CELL_ID: CELL_ID}
-        constant: set[str] = (
-            set() if has_datasets else {name for name, column in asked.items() if column == FILE_LABEL}
-        )
+        constant = [] if has_datasets else [name for name, column in asked.items() if column == FILE_LABEL]
         obs = {
             name: DATASET if column == FILE_LABEL else column
             for name, column in asked.items()
@@ -224,46 +231,17 @@ class _Conversion:
             name: name in LABEL_COLUMNS or experiment.fields[column] in ("text", "bool")
             for name, column in obs.items()
         }
-        read = [column for name, column in obs.items() if is_class[name]]
-        if has_datasets and DATASET not in read:
-            read.append(DATASET)
-        found: dict[str, set[str]] = {column: set() for column in read}
-        unlabelled = dict.fromkeys(read, 0)
-        number_types: dict[str, str] = {}
-        num_cells = 0
-        for numbers, table in experiment.cells([*read, *obs.values()], self.obs_filter):
-            num_cells += len(numbers)
-            number_types = number_types or {
-                name: number_type(table.schema.field(column).type)
-                for name, column in obs.items()
-                if not is_class[name]
-            }
-            for column in found:
-                labels = labels_of(table, column, self._column(column))
-                found[column] |= {labels.names[code] for code in np.unique(labels.codes) if code >= 0}
-                unlabelled[column] += int(np.count_nonzero(labels.codes < 0))
-        if not num_cells:
-            raise DataError(f"census: no cell of {experiment.where} passes the filter {self.obs_filter!r}")
+        labelled = [column for name, column in obs.items() if is_class[name]]
+        seen = self._see([*labelled, DATASET] if has_datasets else labelled, list(obs.values()))
         columns = {name: ObsColumn("class", (experiment.name,)) for name in sorted(constant)}
         for name, column in obs.items():
-            if not is_class[name]:
-                columns[name] = ObsColumn("number", dtype=number_types[name])
-                continue
-            names = found[column] | ({UNLABELLED} if unlabelled[column] else set())
-            if len(names) > MAX_CLASSES:
-                raise DataError(
-                    f"{self._column(column)}: {len(names)} different labels; at most {MAX_CLASSES} can be kept"
-                )
-            notice = (
-                f"; {unlabelled[column]:,} cells without a label are {UNLABELLED!r}"
-                if unlabelled[column]
-                else ""
-            )
-            self.say(
-                f"{name}: {len(names)} class{'es' if len(names) != 1 else ''} from obs column {column}{notice}"
-            )
-            columns[name] = ObsColumn("class", tuple(sorted(names)))
-        datasets = tuple(sorted(found[DATASET])) if has_datasets and not unlabelled[DATASET] else ()
+            if is_class[name]:
+                columns[name] = self._class_column(name, column, seen)
+            else:
+                columns[name] = ObsColumn("number", dtype=number_type(seen.types[column]))
+        datasets = (
+            tuple(sorted(seen.labels[DATASET])) if has_datasets and not seen.unlabelled[DATASET] else ()
+        )
         if len(datasets) > MAX_SOURCES:
             raise DataError(
                 f"{len(datasets)} datasets are more than the {MAX_SOURCES} that one corpus can tell apart"
@@ -272,8 +250,41 @@ class _Conversion:
             self.say(
                 "cells that are in several datasets come several times; the filter is_primary_data: true takes one each"
             )
-        self.say(f"{experiment.where}: {num_cells:,} cells of {max(len(datasets), 1):,} datasets")
-        return _Plan(num_cells, columns, obs, datasets)
+        self.say(f"{experiment.where}: {seen.num_cells:,} cells of {max(len(datasets), 1):,} datasets")
+        return _Plan(seen.num_cells, columns, obs, datasets)
+
+    def _see(self, labelled: list[str], others: list[str]) -> _Seen:
+        """Read obs columns of all cells, some of them as labels."""
+        labels: dict[str, set[str]] = {column: set() for column in labelled}
+        unlabelled = dict.fromkeys(labelled, 0)
+        types: dict[str, pa.DataType] = {}
+        num_cells = 0
+        for numbers, table in self.experiment.cells([*labelled, *others], self.obs_filter):
+            num_cells += len(numbers)
+            types = types or {field.name: field.type for field in table.schema}
+            for column in labels:
+                read = labels_of(table, column, self._column(column))
+                labels[column] |= {read.names[code] for code in np.unique(read.codes) if code >= 0}
+                unlabelled[column] += int(np.count_nonzero(read.codes < 0))
+        if not num_cells:
+            raise DataError(
+                f"census: no cell of {self.experiment.where} passes the filter {self.obs_filter!r}"
+            )
+        return _Seen(num_cells, labels, unlabelled, types)
+
+    def _class_column(self, name: str, column: str, seen: _Seen) -> ObsColumn:
+        """Describe a column by the labels that were seen."""
+        num_unlabelled = seen.unlabelled[column]
+        names = seen.labels[column] | ({UNLABELLED} if num_unlabelled else set())
+        if len(names) > MAX_CLASSES:
+            raise DataError(
+                f"{self._column(column)}: {len(names)} different labels; at most {MAX_CLASSES} can be kept"
+            )
+        notice = f"; {num_unlabelled:,} cells without a label are {UNLABELLED!r}" if num_unlabelled else ""
+        self.say(
+            f"{name}: {len(names)} class{'es' if len(names) != 1 else ''} from obs column {column}{notice}"
+        )
+        return ObsColumn("class", tuple(sorted(names)))
 
     def run(self) -> None:
         """Make the shards that are not there."""
@@ -298,14 +309,15 @@ class _Conversion:
         return "uint32" if any(shard.count_dtype == "uint32" for shard in self.journal.shards) else "uint16"
 
     def _make_shards(self, dtype: str) -> None:
-        progress = _Progress(sum(shard.cells for shard in self.journal.shards), self.plan.num_cells, self.say)
+        progress = ProgressLines("read", self.plan.num_cells, self.say)
+        progress.resume(sum(shard.cells for shard in self.journal.shards))
         last = self.journal.shards[-1].last_cell if self.journal.shards else -1
         with contextlib.closing(self._converted(last + 1)) as batches:
             while some := list(itertools.islice(batches, 1)):
                 shard_batches = itertools.chain(some, itertools.islice(batches, BATCHES_PER_SHARD - 1))
                 self._make_shard(shard_batches, dtype, progress)
 
-    def _make_shard(self, batches: Iterator[_Converted], dtype: str, progress: "_Progress") -> None:
+    def _make_shard(self, batches: Iterator[_Converted], dtype: str, progress: ProgressLines) -> None:
         name = f"shard-{len(self.journal.shards):05d}.{dtype}"
         temporary = self.folder / UNFINISHED / f"{name}.tmp"
         shard = _FinishedShard(name, dtype, last_cell=-1)
@@ -529,23 +541,16 @@ def _cut(batch: _Batch, start: int, stop: int) -> _Batch:
 
 
 class _Journal:
-    """Keep, line by line, what of a conversion is finished; a line cut short by a crash does not count."""
+    """Keep, line by line, what of a conversion is finished."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.path = folder / "journal.jsonl"
+        self.file = JournalFile(folder / "journal.jsonl")
         self.plan: _Plan | None = None
         self.shards: list[_FinishedShard] = []
         self.publishing: dict[str, Any] | None = None
-        content = self.path.read_bytes() if self.path.exists() else b""
-        complete = 0
-        for line in content.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            self._take(json.loads(line))
-            complete += len(line)
-        if complete != len(content):
-            os.truncate(self.path, complete)
+        for record in self.file.read():
+            self._take(record)
 
     @property
     def is_publishing(self) -> bool:
@@ -554,15 +559,12 @@ class _Journal:
 
     def write(self, record: dict[str, Any]) -> None:
         """Add a line that survives a power cut."""
-        with self.path.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self.file.append(record)
         self._take(record)
 
     def drop_leftovers(self) -> None:
         """Delete what no line of the journal names."""
-        known = {shard.file for shard in self.shards} | {self.path.name}
+        known = {shard.file for shard in self.shards} | {self.file.path.name}
         for path in self.folder.iterdir():
             if path.name not in known:
                 path.unlink()
@@ -576,18 +578,3 @@ class _Journal:
             self.shards.append(_FinishedShard(**{**shard, "sources": sources}))
         else:
             self.publishing = record["publishing"]
-
-
-class _Progress:
-    """Show now and then how far a conversion is."""
-
-    def __init__(self, done: int, num_cells: int, say: Say) -> None:
-        self._done, self._num_cells, self._say = done, num_cells, say
-        self._last_line = time.monotonic()
-
-    def add(self, num_cells: int) -> None:
-        """Count cells that were read."""
-        self._done += num_cells
-        if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            self._say(f"read {self._done:,} of {self._num_cells:,} cells")

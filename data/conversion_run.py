@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -32,9 +33,11 @@ from data.corpus import UNFINISHED, hash_file, open_corpus, publish_corpus, shar
 from data.errors import DataError
 from data.h5ad import H5adFile
 from data.h5ad_matrix import CscMatrix
+from data.journal import JournalFile
 from data.manifest import Manifest, Shard, SourceRecord, index_ranges
 
 OutputMode = Literal["new", "resume", "overwrite"]
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress(Protocol):
@@ -51,6 +54,31 @@ class Progress(Protocol):
     def say(self, text: str) -> None:
         """Show a line."""
         ...
+
+
+class ProgressLines:
+    """Show how far a conversion is by a line now and then."""
+
+    def __init__(self, doing: str, num_cells: int, say: Callable[[str], None]) -> None:
+        """Say `doing` how many of the cells; `say` takes the lines."""
+        self._doing, self._num_cells, self._say = doing, num_cells, say
+        self._done = 0
+        self._last_line = time.monotonic()
+
+    def resume(self, num_cells: int) -> None:
+        """Count cells that an earlier run converted."""
+        self._done += num_cells
+
+    def add(self, num_cells: int) -> None:
+        """Count cells converted now; negative where a shard is begun again."""
+        self._done += num_cells
+        if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._say(f"{self._doing} {self._done:,} of {self._num_cells:,} cells")
+
+    def say(self, text: str) -> None:
+        """Show a line."""
+        self._say(text)
 
 
 @dataclass(frozen=True)
@@ -72,41 +100,22 @@ class Journal:
     """Keep, line by line, what of a conversion is finished."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the journal of an unfinished conversion; a line cut short by a crash does not count."""
-        self.path = folder / UNFINISHED / "journal.jsonl"
+        """Read the journal of an unfinished conversion."""
+        self.file = JournalFile(folder / UNFINISHED / "journal.jsonl")
         self.start: dict[str, Any] | None = None
         self.shards: dict[int, FinishedShard] = {}
         self.source_hashes: dict[int, str] = {}
         self.transposed: set[int] = set()
         self.is_publishing = False
         self._lock = threading.Lock()
-        content = self.path.read_bytes() if self.path.exists() else b""
-        complete = 0
-        for line in content.splitlines(keepends=True):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
-                break
+        for record in self.file.read():
             self._take(record)
-            complete += len(line)
-        if complete != len(content):
-            os.truncate(self.path, complete)
 
     def write(self, kind: str, **content: Any) -> None:
         """Add a line that survives a power cut."""
         record = {"kind": kind, **content}
         with self._lock:
-            size = self.path.stat().st_size if self.path.exists() else 0
-            try:
-                with self.path.open("ab") as file:
-                    file.write(json.dumps(record).encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError:
-                os.truncate(self.path, size)  # half a line would spoil the next one
-                raise
+            self.file.append(record)
             self._take(record)
 
     def begin(self, plan: ConversionPlan) -> None:
@@ -268,7 +277,7 @@ def _drop_leftovers(plan: ConversionPlan, journal: Journal) -> None:
         is_whole = part.is_file() and part.stat().st_size == shard.bytes
         if not is_whole and not journal.is_publishing:
             del journal.shards[index]
-    known = {shard.file for shard in journal.shards.values()} | {"lock", journal.path.name}
+    known = {shard.file for shard in journal.shards.values()} | {"lock", journal.file.path.name}
     for source in journal.transposed:
         known |= {plan.transposed(source).name, f"{plan.transposed(source).name}.indptr"}
     for path in plan.unfinished.iterdir():

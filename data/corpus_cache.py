@@ -7,14 +7,13 @@ the settings of the conversion. Any number of processes may ask for the same one
 import json
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from data.conversion_plan import ConversionSettings, find_inputs, plan_conversions
-from data.conversion_run import run_conversion
+from data.conversion_run import ProgressLines, run_conversion
 from data.corpus import UNFINISHED, CorpusInfo, hash_file, open_corpus, write_file_atomically
 from data.errors import DataError
 from data.file_lock import file_lock
@@ -26,7 +25,6 @@ from data.manifest import RESERVED_COLUMNS
 _FORMAT = 2
 """Of the cache: part of every key, so that corpora of another format are left alone."""
 _HASHES_FILE = "file_hashes.json"
-_SECONDS_BETWEEN_LINES = 10.0
 _OPTION_OF = {
     "--layer": "layer",
     "--gene-column": "gene_column",
@@ -105,7 +103,8 @@ def _convert_once(
     def convert() -> None:
         say(f"{_files(inputs)}: converted once to {folder}, and read from there from now on")
         plan = plan_conversions(inputs, folder, settings, is_per_file=False, say=tell)[0]
-        manifest = run_conversion(plan, mode="overwrite", jobs=1, progress=_Progress(plan.num_cells)).manifest
+        progress = ProgressLines("converted", plan.num_cells, say)
+        manifest = run_conversion(plan, mode="overwrite", jobs=1, progress=progress).manifest
         for source, path, digest in zip(manifest.sources, inputs, hashes, strict=True):
             if source.sha256 != digest:
                 (folder / "manifest.json").unlink()
@@ -197,27 +196,3 @@ def _files(paths: Sequence[Path]) -> str:
 def _in_config(message: str) -> str:
     """Name options as they are called here instead of as the conversion command calls them."""
     return re.sub(r"--[a-z-]+", lambda match: _OPTION_OF.get(match[0], match[0]), message)
-
-
-class _Progress:
-    """Show now and then how far a conversion is."""
-
-    def __init__(self, num_cells: int) -> None:
-        self._num_cells = num_cells
-        self._done = 0
-        self._last_line = time.monotonic()
-
-    def resume(self, num_cells: int) -> None:
-        """Count cells that an earlier run converted."""
-        self._done += num_cells
-
-    def add(self, num_cells: int) -> None:
-        """Count cells converted now."""
-        self._done += num_cells
-        if time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            say(f"converted {self._done:,} of {self._num_cells:,} cells")
-
-    def say(self, text: str) -> None:
-        """Show a line."""
-        say(text)
