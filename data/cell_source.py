@@ -222,33 +222,13 @@ def cell_loader(
     if layout not in get_args(Layout):
         raise DataError(f"layout is {layout!r}; it must be {' | '.join(get_args(Layout))}")
     info = open_corpus(path)
-    num_genes = len(info.gene_space)
     labels = _labels(info, label, label_task)
     training, validation, notices = _split(info, labels, stratify, val_fraction, split_seed, limit_cells)
-    built = build_tokenizer(
-        fitted_options(tokenizer, info, training, split_seed),
-        value_kind=info.manifest.value_kind,
-        measured=[source.measured_mask(num_genes) for source in info.manifest.sources],
-        genes=info.gene_space,
-    )
-    if layout != "padded" and built.padding == "max_genes":
-        raise DataError(
-            f"layout: {layout} avoids padding, and tokenizer.padding: max_genes asks for it; leave one of them out"
-        )
-    if (
-        info.manifest.storage == "parquet"
-        and shuffle_block < ROWS_PER_GROUP
-        and info.num_cells > shuffle_window
-    ):
-        _logger.warning(
-            "%s: Parquet row groups of %d cells are decoded whole for %d cells each; shuffle_block: %d with "
-            "shuffle_window: %d reads them once",
-            path, ROWS_PER_GROUP, shuffle_block, ROWS_PER_GROUP, 16 * ROWS_PER_GROUP,
-        )  # fmt: skip
+    built = _tokenizer(info, fitted_options(tokenizer, info, training, split_seed), layout)
+    _warn_of_row_groups(info, shuffle_block, shuffle_window)
     masks = None if masking is None else build_masking(masking)
-    columns = [name for name in _LABEL_COLUMNS if name in info.columns]
     balanced = None if sampling is None else _sampling(info, sampling)
-    description = {
+    description: dict[str, Any] = {
         "tokenizer": dict(tokenizer),
         "masking": None if masking is None else dict(masking),
         "split": [val_fraction, split_seed, limit_cells],
@@ -272,9 +252,7 @@ def cell_loader(
     }
     # Each source has a reader of its own, so that evaluating does not drop what training reads ahead; mapped
     # files share their pages anyway.
-    names = [*columns, *built.columns]
-    if labels is not None:
-        names += [name for name in labels.columns if name not in names]
+    names = _columns_read(info, built, labels)
     source = CellSource(
         open_reader(info, names), built, masks, training, **common, sampling=balanced, notices=notices
     )
@@ -317,6 +295,41 @@ def _split(
         )
     codes = read_labels(info, labels)
     return stratified_masks(codes, labels.names, val_fraction, split_seed, limit_cells)
+
+
+def _tokenizer(info: CorpusInfo, options: Mapping[str, Any], layout: Layout) -> Tokenizer:
+    """Build the tokenizer of a corpus, and refuse padding that the layout is there to avoid."""
+    num_genes = len(info.gene_space)
+    built = build_tokenizer(
+        options,
+        value_kind=info.manifest.value_kind,
+        measured=[source.measured_mask(num_genes) for source in info.manifest.sources],
+        genes=info.gene_space,
+    )
+    if layout != "padded" and built.padding == "max_genes":
+        raise DataError(
+            f"layout: {layout} avoids padding, and tokenizer.padding: max_genes asks for it; leave one of them out"
+        )
+    return built
+
+
+def _warn_of_row_groups(info: CorpusInfo, shuffle_block: int, shuffle_window: int) -> None:
+    """Say what the shuffling costs where it reads Parquet row groups several times."""
+    is_whole = shuffle_block >= ROWS_PER_GROUP or info.num_cells <= shuffle_window
+    if info.manifest.storage == "parquet" and not is_whole:
+        _logger.warning(
+            "%s: Parquet row groups of %d cells are decoded whole for %d cells each; shuffle_block: %d with "
+            "shuffle_window: %d reads them once",
+            info.path, ROWS_PER_GROUP, shuffle_block, ROWS_PER_GROUP, 16 * ROWS_PER_GROUP,
+        )  # fmt: skip
+
+
+def _columns_read(info: CorpusInfo, tokenizer: Tokenizer, labels: LabelColumn | None) -> list[str]:
+    """Return the columns of the corpus that batches need beside genes and counts."""
+    names = [*(name for name in _LABEL_COLUMNS if name in info.columns), *tokenizer.columns]
+    if labels is not None:
+        names += [name for name in labels.columns if name not in names]
+    return names
 
 
 def _medians_notice(info: CorpusInfo, medians: NDArray[np.float32]) -> str:

@@ -229,9 +229,6 @@ def _term(name: Any, value: Any, where: str) -> str:
     return f"{column} in [{', '.join(literals)}]"
 
 
-_ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-
-
 def _literal(value: Any, place: str) -> str:
     """Write a value so that SOMA, which reads Python literals, reads it back as the same."""
     if isinstance(value, bool):
@@ -241,12 +238,7 @@ def _literal(value: Any, place: str) -> str:
     if isinstance(value, str):
         if "\0" in value:
             raise DataError(f"{place}: {value!r} holds a zero byte, which no obs column can hold")
-        text = (_ESCAPES.get(each, each) for each in value)
-        return (
-            '"'
-            + "".join(each if each.isprintable() or len(each) > 1 else _escaped(each) for each in text)
-            + '"'
-        )
+        return '"' + "".join(map(_escaped, value)) + '"'
     if value is None:
         reason = "null is no value that can be compared; leave the column out, or use obs_value_filter"
     elif isinstance(value, Mapping | list | tuple | set):
@@ -259,11 +251,7 @@ def _literal(value: Any, place: str) -> str:
 
 
 def _escaped(character: str) -> str:
-    number = ord(character)
-    return (
-        f"\\x{number:02x}"
-        if number < 0x100
-        else f"\\u{number:04x}"
-        if number < 0x10000
-        else f"\\U{number:08x}"
-    )
+    if character == '"':
+        return '\\"'
+    is_plain = character.isprintable() and character != "\\"
+    return character if is_plain else character.encode("unicode_escape").decode()

@@ -176,10 +176,7 @@ def expression_loader(
     notices = list(columns.notices)
     if leave_out:
         kept = _without(info, leave_out)
-        training = kept if training is None else training & kept
-        validation = None if validation is None or not (validation & kept).any() else validation & kept
-        if not training.any():
-            raise DataError(f"{info.path}: leave_out leaves no cell to train on")
+        training, validation = _kept(info, training, validation, kept)
         notices.append(f"leave_out: {counted(int((~kept).sum()), 'cell')} of {info.num_cells} take no part")
     labels = [name for name in ("technical_batch", "cell_type") if name in info.columns]
     names = [*columns.reader_columns, *labels]
@@ -205,6 +202,19 @@ def expression_loader(
             open_reader(info, names), columns, built, transform, validation, **common, is_validation=True
         )
     return source
+
+
+def _kept(
+    info: CorpusInfo,
+    training: NDArray[np.bool_] | None,
+    validation: NDArray[np.bool_] | None,
+    kept: NDArray[np.bool_],
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_] | None]:
+    """Return the masks of training and validation cells without those that are left out."""
+    training = kept if training is None else training & kept
+    if not training.any():
+        raise DataError(f"{info.path}: leave_out leaves no cell to train on")
+    return training, None if validation is None or not (validation & kept).any() else validation & kept
 
 
 def _without(info: CorpusInfo, leave_out: Mapping[str, Sequence[str]]) -> NDArray[np.bool_]:

@@ -37,9 +37,9 @@ class GeneColumns:
             raise DataError(f"unmeasured is {unmeasured!r}; it must be {' | '.join(get_args(Unmeasured))}")
         space = info.gene_space
         self.space = space if genes is None else _listed_space(space, genes, info.path)
-        self._column = np.full(len(space), -1, np.int64)
-        self._column[space.indices(self.space.ids)] = np.arange(len(self.space))
         columns = space.indices(self.space.ids)
+        self._column = np.full(len(space), -1, np.int64)
+        self._column[columns] = np.arange(len(self.space))
         measured = np.stack([each.measured_mask(len(space))[columns] for each in info.manifest.sources])
         done = "read as 0" if unmeasured == "zero" else f"are hidden (token {HIDDEN})"
         self.notices = [
