@@ -10,9 +10,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from trainer import distributed
-from trainer.build import build_model
 from trainer.config.load import load_run_config
 from trainer.config.schema import BatchPlan
+from trainer.model_building import build_model
 from trainer.phases import DataFacts
 from trainer.zero_building import whole_shape
 

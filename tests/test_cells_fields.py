@@ -20,12 +20,12 @@ if __name__ == "__main__":
 import trainer.backbone
 from models.errors import ModelError
 from trainer.backbone import Backbone
-from trainer.build import with_data_sizes
 from trainer.config.cells import ScModelForgeConfig, load_config
 from trainer.config.cells_run import run_of
 from trainer.config.cells_section import CellsSection, section_classes
 from trainer.config.messages import inner_section
 from trainer.dotted import resolve
+from trainer.model_building import with_data_sizes
 from trainer.phases import DataFacts
 
 PAGE = ROOT / "docs" / "cells.md"

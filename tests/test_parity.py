@@ -64,7 +64,7 @@ def test_gradients_differ_most_where_fp8_computes_and_not_at_all_in_a_run_with_i
 
 
 def build_in_bf16(config, facts):
-    from trainer.build import build_model
+    from trainer.model_building import build_model
 
     return build_model(config.model_copy(update={"precision": "bf16", "fp8": None}), facts)
 

@@ -4,17 +4,12 @@ config -> data -> facts from the data -> model -> optimizer -> prepare -> resume
 """
 
 import contextlib
-import importlib
-import inspect
-import random
 import secrets
 from collections import Counter
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -22,7 +17,6 @@ from torch import nn
 from data.errors import DataError
 from data.loader import StepLoader
 from models.errors import ModelError
-from models.pretrained import set_technical_batches
 from trainer import control, distributed, journal, preemption, runfolder, watch
 from trainer.account import build_account
 from trainer.agreement import check_agreement, check_same_data
@@ -35,26 +29,28 @@ from trainer.config.schema import RunConfig
 from trainer.console import notice
 from trainer.console import startup_account as print_account
 from trainer.distributed import Ranks
-from trainer.dotted import FROM_DATA, check_dotted_paths, resolve
+from trainer.dotted import check_dotted_paths
 from trainer.early_stopping import check_early_stopping
 from trainer.errors import ConfigError, UserError
 from trainer.exits import PREEMPTED
 from trainer.freezing import split_groups
 from trainer.loop import train
 from trainer.losses import LossModule, build_loss
+from trainer.model_building import build_model
 from trainer.objective import check_objective_options
 from trainer.optim import UserScheduler, build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
 from trainer.prediction_scoring import check_scoring
 from trainer.preemption import Preempted
 from trainer.progress import Progress
-from trainer.random_state import seed_dropout
+from trainer.random_state import seed_dropout, seed_everything
 from trainer.recorder import Recorder
 from trainer.rehearsal import rehearse
 from trainer.report import report_at_end
 from trainer.rollback import roll_back
 from trainer.run import Run, TrainingStopped
 from trainer.run_state import Saver, restore
+from trainer.saved_run import check_destination, write_result
 from trainer.schedule import base_learning_rates, check_momentum
 from trainer.scoring_queue import finish_scoring, start_scoring
 from trainer.trackers import check_trackers
@@ -240,7 +236,7 @@ def check_result(config: RunConfig, ranks: Ranks, resume: Resume) -> None:
     error: Exception | None = None
     if ranks.is_main and config.export_to is not None:
         try:
-            importlib.import_module("trainer.saved_run").check_destination(config, resume.run_folder)
+            check_destination(config, resume.run_folder)
         except (UserError, OSError) as failure:
             error = failure
     ranks.agree_on_error(error)
@@ -255,7 +251,6 @@ def save_result(run: Run, folder: Path) -> None:
     error: Exception | None = None
     if ranks.is_main:
         try:
-            write_result = importlib.import_module("trainer.saved_run").write_result
             for line in write_result(config, folder, run.strategy.device.type):
                 notice(line)
         except (UserError, DataError, ModelError, OSError) as failure:
@@ -382,116 +377,6 @@ def decide_resume(config: RunConfig, ranks: Ranks, *, hold: bool) -> Resume:
     return Resume(kind=found["kind"], notices=tuple(found["notices"]), lease=lease, **paths)
 
 
-def build_model(config: RunConfig, facts: DataFacts) -> nn.Module:
-    """Construct the model, its sizes taken from the data where the user leaves them out.
-
-    Raises:
-        ConfigError: a size that the user set contradicts the data's, or neither tells it.
-    """
-    settings = config.model
-    factory = resolve(settings.model_class, "model.model_class")
-    if settings.config_class is not None:
-        config_class = resolve(settings.config_class, "model.config_class")
-        arguments = with_data_sizes(config_class, settings.config_args, facts, "model.config_args")
-        arguments |= fp8_arguments(config, config_class, "model.config_class")
-        model = factory(config_class(**arguments), **settings.model_args)
-    else:
-        arguments = with_data_sizes(factory, settings.model_args, facts, "model.model_args")
-        model = factory(**arguments, **fp8_arguments(config, factory, "model.model_class"))
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"model.model_class: {settings.model_class} made a {type(model).__name__}, not a torch.nn.Module"
-        )
-    set_technical_batches(model, facts.n_technical_batches)
-    return model
-
-
-def with_data_sizes(factory: Any, given: dict[str, Any], facts: DataFacts, where: str) -> dict[str, Any]:
-    """Add to a constructor's arguments the sizes that it names and the data knows."""
-    batches = {
-        "n_technical_batches": facts.n_technical_batches,
-        "num_technical_batches": len(facts.technical_batches),
-    }
-    sizes = {**batches, **facts.sizes}
-    parameters = inspect.signature(factory).parameters
-    takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-    arguments = dict(given)
-    for name, size in sizes.items():
-        if given.get(name) is None:
-            if name in parameters or (takes_any and name == "n_technical_batches"):
-                arguments[name] = size
-            continue
-        # A larger vocabulary or bin count leaves rows unused; a smaller one, or another batch count, is a mistake.
-        if given[name] < size or (name == "n_technical_batches" and given[name] != size):
-            raise ConfigError(
-                f"{where}.{name}: {given[name]} was given, but the data needs {size}; leave it out to take the data's"
-            )
-    arguments |= _circuit_arguments(parameters.keys(), given, facts, where)
-    for name in FROM_DATA:
-        is_required = name in parameters and parameters[name].default is inspect.Parameter.empty
-        if is_required and name not in arguments:
-            raise ConfigError(f"{where}.{name}: is required, and the data does not tell it; give it here")
-    return arguments
-
-
-def _circuit_arguments(
-    named: Collection[str], given: dict[str, Any], facts: DataFacts, where: str
-) -> dict[str, Any]:
-    """Return what a constructor that names it is to know of circuits: gates, prompts, and whether there are unitaries.
-
-    Raises:
-        ConfigError: the user gave something else than the data has.
-    """
-    if not facts.gate_pool:
-        return {}
-    of_data = {
-        "gate_pool": list(facts.gate_pool),
-        "prompts": list(facts.prompts),
-        "has_unitary": facts.has_unitary,
-    }
-    for name, value in of_data.items():
-        own = given.get(name)
-        if own is not None and (list(own) if isinstance(own, tuple) else own) != value:
-            raise ConfigError(
-                f"{where}.{name}: what was given is not what the data has; leave it out to take the data's"
-            )
-    return {name: value for name, value in of_data.items() if name in named}
-
-
-def fp8_arguments(config: RunConfig, factory: Any, where: str) -> dict[str, Any]:
-    """Return what tells a model to build its layers for FP8, empty for any other precision.
-
-    Raises:
-        ConfigError: FP8 was asked for and cannot be had.
-    """
-    if config.precision != "fp8":
-        return {}
-    assert config.fp8 is not None
-    backend, recipe = config.fp8.backend, config.fp8.recipe
-    has_gpu = torch.cuda.is_available()
-    if backend != "emulate" and (config.device == "cpu" or not has_gpu):
-        why = "torch sees no CUDA device" if not has_gpu else "device: cpu leaves it out"
-        raise ConfigError(
-            f"fp8.backend: {backend} computes on a GPU, and {why}; use precision: bf16, or fp8.backend: emulate, which "
-            "rounds like FP8 and computes in fp32"
-        )
-    parameters = inspect.signature(factory).parameters
-    if "layer_backend" not in parameters:
-        raise ConfigError(
-            f"precision: fp8 needs a model whose layers can be FP8, but {where} takes no argument layer_backend; use "
-            "precision: bf16, or a model built on models.layers"
-        )
-    arguments: dict[str, Any] = {"layer_backend": backend, "exclude_layers": config.fp8.exclude_layers}
-    if "fp8_recipe" in parameters:
-        arguments["fp8_recipe"] = recipe
-    elif recipe != "current_scaling":
-        raise ConfigError(
-            f"fp8.recipe: {recipe} was asked for, but {where} takes no argument fp8_recipe, so its layers are of "
-            "current_scaling; leave the recipe out, or hand fp8_recipe on to models.layers.LayerFactory"
-        )
-    return arguments
-
-
 def check_layouts(phases: list[Phase], module: LossModule) -> None:
     """Refuse packed batches for a model, or a way to its loss, that reads rows of `tokens` as cells."""
     for phase in phases:
@@ -504,31 +389,6 @@ def check_layouts(phases: list[Phase], module: LossModule) -> None:
                 f"datasets.{phase.index}: phase '{phase.name}' has layout: packed, whose batches hold all cells in one "
                 f"row of tokens, and {refusal}; use layout: bucketed, which saves padding for any model, or padded"
             )
-
-
-def check_fp8_sizes(config: RunConfig) -> None:
-    """Find widths that FP8 layers cannot have before any data is opened: the model's configuration is built on trial.
-
-    Raises:
-        ConfigError: names the fields, and what is near.
-    """
-    settings = config.model
-    if config.precision != "fp8" or config.fp8 is None or settings.config_class is None:
-        return
-    config_class = resolve(settings.config_class, "model.config_class")
-    parameters = inspect.signature(config_class).parameters
-    if "layer_backend" not in parameters:
-        return  # building the model says so
-    arguments = {**settings.config_args, "layer_backend": config.fp8.backend}
-    arguments |= {"exclude_layers": config.fp8.exclude_layers} if "exclude_layers" in parameters else {}
-    arguments |= {"fp8_recipe": config.fp8.recipe} if "fp8_recipe" in parameters else {}
-    for name in ("vocab_size", "n_bins"):  # the data's, which are not known yet
-        if name in parameters and arguments.get(name) is None:
-            arguments[name] = 1024
-    try:
-        config_class(**arguments)
-    except ModelError as error:
-        raise ConfigError(f"model.config_args: {error}") from error
 
 
 def compile_layers(config: RunConfig, model: nn.Module, accelerator: Accelerator) -> list[str]:
@@ -565,10 +425,3 @@ def check_rates(phases: list[Phase], optimizer: torch.optim.Optimizer) -> None:
         base_learning_rates(phase.config, optimizer.param_groups)
         phase.learning_rate_factor(phase.config.warmup_steps)
         check_momentum(phase.config, optimizer.param_groups)
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch alike on every rank: all build the same data and the same model."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)

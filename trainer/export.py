@@ -52,16 +52,15 @@ from models.pretrained import (
 )
 from trainer import export_probe
 from trainer.atomicfile import sync_folder
-from trainer.build import build_model, fp8_arguments, with_data_sizes
 from trainer.checkpoint_folder import MANIFEST, SavedCheckpoint, checkpoint_step, find_newest, open_checkpoint
 from trainer.config.load import load_saved_config
 from trainer.config.schema import RunConfig
 from trainer.console import printable
 from trainer.distributed import Ranks
-from trainer.dotted import resolve
 from trainer.errors import CheckpointError, UserError
 from trainer.exits import run_command
 from trainer.metrics_file import WALL_CLOCK_FIELDS, read_metrics
+from trainer.model_building import build_model, complete_arguments
 from trainer.phases import DataFacts, open_phases, saved_circuits
 from trainer.run_state import load_weights
 from trainer.shards import has_averages, open_tensors, whole_weights
@@ -353,17 +352,11 @@ def describe_run_model(trained: Trained) -> ModelDescription:
     config, facts, settings = trained.config, trained.facts, trained.config.model
     if isinstance(trained.model, FineTunedModel):  # merged, it is no more what the run's arguments make
         return describe(trained.model)
-    factory = resolve(settings.model_class, "model.model_class")
+    constructor, given = complete_arguments(config, facts)
+    complete = {**signature_defaults(constructor), **given}
     if settings.config_class is None:
-        given = with_data_sizes(factory, settings.model_args, facts, "model.model_args")
-        given |= fp8_arguments(config, factory, "model.model_class")
-        complete = {**signature_defaults(factory), **given}
         return ModelDescription(settings.model_class, complete, n_technical_batches=facts.n_technical_batches)
-    config_class = resolve(settings.config_class, "model.config_class")
-    given = with_data_sizes(config_class, settings.config_args, facts, "model.config_args")
-    given |= fp8_arguments(config, config_class, "model.config_class")
-    complete = {**signature_defaults(config_class), **given}
-    resolved = _resolved_fields(config_class, given)
+    resolved = _resolved_fields(constructor, given)
     return ModelDescription(
         settings.model_class,
         dict(settings.model_args),

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from data.loader import MicroBatch
 from trainer import distributed
-from trainer.build import build_model, seed_everything
 from trainer.config.schema import RunConfig
 from trainer.console import table
 from trainer.errors import ConfigError
 from trainer.losses import LossModule, build_loss, move_to_device
+from trainer.model_building import build_model
 from trainer.optim import build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
-from trainer.run_state import seed_dropout
+from trainer.random_state import seed_dropout, seed_everything
 from trainer.schedule import base_learning_rates, set_learning_rates, set_momentum
 from trainer.strategy import Strategy
 from trainer.weights import initialise_weights

@@ -18,7 +18,6 @@ import torch
 from data.loader import MicroBatch
 from trainer import costs, parity
 from trainer.averaging import keep_average
-from trainer.build import build_model, seed_everything
 from trainer.config.load import load_run_config
 from trainer.config.schema import RunConfig
 from trainer.console import table
@@ -28,8 +27,10 @@ from trainer.dotted import check_dotted_paths
 from trainer.errors import ConfigError
 from trainer.exits import run_command
 from trainer.losses import LossModule, build_loss
+from trainer.model_building import build_model
 from trainer.optim import build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
+from trainer.random_state import seed_everything
 
 DEFAULT_GPU = "H100"
 DEFAULT_MFU = 0.35

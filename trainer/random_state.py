@@ -31,6 +31,13 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch alike on every rank: all build the same data and the same model."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def seed_dropout(seed: int, rank: int, global_step: int) -> None:
     """Seed every generator for this rank: ranks hold the same weights but must not share dropout masks."""
     key = int(stateless_hash(seed, global_step, index=np.array([rank]))[0])

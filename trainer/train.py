@@ -62,7 +62,7 @@ def _train(argv: list[str] | None, command: Command) -> int:
     try:
         paths = check_dotted_paths(config)
         if config.precision == "fp8":
-            importlib.import_module("trainer.build").check_fp8_sizes(config)
+            importlib.import_module("trainer.model_building").check_fp8_sizes(config)
     except ConfigError:
         if arguments.check:
             _say("stage 2, dotted paths and their arguments: failed")
