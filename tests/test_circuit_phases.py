@@ -23,10 +23,10 @@ from running import (
 from toy_circuits import CircuitToyConfig
 
 from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_model import load_trained
 from trainer.config import load_run_config
 from trainer.distributed import Ranks
 from trainer.errors import CheckpointError, ConfigError
-from trainer.export import load_trained
 from trainer.model_building import build_model, with_data_sizes
 from trainer.phases import DataFacts, Phase, open_phases
 

@@ -37,9 +37,10 @@ from trainer import export_probe
 from trainer.__main__ import main
 from trainer.backbone import read_backbone
 from trainer.checkpoint_folder import open_checkpoint
+from trainer.checkpoint_model import load_trained
 from trainer.config.load import dump_yaml, load_saved_config
 from trainer.errors import CheckpointError, ConfigError, UserError
-from trainer.export import export, load_trained
+from trainer.export import export
 from trainer.shards import SHARD, full_weights
 from trainer.statefile import load_tree
 

@@ -25,8 +25,9 @@ from models.fine_tuned import FineTunedModel
 from models.layers import NormLinear
 from models.lora import DEFAULT_TARGETS, LoraSettings, frozen_patterns, is_corrected
 from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_model import load_trained
 from trainer.errors import CheckpointError, UserError
-from trainer.export import export, load_trained
+from trainer.export import export
 from trainer.optim import matches
 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0}

@@ -10,18 +10,17 @@ from typing import Any
 from torch import nn
 
 from data.exported import GENES_FILE, TOKENIZER_FILE
-from data.genes import GeneSpace
 from models.pretrained import CONFIG_FILE, FORMAT
-from trainer.config.load import load_saved_config
-from trainer.errors import CheckpointError
-from trainer.export import (
+from trainer.checkpoint_model import (
     Trained,
     check_model_is_trusted,
     describe_run_model,
     find_checkpoint,
+    saved_facts,
     tokenizer_settings,
 )
-from trainer.phases import DataFacts
+from trainer.config.load import load_saved_config
+from trainer.errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,12 @@ def _of_checkpoint(folder: Path, where: str) -> Backbone:
     config = load_saved_config(saved.folder / "config.yaml")
     check_model_is_trusted(config, saved)
     state = saved.state
-    genes = GeneSpace.from_json(saved.text(GENES_FILE)) if saved.has(GENES_FILE) else None
-    if genes is None or "sizes" not in state:
+    if not saved.has(GENES_FILE) or "sizes" not in state:
         raise CheckpointError(
             f"{where}: {saved.folder} does not say its genes and sizes; its data was not cells of genes"
         )
-    facts = DataFacts(state["technical_batches"], state["n_technical_batches"], genes, state["sizes"])
     plain = config.model_copy(update={"precision": None, "fp8": None})
-    trained = Trained(saved, plain, facts, state, nn.Identity())  # its weights are not asked for
+    trained = Trained(saved, plain, saved_facts(saved), state, nn.Identity())  # its weights are not asked for
     description = describe_run_model(trained)
     record = tokenizer_settings(trained)
     folder = Path(os.path.abspath(saved.folder))

@@ -14,8 +14,8 @@ from data.circuit_scores import Task
 from models import noise
 from models.circuit_diffusion import CircuitDiffusion
 from models.pretrained import CONFIG_FILE, from_pretrained
+from trainer.checkpoint_model import find_checkpoint, load_trained
 from trainer.errors import UserError
-from trainer.export import find_checkpoint, load_trained
 
 
 def open_circuit_model(

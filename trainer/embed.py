@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 
 from data.h5ad_cells import H5adCells
 from trainer.atomicfile import sync_folder
+from trainer.checkpoint_model import TRUST
 from trainer.console import notice
 from trainer.distributed import leave_group
 from trainer.embedding import Block, embedded_blocks, join_ranks
 from trainer.errors import UserError
 from trainer.exits import is_main_process, run_command
-from trainer.export import TRUST
 from trainer.saved_model import SavedModel, open_model
 
 DEFAULT_KEY = "X_cellphase"

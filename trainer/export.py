@@ -9,95 +9,45 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from safetensors.torch import load_file
-from torch import nn
 
-from data.exported import (
-    GENES_FILE,
-    LABELS_FILE,
-    TECHNICAL_BATCHES_FILE,
-    TOKENIZER_FILE,
-    PhaseSettings,
-    tokenizer_record,
-)
-from data.genes import GeneSpace
-from data.perturbation_settings import LOADER as PERTURBATION_LOADER
-from data.perturbation_settings import SETTINGS_FILE, settings_entry, settings_record
-from models.errors import ModelError
+from data.exported import GENES_FILE, LABELS_FILE, TECHNICAL_BATCHES_FILE, TOKENIZER_FILE
+from data.perturbation_settings import SETTINGS_FILE, settings_record
 from models.fine_tuned import FineTunedModel
-from models.pretrained import (
-    CONFIG_FILE,
-    FORMAT,
-    ModelDescription,
-    config_fields,
-    describe,
-    is_json,
-    resolve_trusted,
-    save_pretrained,
-    signature_defaults,
-)
+from models.pretrained import CONFIG_FILE, FORMAT, save_pretrained
 from trainer import export_probe
 from trainer.atomicfile import sync_folder
-from trainer.checkpoint_folder import MANIFEST, SavedCheckpoint, checkpoint_step, find_newest, open_checkpoint
-from trainer.config.load import load_saved_config
-from trainer.config.schema import RunConfig
+from trainer.checkpoint_model import (
+    TRUST,
+    Trained,
+    check_trusted,
+    describe_run_model,
+    find_checkpoint,
+    load_trained,
+    perturbation_entries,
+    tokenizer_settings,
+)
 from trainer.console import printable
 from trainer.distributed import Ranks
-from trainer.errors import CheckpointError, UserError
+from trainer.errors import UserError
 from trainer.exits import run_command
-from trainer.metrics_file import WALL_CLOCK_FIELDS, read_metrics
-from trainer.model_building import build_model, complete_arguments
-from trainer.phases import DataFacts, open_phases, saved_circuits
-from trainer.run_state import load_weights
-from trainer.shards import has_averages, open_tensors, whole_weights
+from trainer.model_card import model_card
+from trainer.phases import open_phases
+from trainer.shards import has_averages, open_tensors
 
 CARD_FILE = "README.md"
-_PACKAGES = ("cellphase", "torch", "safetensors")
 _MERGED_TOLERANCE = 1e-4
 """Relative to the largest: a merged matrix rounds once, where a correction is rounded apart."""
-TRUST: dict[str, Any] = {
-    "action": "append",
-    "default": [],
-    "metavar": "MODULE",
-    "help": "a module or package of your own that the model may name, which runs its code; may be repeated",
-}
-"""The option `--trust` of commands that open models."""
-_NOT_METRICS = WALL_CLOCK_FIELDS | {"kind", "global_step", "phase", "phase_step", "epoch", "cells"}
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained model, and what its checkpoint says of it."""
-
-    saved: SavedCheckpoint
-    config: RunConfig
-    facts: DataFacts
-    state: dict[str, Any]
-    """What the checkpoint says of the run (`SavedCheckpoint.state`)."""
-    model: nn.Module
-    is_averaged: bool = False
-    """Whether the weights are moving averages of those that were trained."""
-    trusted_modules: tuple[str, ...] = ()
-    """What else of the user's the configuration may name."""
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether a batch can be made up for the model: it is one of ours."""
-        return export_probe.is_known(self.model)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -191,95 +141,9 @@ def export(
     return [
         f"exported {trained.saved.folder} (step {trained.saved.step}) to {out}",
         f"  {', '.join(sorted(file.name for file in out.iterdir()))}: {size:,} bytes",
-        f"  {_num_parameters(trained.model):,} parameters{', averaged' if trained.is_averaged else ''}",
+        f"  {trained.num_parameters:,} parameters{', averaged' if trained.is_averaged else ''}",
         f"  {verified}",
     ]
-
-
-def find_checkpoint(path: Path) -> SavedCheckpoint:
-    """Open a checkpoint folder, or the newest one of a run folder, every file verified.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"{path}: there is no such folder; give a checkpoint folder or a run folder")
-    path = Path(os.path.abspath(path))  # `.` may stand for a checkpoint, whose name holds its step
-    if (path / MANIFEST).is_file() or checkpoint_step(path) is not None:
-        return open_checkpoint(path)
-    newest = find_newest(path, fall_back=False).checkpoint
-    if newest is None:
-        raise CheckpointError(f"{path}: it is neither a checkpoint nor a run folder with a complete one")
-    return open_checkpoint(newest, verify=False)
-
-
-def load_trained(
-    saved: SavedCheckpoint, *, averaged: bool = True, trusted_modules: Sequence[str] = ()
-) -> Trained:
-    """Build the model that a checkpoint's own configuration describes, without its data, and load the weights.
-
-    Args:
-        saved: the checkpoint, which may have come from anywhere.
-        averaged: take the moving averages of the weights where the run kept them (`ema`).
-        trusted_modules: modules or packages that the configuration may name beside this package; they are imported.
-
-    Raises:
-        CheckpointError, ModelError: it is damaged, or names a class that is not trusted.
-    """
-    config = load_saved_config(saved.folder / "config.yaml")
-    check_model_is_trusted(config, saved, trusted_modules)
-    state = saved.state
-    if "sizes" not in state:
-        raise CheckpointError(
-            f"{saved.folder} does not say the sizes of its data, so its model cannot be built without them; resume the "
-            "run for one step and export the checkpoint that this writes"
-        )
-    genes = GeneSpace.from_json(saved.text(GENES_FILE)) if saved.has(GENES_FILE) else None
-    facts = DataFacts(
-        state["technical_batches"],
-        state["n_technical_batches"],
-        genes,
-        state["sizes"],
-        tuple(state.get("label_names", ())),
-        state.get("tokenizer_options", {}),
-        **saved_circuits(state.get("tokenizer_options", {})),
-    )
-    # The layers of an export are plain ones, whose weights are the same: it is to run where there is no FP8.
-    config = config.model_copy(update={"precision": None, "fp8": None} if config.precision == "fp8" else {})
-    model = build_model(config, facts)
-    tensors = open_tensors(saved)
-    load_weights(model, whole_weights(tensors, averaged=averaged), str(saved.folder))
-    return Trained(
-        saved, config, facts, state, model.eval(), averaged and has_averages(tensors), tuple(trusted_modules)
-    )
-
-
-def check_model_is_trusted(
-    config: RunConfig, saved: SavedCheckpoint, trusted_modules: Sequence[str] = ()
-) -> None:
-    """Refuse a checkpoint whose model is neither of this package nor of a trusted module, before it is imported.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    settings = config.model
-    for key, path in (("model_class", settings.model_class), ("config_class", settings.config_class)):
-        if path is not None:
-            _check_trusted(path, f"{saved.folder / 'config.yaml'}: model.{key}", ("models", *trusted_modules))
-
-
-def _check_trusted(path: str, where: str, trusted: Sequence[str]) -> None:
-    """Refuse what a checkpoint names where its code would run, unless it is of a trusted module."""
-    try:
-        resolve_trusted(path, where, trusted)
-    except ModelError as error:
-        module = path.replace(":", ".").partition(".")[0]
-        if module in trusted:
-            raise CheckpointError(str(error)) from error
-        raise CheckpointError(
-            f"{where} is {path}, and a checkpoint may name only what is of {', '.join(trusted)}: its code would run. "
-            f"If you trust it, give --trust {module}, or trusted_modules=({module!r},) in Python"
-        ) from error
 
 
 def without_lora(trained: Trained) -> Trained:
@@ -319,63 +183,6 @@ def write_folder(trained: Trained, folder: Path) -> None:
         _write_json(folder / SETTINGS_FILE, sets)
     if trained.state.get("label_names"):
         _write_json(folder / LABELS_FILE, trained.state["label_names"])
-
-
-def tokenizer_settings(trained: Trained) -> dict[str, Any] | None:
-    """Return how the run's phases tokenized their cells, as `cell_tokenizer.json` holds it; None: not by ours."""
-    kinds = trained.state.get("value_kinds", {})
-    options = trained.state.get("tokenizer_options", {})
-    return tokenizer_record(
-        PhaseSettings(
-            phase.name,
-            phase.dataloader_factory,
-            phase.dataloader_args,
-            kinds.get(phase.name),
-            options.get(phase.name),
-        )
-        for phase in trained.config.datasets
-    )
-
-
-def perturbation_entries(trained: Trained) -> list[dict[str, Any]]:
-    """Return how the phases made sets of perturbed cells (see `data.perturbation_settings`), of those that did."""
-    kinds, options = trained.state.get("value_kinds", {}), trained.facts.tokenizer_options
-    return [
-        settings_entry(phase.name, phase.dataloader_args, kinds[phase.name], options[phase.name])
-        for phase in trained.config.datasets
-        if phase.dataloader_factory.replace(":", ".") == PERTURBATION_LOADER and phase.name in options
-    ]
-
-
-def describe_run_model(trained: Trained) -> ModelDescription:
-    """Return how the run constructed its model, complete with sizes and defaults."""
-    config, facts, settings = trained.config, trained.facts, trained.config.model
-    if isinstance(trained.model, FineTunedModel):  # merged, it is no more what the run's arguments make
-        return describe(trained.model)
-    constructor, given = complete_arguments(config, facts)
-    complete = {**signature_defaults(constructor), **given}
-    if settings.config_class is None:
-        return ModelDescription(settings.model_class, complete, n_technical_batches=facts.n_technical_batches)
-    resolved = _resolved_fields(constructor, given)
-    return ModelDescription(
-        settings.model_class,
-        dict(settings.model_args),
-        settings.config_class,
-        complete if resolved is None else resolved,
-        facts.n_technical_batches,
-    )
-
-
-def _resolved_fields(config_class: Any, given: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the fields of a dataclass config, or None where these are no arguments that make an equal one."""
-    make: Any = config_class
-    if not (isinstance(config_class, type) and dataclasses.is_dataclass(config_class)):
-        return None
-    made = make(**given)
-    fields = {name: list(v) if isinstance(v, tuple) else v for name, v in config_fields(made).items()}
-    if not all(map(is_json, fields.values())):
-        return None
-    return fields if config_fields(make(**fields)) == config_fields(made) else None
 
 
 def verify(trained: Trained, folder: Path) -> str:
@@ -442,12 +249,12 @@ def _first_batch(trained: Trained) -> dict[str, Any]:
     """Return the first micro-batch of the run's first phase that runs."""
     config, trusted = trained.config, trained.trusted_modules
     if config.loss is not None:
-        _check_trusted(config.loss.loss_class, "loss.loss_class", ("models", "torch.nn", *trusted))
+        check_trusted(config.loss.loss_class, "loss.loss_class", ("models", "torch.nn", *trusted))
     for index, phase in enumerate(config.datasets):
-        _check_trusted(phase.dataloader_factory, f"datasets.{index}.dataloader_factory", ("data", *trusted))
+        check_trusted(phase.dataloader_factory, f"datasets.{index}.dataloader_factory", ("data", *trusted))
         if phase.validation is not None:
             where = f"datasets.{index}.validation.dataloader_factory"
-            _check_trusted(phase.validation.dataloader_factory, where, ("data", *trusted))
+            check_trusted(phase.validation.dataloader_factory, where, ("data", *trusted))
     phases, _ = open_phases(config, Ranks(0, 1), pin_memory=False)
     try:
         phase = next(phase for phase in phases if phase.config.epochs)
@@ -538,112 +345,8 @@ def _flush(folder: Path) -> None:
     sync_folder(folder)
 
 
-def model_card(trained: Trained, verified: str) -> str:
-    """Return `README.md`: front matter, how to load the model, and what its run is known to have done."""
-    front: dict[str, Any] = {"library_name": "cellphase", "tags": ["biology", "single-cell"]}
-    if trained.is_ours:
-        front["pipeline_tag"] = "feature-extraction"
-    matter = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    settings = trained.config.model
-    is_own = settings.model_class.startswith("models.")
-    trust = (
-        "" if is_own else f", trusted_modules=({settings.model_class.replace(':', '.').partition('.')[0]!r},)"
-    )
-    sections = [
-        f"---\n{matter}---\n# {_text(trained.config.run_name)}",
-        f"`{settings.model_class}`, trained with Cellphase and exported from step {trained.saved.step}.",
-        "## Load it\n```python\nfrom models.pretrained import from_pretrained\n\n"
-        f'model = from_pretrained("."{trust})  # this folder\n```',
-        "## Training\n" + _table(("figure", "value"), _run_figures(trained)),
-        "## Data\n" + _table(("phase", "loader", "data"), _data_rows(trained.config)),
-    ]
-    metrics = _metric_rows(trained)
-    if metrics:
-        sections.append(
-            "## Metrics\nThe last ones of each phase up to this step.\n\n"
-            + _table(("phase", "step", "part", "metric", "value"), metrics)
-        )
-    sections.append(f"## This export\n{verified[0].upper()}{_text(verified[1:])}.")
-    return "\n\n".join(sections) + "\n"
-
-
-def _run_figures(trained: Trained) -> list[tuple[str, ...]]:
-    progress, facts = trained.state["progress"], trained.facts
-    rows = [
-        ("parameters", f"{_num_parameters(trained.model):,}"),
-        ("optimizer steps", f"{progress['global_step']:,}"),
-        ("cells seen, each time counted", f"{progress['cells']:,}"),
-        ("tokens seen, without padding", f"{progress['tokens']:,}"),
-        ("technical batches", f"{len(facts.technical_batches):,}"),
-        *(
-            [("weights", f"moving average, decay {trained.config.ema.decay:g}")]
-            if trained.is_averaged and trained.config.ema
-            else []
-        ),
-        ("seed", str(trained.config.seed)),
-    ]
-    if facts.gene_space is not None:
-        rows.append(("genes", f"{len(facts.gene_space):,}"))
-    versions = [f"python {platform.python_version()}"]
-    for name in _PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):  # run from a checkout
-            versions.append(f"{name} {metadata.version(name)}")
-    return [*rows, ("exported with", ", ".join(versions))]
-
-
-def _data_rows(config: RunConfig) -> list[tuple[str, ...]]:
-    rows = []
-    for phase in config.datasets:
-        path = phase.dataloader_args.get("path")
-        paths = path if isinstance(path, list | tuple) else [] if path is None else [path]
-        # Folders above say where a machine keeps its data, and nothing about the data.
-        names = ", ".join(str(each).rstrip("/").rpartition("/")[2] for each in paths)
-        rows.append((phase.name, phase.dataloader_factory, names))
-    return rows
-
-
-def _metric_rows(trained: Trained) -> list[tuple[str, ...]]:
-    """Return the last training loss and evaluation of each phase, up to the checkpoint's step."""
-    path = trained.saved.folder.parent / "metrics.jsonl"
-    if not path.is_file():  # the checkpoint was moved away from its run
-        return []
-    last: dict[tuple[str, str], dict[str, Any]] = {}
-    for record in read_metrics(path):
-        step = record.get("global_step")
-        if isinstance(step, int) and step <= trained.saved.step:
-            last[str(record.get("phase")), str(record.get("kind"))] = record
-    rows = []
-    for (phase, kind), record in last.items():
-        shown = [name for name in record if name not in _NOT_METRICS] if kind == "validation" else ["loss"]
-        for name in shown:
-            value = record.get(name)
-            if (
-                kind in ("train", "validation")
-                and isinstance(value, int | float)
-                and not isinstance(value, bool)
-            ):
-                part = "training, last step" if kind == "train" else "validation"
-                rows.append((phase, str(record["global_step"]), part, name, f"{value:.6g}"))
-    return rows
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(
-        "| " + " | ".join(_text(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
-    )
-
-
-def _text(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _num_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _named(error: Exception) -> str:
-    return _text(f"{type(error).__name__}: {error}")[:300]
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _write_json(path: Path, content: Any) -> None:

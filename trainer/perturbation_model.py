@@ -11,8 +11,8 @@ from data.exported import GENES_FILE, TECHNICAL_BATCHES_FILE, read_json
 from data.genes import GeneSpace
 from data.perturbation_settings import LOADER, PerturbationSettings, load_entries, read_settings
 from models.pretrained import CONFIG_FILE, from_pretrained
+from trainer.checkpoint_model import find_checkpoint, load_trained, perturbation_entries
 from trainer.errors import UserError
-from trainer.export import find_checkpoint, load_trained, perturbation_entries
 from trainer.prediction import check_can_draw
 
 

@@ -15,11 +15,11 @@ import torch
 
 from models.circuit_diffusion import CircuitDiffusion, CircuitDiffusionConfig
 from models.pretrained import save_pretrained, save_weights
+from trainer.checkpoint_model import Trained, describe_run_model
 from trainer.circuit_weights import CONFIG_FILE, GENQC_UNETS, TABLE
 from trainer.config.load import dump_yaml
 from trainer.config.schema import ExportConfig
 from trainer.config.yaml_text import parse_yaml, write_yaml
-from trainer.export import Trained, describe_run_model
 
 MODEL_CLASS = "models.circuit_diffusion.CircuitDiffusion"
 _GENQC_PARTS = {"model.safetensors": "unet.", "rest.safetensors": ""}

@@ -29,12 +29,12 @@ from data.prediction_sets import (
     open_perturbed_corpus,
     technical_batch_index,
 )
+from trainer.checkpoint_model import TRUST
 from trainer.console import notice
 from trainer.distributed import Ranks, leave_group
 from trainer.embedding import join_ranks
 from trainer.errors import UserError
 from trainer.exits import run_command
-from trainer.export import TRUST
 from trainer.perturbation_model import PerturbationModel, open_perturbation_model
 from trainer.predicted_cells import check_free, write_corpus_cells, write_predicted_cells
 from trainer.prediction import (

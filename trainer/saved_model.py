@@ -11,8 +11,8 @@ from torch import nn
 from data.exported import ExportedTokenizer, load_tokenizer, tokenizer_from_record
 from models.errors import ModelError
 from models.pretrained import CONFIG_FILE, construct, from_pretrained
+from trainer.checkpoint_model import find_checkpoint, load_trained, tokenizer_settings
 from trainer.errors import UserError
-from trainer.export import find_checkpoint, load_trained, tokenizer_settings
 from trainer.model_building import build_model
 
 

@@ -17,10 +17,11 @@ import yaml
 
 from data.plain_yaml import load_plain
 from trainer.atomicfile import replace_text, sync_folder
+from trainer.checkpoint_model import Trained, find_checkpoint, load_trained
 from trainer.config.schema import ExportConfig, RunConfig
 from trainer.config.yaml_text import write_yaml
 from trainer.errors import ConfigError, UserError
-from trainer.export import Trained, check_free, export, find_checkpoint, load_trained
+from trainer.export import check_free, export
 
 METADATA_FILE = "metadata.yaml"
 PIPELINE_FILES = (
