@@ -308,11 +308,13 @@ def test_a_configuration_without_benchmarks_is_an_error(tmp_path):
 
 def test_a_column_that_the_file_lacks_is_found_before_anything_is_computed(tmp_path, place, run, capsys):
     settings = {
-        "eval": {"benchmarks": [{"name": "linear_probe", "cell_type_key": "donor"}]},
+        "eval": {"benchmarks": [PROBE, {"name": "linear_probe", "cell_type_key": "donor"}]},
         "data": {"paths": ["x"]},
     }
     assert benchmark(tmp_path, place, run, settings) == 2
-    assert "obs has no column 'donor'; it has: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "benchmark linear_probe_2: cell_type_key: " in said
+    assert "obs has no column 'donor'; it has: " in said
     assert not (tmp_path / "results").exists()
 
 

@@ -5,7 +5,8 @@ import sys
 from typing import NamedTuple
 
 from trainer import preemption
-from trainer.exits import USER_MISTAKE, end_process, is_main_process, run_command
+from trainer.console import is_main_process
+from trainer.exits import USER_MISTAKE, end_process, run_command
 
 
 class Command(NamedTuple):

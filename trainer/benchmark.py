@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.errors import DataError
 from data.h5ad_cells import H5adCells
 from trainer.config.cells import cells_config
 from trainer.config.compose import compose
@@ -23,13 +24,13 @@ from trainer.distributed import leave_group
 from trainer.embed import add_model_arguments, open_both
 from trainer.embedding import embed_all, join_ranks
 from trainer.errors import UserError
-from trainer.exits import is_main_process, run_command
+from trainer.exits import run_command
 from trainer.saved_model import SavedModel
 from trainer.scoring.benchmarks import Results, pivot, run_benchmarks
 from trainer.scoring.cells import Cells, check_labels
 from trainer.scoring.embedding_baselines import representations
 from trainer.scoring.results import PICTURE_FILE, draw_embedding, write_results
-from trainer.scoring.specs import SPECS, EmbeddingQualitySpec, PerturbationSpec, Spec, parse_specs
+from trainer.scoring.specs import SPECS, EmbeddingQualitySpec, PerturbationSpec, Spec, parse_specs, titles
 
 MODEL, UNTRAINED = "model", "untrained"
 """Representations: the model's embedding, and that of the same network at random initialisation."""
@@ -105,9 +106,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         opened, file = open_both(arguments, device)
         with file:
             # Before anything is computed, and on every rank alike.
-            obs = {name: file.labels(name) for name in sorted({c for spec in specs for c in spec.columns()})}
-            for spec in specs:
-                check_labels(spec, obs)
+            obs = _read_labels(specs, file)
             embedding = embed_all(opened.model, file, ranks, arguments.batch_size)
             untrained = embed_all(opened.untrained(), file, ranks, arguments.batch_size)
             if embedding is None or untrained is None:
@@ -125,6 +124,27 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         return 0
     finally:
         leave_group()
+
+
+def _read_labels(specs: Sequence[Spec], file: H5adCells) -> dict[str, NDArray[np.str_]]:
+    """Return the obs columns that benchmarks read, by name.
+
+    Raises:
+        UserError: names the benchmark that lacks a column, or that the labels would let fail.
+    """
+    obs: dict[str, NDArray[np.str_]] = {}
+    for title, spec in zip(titles(specs), specs, strict=True):
+        for column in spec.columns():
+            try:
+                obs[column] = file.labels(column)
+            except DataError as error:
+                option = next(name for name, value in spec.options().items() if value == column)
+                raise UserError(f"benchmark {title}: {option}: {error}") from None
+        try:
+            check_labels(spec, obs)
+        except UserError as error:
+            raise UserError(f"benchmark {title}: {error}") from None
+    return obs
 
 
 def _facts(
@@ -162,8 +182,6 @@ def _coloured_by(
 
 
 def _say(results: Results, output: Path, method: str) -> None:
-    if not is_main_process():
-        return
     for title, headers, lines in pivot(results):
         notice(f"\n{title}")
         notice(table(headers, lines))

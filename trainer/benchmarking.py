@@ -182,7 +182,3 @@ def _check_labels(phase: Phase, where: str) -> None:
             check_labels(spec, labels)
         except UserError as error:
             raise ConfigError(f"{where}.specs.{index}: {error} (of held-out cells)") from None
-
-
-def _name(phase_index: int, epoch: int) -> str:
-    return f"phase{phase_index}_epoch{epoch}"

@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -24,9 +24,14 @@ _ACTS_ON_TERMINALS = re.compile(
 _warned: set[str] = set()
 
 
+def process_index() -> int:
+    """Return this process's rank, from what its launcher says in the environment."""
+    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
+
+
 def is_main_process() -> bool:
-    """Tell whether this process is rank 0, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    """Tell whether this process is rank 0, or the only one: the one that prints."""
+    return process_index() == 0
 
 
 def notice(text: str) -> None:
@@ -113,7 +118,7 @@ class StartupAccount:
     trackers: Sequence[str] = ()
     resumed_from: str | None = None
     """The checkpoint, with its step."""
-    notes: Sequence[str] = field(default=())
+    notes: Sequence[str] = ()
     """Further lines: what a section that does not act would have done, padding, frozen parameters."""
 
 

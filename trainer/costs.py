@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +109,8 @@ def batch_flops(model: nn.Module, batch: Mapping[str, Any]) -> float | None:
     """Return the operations of a forward and a backward pass over a batch; None: the model does not tell."""
     tell_by_batch: Any = getattr(model, "batch_flops", None)
     if callable(tell_by_batch):
-        return float(cast(Any, tell_by_batch(batch)))
+        of_batch: Any = tell_by_batch(batch)
+        return float(of_batch)
     tell = getattr(model, "training_flops", None)
     if not callable(tell):
         return None

@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed
 from torch.cuda import nccl
 
-from trainer.exits import is_main_process, run_command
+from trainer.console import is_main_process, process_index
+from trainer.exits import run_command
 
 State = Literal["ok", "absent", "warning", "broken"]
 
@@ -89,7 +90,7 @@ def _examine_and_say(arguments: argparse.Namespace) -> int:
         print(said, flush=True)
     elif broken:
         text = "; ".join(f"{finding.name}: {finding.found}" for finding in broken)
-        print(f"rank {os.environ['RANK']} on {socket.gethostname()}: {text}", flush=True)
+        print(f"rank {process_index()} on {socket.gethostname()}: {text}", flush=True)
     return 2 if broken else 0
 
 
@@ -438,7 +439,7 @@ def _run_python(code: str, output: list[str] | None = None) -> str | None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         environment.pop(name, None)
     try:
-        done: Any = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
             text=True,

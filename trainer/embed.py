@@ -23,11 +23,11 @@ from numpy.typing import NDArray
 from data.h5ad_cells import H5adCells
 from trainer.atomicfile import sync_folder
 from trainer.checkpoint_model import TRUST
-from trainer.console import notice
+from trainer.console import is_main_process, notice
 from trainer.distributed import leave_group
 from trainer.embedding import Block, embedded_blocks, join_ranks
 from trainer.errors import UserError
-from trainer.exits import is_main_process, run_command
+from trainer.exits import run_command
 from trainer.saved_model import SavedModel, open_model
 
 DEFAULT_KEY = "X_cellphase"

@@ -12,7 +12,7 @@ from typing import NoReturn
 from data.errors import DataError
 from models.errors import ModelError
 from trainer import control
-from trainer.console import printable
+from trainer.console import is_main_process, printable, process_index
 from trainer.errors import ConfigError, UserError
 from trainer.preemption import Preempted
 
@@ -20,16 +20,6 @@ FAILED, USER_MISTAKE, PREEMPTED, INTERRUPTED = 1, 2, 75, 130
 
 GRACE_SECONDS = 3.0
 """How long a further process waits with its mistake: launchers end all when the first one ends."""
-
-
-def process_index() -> int:
-    """Return this process's rank, from what its launcher says in the environment."""
-    return int(os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or 0)
-
-
-def is_main_process() -> bool:
-    """Tell whether this process is the one that prints."""
-    return process_index() == 0
 
 
 def run_command(command: Callable[[], int]) -> int:

@@ -12,6 +12,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from trainer import build, control, preemption, zero_config
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
@@ -111,8 +113,6 @@ def launch_command(count: int, gpus: int) -> str:
 
 def gpu_count(config: RunConfig) -> int:
     """Return the GPUs of this machine that the run may use."""
-    import torch
-
     return 0 if is_cpu_run(config) or not torch.cuda.is_available() else torch.cuda.device_count()
 
 

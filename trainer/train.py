@@ -23,8 +23,9 @@ from typing import Literal
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from trainer.config import dump_yaml, load_run_config
+from trainer.console import is_main_process
 from trainer.errors import ConfigError
-from trainer.exits import end_process, is_main_process, run_command
+from trainer.exits import end_process, run_command
 
 Command = Literal["train", "finetune"]
 
