@@ -8,6 +8,7 @@ from launching import ROOT, launch_ranks
 from running import toy, train
 
 from data.errors import DataError
+from trainer import embedding
 from trainer.embed import main
 from trainer.export import export
 from trainer.saved_model import open_model
@@ -224,7 +225,7 @@ def test_phases_that_differ_need_a_name(place, tmp_path, capsys):
     assert open_model(run, "p1").tokenizer.options["max_genes"] == 8
 
 
-def test_a_fine_tuned_model_answers_by_name(place, tmp_path):
+def test_a_fine_tuned_model_answers_by_name(place, tmp_path, monkeypatch, capsys):
     arguments = {"path": str(place / "corpus"), "tokenizer": TOKENIZER, "label": "cell_type"}
     phase = {"dataloader_factory": "data.loader.cell_loader", "dataloader_args": arguments, "max_steps": 2}
     opened = open_model(place / "run")
@@ -246,6 +247,17 @@ def test_a_fine_tuned_model_answers_by_name(place, tmp_path):
     assert list(written.obs["cellphase_label"].cat.categories) == ["kind0", "kind1", "kind2"]
     assert written.obs["cellphase_probability"].between(1 / 3 - 1e-6, 1).all()
     assert list(written.obs.columns[:2]) == ["cell_type", "age"]
+    taken = tmp_path / "taken.h5ad"
+    write_h5ad(
+        taken, random_counts(NUM_CELLS, NUM_GENES, seed=1, high=9), obs={"cellphase_label": ["x"] * NUM_CELLS}
+    )
+    rounds = []
+    gathered = embedding._gathered
+    monkeypatch.setattr(embedding, "_gathered", lambda *given: rounds.append(1) or gathered(*given))
+    options = ["--model", run, "--data", taken, "--output", tmp_path / "next.h5ad", "--batch-size", "1"]
+    assert main([str(part) for part in options]) == 2
+    assert "obs has cellphase_label already; choose another --key" in capsys.readouterr().err
+    assert len(rounds) == 1  # found before the rest is computed
     assert open_model(run).task == "classification" and open_model(place / "run").task is None
 
 

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,9 @@ def _embed(arguments: argparse.Namespace) -> int:
     try:
         opened, cells = open_both(arguments, device)
         with cells:
-            blocks = embedded_blocks(opened, cells, ranks, arguments.batch_size)
+            _check_key(arguments)
+            predict = None if opened.task is None else opened.predict
+            blocks = embedded_blocks(opened.model, cells, ranks, arguments.batch_size, predict)
             if not ranks.is_main:
                 for _ in blocks:
                     pass
@@ -142,6 +144,20 @@ def _check_output(data: Path, output: Path, overwrite: bool) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
 
 
+def _check_key(arguments: argparse.Namespace) -> None:
+    """Refuse a key that obsm cannot take, on every rank alike and before anything is computed."""
+    key = arguments.key
+    if not key or "/" in key:
+        raise UserError(f"--key {key!r}: it must be a name without '/'")
+    with h5py.File(arguments.data, "r") as file:
+        obsm: Any = file.get("obsm", ())
+        names = obsm.dtype.names or () if isinstance(obsm, h5py.Dataset) else obsm  # before anndata 0.7
+        if key in names and not arguments.overwrite:
+            raise UserError(
+                f"{arguments.data}: obsm has {key!r} already; choose another --key, or give --overwrite"
+            )
+
+
 def _write(
     arguments: argparse.Namespace, output: Path, opened: SavedModel, cells: H5adCells, blocks: Iterator[Block]
 ) -> str:
@@ -150,10 +166,8 @@ def _write(
     try:
         _copy(arguments.data, temporary)
         with h5py.File(temporary, "r+") as file:
-            answers = _fill(file, arguments, cells, blocks)
-            columns = _predicted(opened, arguments.key, answers)
-            _add_columns(file, arguments.data, columns, arguments.overwrite)
-            shape = file[f"obsm/{arguments.key}"].shape  # type: ignore[union-attr]
+            width, columns = _fill(file, arguments, opened, cells, blocks)
+            _add_columns(file, columns)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, output)
@@ -161,7 +175,7 @@ def _write(
     finally:
         temporary.unlink(missing_ok=True)
     named = f" and obs {', '.join(columns)}" if columns else ""
-    return f"obsm['{arguments.key}'] of {shape[1]} numbers{named}"
+    return f"obsm['{arguments.key}'] of {width} numbers{named}"
 
 
 def _copy(data: Path, temporary: Path) -> None:
@@ -181,25 +195,25 @@ def _copy(data: Path, temporary: Path) -> None:
 
 
 def _fill(
-    file: h5py.File, arguments: argparse.Namespace, cells: H5adCells, blocks: Iterator[Block]
-) -> NDArray[np.float32] | None:
-    """Write the embeddings as they come, and return a fine-tuned model's predictions [cells, K]."""
+    file: h5py.File,
+    arguments: argparse.Namespace,
+    opened: SavedModel,
+    cells: H5adCells,
+    blocks: Iterator[Block],
+) -> tuple[int, dict[str, Any]]:
+    """Write the embeddings as they come; return their width, and the obs columns of a fine-tuned model's answers."""
     key = arguments.key
-    if not key or "/" in key:
-        raise UserError(f"--key {key!r}: it must be a name without '/'")
     if "obsm" not in file:
         write_elem(file, "obsm", {})
     if f"obsm/{key}" in file:
-        if not arguments.overwrite:
-            raise UserError(
-                f"{arguments.data}: obsm has {key!r} already; choose another --key, or give --overwrite"
-            )
         del file[f"obsm/{key}"]
     dataset: Any = None
     answers: list[NDArray[np.float32]] = []
     for block in blocks:
-        width = block.embeddings.shape[1]
         if dataset is None:
+            if not arguments.overwrite:
+                _check_columns(file, arguments.data, _predicted(opened, key, block.predictions))
+            width = block.embeddings.shape[1]
             chunks = (min(_ROWS_PER_CHUNK, len(cells)), width)
             dataset = file.create_dataset(f"obsm/{key}", (len(cells), width), np.float32, chunks=chunks)
             # What anndata itself writes for an array.
@@ -209,7 +223,7 @@ def _fill(
             answers.append(block.predictions)
     if dataset is None:
         raise UserError(f"{arguments.data} has no cells to embed")
-    return np.concatenate(answers) if answers else None
+    return dataset.shape[1], _predicted(opened, key, np.concatenate(answers) if answers else None)
 
 
 def _predicted(opened: SavedModel, key: str, answers: NDArray[np.float32] | None) -> dict[str, Any]:
@@ -226,17 +240,21 @@ def _predicted(opened: SavedModel, key: str, answers: NDArray[np.float32] | None
     return {f"{stem}_value_{index}": answers[:, index] for index in range(answers.shape[1])}
 
 
-def _add_columns(file: h5py.File, data: Path, columns: dict[str, Any], overwrite: bool) -> None:
+def _check_columns(file: h5py.File, data: Path, columns: Iterable[str]) -> None:
+    obs: Any = file["obs"]
+    present = [name for name in columns if name in obs]
+    if present:
+        raise UserError(
+            f"{data}: obs has {', '.join(present)} already; choose another --key, or give --overwrite"
+        )
+
+
+def _add_columns(file: h5py.File, columns: dict[str, Any]) -> None:
     if not columns:
         return
     obs: Any = file["obs"]
     stored: Any = obs.attrs["column-order"]
     order = [name.decode() if isinstance(name, bytes) else str(name) for name in stored]
-    present = [name for name in columns if name in obs]
-    if present and not overwrite:
-        raise UserError(
-            f"{data}: obs has {', '.join(present)} already; choose another --key, or give --overwrite"
-        )
     for name, values in columns.items():
         write_elem(obs, name, values)
     added = [name for name in columns if name not in order]

@@ -1,7 +1,7 @@
 """Embed the cells of an h5ad file with a trained model, block by block, over any number of processes."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -15,13 +15,14 @@ from torch import nn
 from data.h5ad_cells import H5adCells
 from trainer.distributed import Ranks
 from trainer.errors import UserError
-from trainer.saved_model import SavedModel, embed
+from trainer.saved_model import embed
 
 _BATCHES_PER_BLOCK = 8
 _TIMEOUT = timedelta(hours=1)
 """How long a process may wait for another: reading and embedding one block on a slow disk."""
 
 Device = Literal["auto", "cpu", "cuda"]
+Predict = Callable[[dict[str, Any]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,26 @@ def join_ranks(device: Device = "auto") -> tuple[Ranks, torch.device]:
     return Ranks(torch.distributed.get_rank(), torch.distributed.get_world_size()), chosen
 
 
-def embedded_blocks(opened: SavedModel, cells: H5adCells, ranks: Ranks, batch_size: int) -> Iterator[Block]:
+def embedded_blocks(
+    model: nn.Module, cells: H5adCells, ranks: Ranks, batch_size: int, predict: Predict | None = None
+) -> Iterator[Block]:
     """Yield the cells' embeddings and predictions in order; only rank 0 gets blocks, and all must iterate.
 
     Each rank embeds its share of every round of blocks, so that shares differ by at most one block.
+
+    Args:
+        model: embeds them.
+        cells: of one file.
+        ranks: every one comes here.
+        batch_size: cells of a forward pass.
+        predict: answers for a batch (`SavedModel.predict`); None: no answers are asked for.
     """
     size = batch_size * _BATCHES_PER_BLOCK
     for first in range(0, len(cells), size * ranks.count):
         mine = first + ranks.index * size
         error, found = None, None
         try:
-            found = _embed_block(opened, cells, mine, min(mine + size, len(cells)), batch_size)
+            found = _embed_block(model, cells, mine, min(mine + size, len(cells)), batch_size, predict)
         except Exception as failure:
             error = failure
         ranks.agree_on_error(error)
@@ -77,32 +87,20 @@ def embed_all(
     model: nn.Module, cells: H5adCells, ranks: Ranks, batch_size: int
 ) -> NDArray[np.float32] | None:
     """Return the embeddings [cells, D] of a whole file on rank 0, None on the others; every rank must call it."""
-    opened = _Plain(model)
-    parts = [block.embeddings for block in embedded_blocks(opened, cells, ranks, batch_size)]  # type: ignore[arg-type]
+    parts = [block.embeddings for block in embedded_blocks(model, cells, ranks, batch_size)]
     return np.concatenate(parts) if ranks.is_main else None
 
 
-@dataclass(frozen=True)
-class _Plain:
-    """A model whose predictions are not asked for."""
-
-    model: nn.Module
-    task: None = None
-
-    def embed(self, batch: dict[str, Any]) -> torch.Tensor:
-        return embed(self.model, batch)
-
-
 def _embed_block(
-    opened: SavedModel, cells: H5adCells, start: int, stop: int, batch_size: int
+    model: nn.Module, cells: H5adCells, start: int, stop: int, batch_size: int, predict: Predict | None
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None] | None:
     """Return embeddings and predictions of the cells [start, stop), None where there are none."""
     embeddings, predictions = [], []
     for first in range(start, stop, batch_size):
         batch = cells.batch(first, min(first + batch_size, stop))
-        embeddings.append(opened.embed(batch).numpy())
-        if opened.task is not None:
-            told = opened.predict(batch).numpy()
+        embeddings.append(embed(model, batch).numpy())
+        if predict is not None:
+            told = predict(batch).numpy()
             predictions.append(told.reshape(len(told), -1))
     if not embeddings:
         return None
