@@ -149,6 +149,13 @@ def test_a_module_that_fails_to_import_shows_the_real_reason(user_module, text, 
         resolve(spelling, "model.model_class")
 
 
+def test_a_package_that_fails_to_import_a_part_when_asked_for_it_shows_the_real_reason(user_module):
+    user_module("lazy_pkg/__init__.py", "def __getattr__(name):\n    import nosuchlibrary\n")
+    message = r"importing lazy_pkg.Model failed: .*No module named 'nosuchlibrary' \(.*__init__\.py, line 2\)"
+    with pytest.raises(ConfigError, match=message):
+        resolve("lazy_pkg.Model", "model.model_class")
+
+
 def test_a_failing_submodule_is_not_mistaken_for_a_missing_one(user_module):
     user_module("ours_pkg/__init__.py", "")
     user_module("ours_pkg/nets.py", "import ours_pkg.missing\n")

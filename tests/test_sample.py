@@ -1,6 +1,7 @@
 """Tests of circuits as gates, of what they compute, of their drawings, and of the command that draws new ones."""
 
 import json
+import sys
 from collections import Counter
 
 import numpy as np
@@ -621,6 +622,13 @@ def test_a_folder_without_a_circuit_model_is_refused(tmp_path, capsys):
     told = capsys.readouterr().err
     assert "it holds a MaskedCellEncoder, which draws no circuits" in told
     assert "missing: there is no such folder" in told
+
+
+def test_modules_in_the_current_folder_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    draw(tmp_path / "missing", tmp_path / "out", code=2)
+    assert sys.path[-1] == str(tmp_path)
 
 
 @pytest.mark.slow

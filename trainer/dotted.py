@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import pkgutil
 import sys
 import sysconfig
@@ -40,6 +41,12 @@ _HIDDEN_KINDS = (
     inspect.Parameter.VAR_KEYWORD,
     inspect.Parameter.POSITIONAL_ONLY,
 )
+
+
+def look_in_current_folder() -> None:
+    """Let modules of the user's in the current folder be found: at the end, where they shadow nothing."""
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
 
 
 def resolve(path: str, where: str) -> Any:
@@ -241,6 +248,8 @@ def _attribute(holder: Any, names: list[str], path: str, where: str) -> Any:
             holder = getattr(holder, name)
         except AttributeError:
             raise ConfigError(f"{where}: {_no_attribute(holder, name, path)}") from None
+        except Exception as error:  # a package that imports its parts when they are asked for
+            raise ConfigError(f"{where}: {_failure(error, path, path)}") from error
     return holder
 
 

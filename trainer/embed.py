@@ -7,7 +7,6 @@ import argparse
 import os
 import secrets
 import shutil
-import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from trainer.atomicfile import sync_folder
 from trainer.checkpoint_model import TRUST
 from trainer.console import is_main_process, notice
 from trainer.distributed import leave_group
+from trainer.dotted import look_in_current_folder
 from trainer.embedding import Block, embedded_blocks, join_ranks
 from trainer.errors import UserError
 from trainer.exits import run_command
@@ -97,9 +97,7 @@ def open_both(arguments: argparse.Namespace, device: Any) -> tuple[SavedModel, H
         raise UserError(f"--batch-size {arguments.batch_size}: it must be at least 1")
     if not 0 <= arguments.min_match <= 1:
         raise UserError(f"--min-match {arguments.min_match:g}: it must be in [0, 1]")
-    # At the end, as in training: modules of the user's in the current folder are found and shadow nothing.
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
+    look_in_current_folder()
     opened = open_model(arguments.model, arguments.phase, device=device, trusted_modules=arguments.trust)
     cells = H5adCells(
         arguments.data,

@@ -39,6 +39,7 @@ from trainer.checkpoint_model import (
 )
 from trainer.console import printable
 from trainer.distributed import Ranks
+from trainer.dotted import look_in_current_folder
 from trainer.errors import UserError
 from trainer.exits import run_command
 from trainer.model_card import model_card
@@ -76,9 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_args(argv)
     except SystemExit as done:
         return int(done.code or 0)
-    # At the end, as in training: modules of the user's in the current folder are found and shadow nothing.
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
+    look_in_current_folder()
     return run_command(lambda: _export_and_say(arguments))
 
 

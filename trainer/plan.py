@@ -7,8 +7,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +21,7 @@ from trainer.config.schema import RunConfig
 from trainer.console import table
 from trainer.costs import Gpu, ModelSizes, StateBytes
 from trainer.distributed import Ranks
-from trainer.dotted import check_dotted_paths
+from trainer.dotted import check_dotted_paths, look_in_current_folder
 from trainer.errors import ConfigError
 from trainer.exits import run_command
 from trainer.losses import LossModule, build_loss
@@ -156,9 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser.parse_intermixed_args(argv)
     except SystemExit as done:
         return int(done.code or 0)
-    # At the end, as in training: modules of the user's in the current folder are found and shadow nothing.
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
+    look_in_current_folder()
     return run_command(lambda: _plan_and_say(arguments))
 
 

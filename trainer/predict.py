@@ -4,7 +4,6 @@ import argparse
 import csv
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from data.prediction_sets import (
 from trainer.checkpoint_model import TRUST
 from trainer.console import notice
 from trainer.distributed import Ranks, leave_group
+from trainer.dotted import look_in_current_folder
 from trainer.embedding import join_ranks
 from trainer.errors import UserError
 from trainer.exits import run_command
@@ -118,9 +118,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _predict(arguments: argparse.Namespace) -> int:
     _check(arguments)
-    # At the end, as in training: modules of the user's in the current folder are found and shadow nothing.
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
+    look_in_current_folder()
     ranks, device = join_ranks(arguments.device)
     try:
         opened = open_perturbation_model(

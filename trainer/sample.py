@@ -25,6 +25,7 @@ from data.circuit_states import as_unitary, unitary
 from data.known_circuits import KnownCircuits, read_known_circuits
 from trainer.atomicfile import sync_folder
 from trainer.console import notice, table
+from trainer.dotted import look_in_current_folder
 from trainer.embedding import join_ranks
 from trainer.errors import UserError
 from trainer.exits import run_command
@@ -131,6 +132,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     # Torch and what builds models take seconds to import, and a mistake above needs neither.
     from trainer.circuit_sampling import check_guidance, check_prompts, open_circuit_model
 
+    look_in_current_folder()
     _, device = join_ranks(arguments.device)
     model = open_circuit_model(arguments.model, device, arguments.trust)
     known = None if arguments.dataset is None else read_known_circuits(arguments.dataset)

@@ -24,6 +24,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from trainer.config import dump_yaml, load_run_config
 from trainer.console import is_main_process
+from trainer.dotted import check_dotted_paths, look_in_current_folder
 from trainer.errors import ConfigError
 from trainer.exits import end_process, run_command
 
@@ -41,9 +42,7 @@ def _train(argv: list[str] | None, command: Command) -> int:
         return arguments
     if arguments.check or arguments.print_config or arguments.dry_run:
         preemption.uninstall()
-    # At the end: a user's modules beside the config are found, and shadow neither ours nor installed ones.
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
+    look_in_current_folder()
     try:
         config = load_run_config(arguments.config, arguments.overrides, command)
     except ConfigError:
@@ -58,8 +57,6 @@ def _train(argv: list[str] | None, command: Command) -> int:
     if arguments.check:
         phases = f"{len(config.datasets)} {'phase' if len(config.datasets) == 1 else 'phases'}"
         _say(f"stage 1, configuration: ok ({phases})")
-    from trainer.dotted import check_dotted_paths
-
     try:
         paths = check_dotted_paths(config)
         if config.precision == "fp8":

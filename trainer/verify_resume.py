@@ -5,10 +5,8 @@ each epoch was given, and weights are compared bit for bit.
 """
 
 import argparse
-import os
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +20,7 @@ from trainer.cells_index import EpochCells, decode_epochs
 from trainer.config import load_run_config
 from trainer.config.schema import LaunchConfig, RunConfig, TrackerConfig
 from trainer.console import notice
+from trainer.dotted import look_in_current_folder
 from trainer.errors import ConfigError, UserError
 from trainer.exits import run_command
 from trainer.launch import gpu_count, is_launched
@@ -103,8 +102,7 @@ def _verify_and_say(arguments: argparse.Namespace) -> int:
         raise UserError(
             "verify-resume starts its processes itself: run it without a launcher, with --ranks N"
         )
-    if not {"", os.getcwd()} & set(sys.path):
-        sys.path.append(os.getcwd())
+    look_in_current_folder()
     command = "finetune" if arguments.finetune else "train"
     config = load_run_config(arguments.config, arguments.overrides, command)
     num_ranks = arguments.ranks or config.launch.num_processes or 1
