@@ -1,6 +1,7 @@
 """Whether all ranks run the same configuration, modules, versions and data."""
 
 import pytest
+import torch
 from launching import ROOT, start_ranks
 from running import toy, write_config
 
@@ -54,6 +55,14 @@ class PretendedRanks(Ranks):
 
     def gather_text(self, text):
         return ["", text]
+
+
+def test_a_file_name_that_is_no_text_reaches_the_other_ranks(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor, **_: None)
+    monkeypatch.setattr(
+        torch.distributed, "all_gather", lambda parts, own, **_: [part.copy_(own) for part in parts]
+    )
+    assert Ranks(0, 2).gather_text("caf\udce9.h5ad") == ["caf\\udce9.h5ad"] * 2
 
 
 def rank_1(first):

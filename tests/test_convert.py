@@ -801,13 +801,22 @@ def test_some_finished_corpora_of_a_per_file_run_are_kept(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [("--jobs", "0"), ("--min-match", "2"), ("--min-genes", "-1"), ("--resume", "--overwrite"), ("--what",)],
+    ("arguments", "message"),
+    [
+        (("--jobs", "0"), "0 is not a whole number of at least 1"),
+        (("--jobs", "all"), "all is not a whole number of at least 1"),
+        (("--min-match", "2"), "2 is not a number between 0 and 1"),
+        (("--min-match", "half"), "half is not a number between 0 and 1"),
+        (("--min-genes", "-1"), "-1 is not a whole number of at least 0"),
+        (("--resume", "--overwrite"), "not allowed with argument"),
+        (("--what",), "unrecognized arguments: --what"),
+    ],
 )
-def test_impossible_arguments_end_with_exit_code_2(tmp_path, arguments):
+def test_impossible_arguments_end_with_exit_code_2(tmp_path, arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         convert(TENX, "--output", tmp_path / "c", *arguments)
     assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 # Kills, memory, processes

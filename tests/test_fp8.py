@@ -27,8 +27,11 @@ from models.errors import ModelError
 from models.fp8_state import fp8_state
 from models.pretrained import from_pretrained
 from trainer.checkpoint import open_checkpoint
+from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
 from trainer.export import export
+from trainer.model_building import build_model
+from trainer.phases import DataFacts
 from trainer.shards import full_weights
 
 RECIPES = ["current_scaling", "delayed_scaling", "block_scaling", "mxfp8"]
@@ -39,6 +42,14 @@ MODEL = {
 }
 TOKENIZER = {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": 5, "max_genes": 24}
 EMBEDDING = "technical_batch_embedding.weight"
+
+
+class OnlyBackend(torch.nn.Module):
+    """A model whose layers are in FP8 or not, all of them by one recipe."""
+
+    def __init__(self, layer_backend="plain"):
+        super().__init__()
+        self.layer_backend = layer_backend
 
 
 @pytest.fixture(scope="module")
@@ -302,6 +313,19 @@ def test_a_recipe_that_torchao_lacks_is_refused_by_name(tmp_path, corpus):
 def test_a_model_without_fp8_layers_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="takes no argument layer_backend"):
         train(tmp_path, toy({}, precision="fp8", fp8={"backend": "emulate"}))
+
+
+@pytest.mark.parametrize(
+    ("fp8", "name"), [({"exclude_layers": ["out"]}, "exclude_layers"), ({"recipe": "mxfp8"}, "fp8_recipe")]
+)
+def test_what_a_model_does_not_take_is_refused_only_where_it_is_asked_for(fp8, name):
+    config = RunConfig.model_validate(
+        toy({}, precision="fp8", fp8={"backend": "emulate"}, model={"model_class": f"{__name__}.OnlyBackend"})
+    )
+    assert build_model(config, DataFacts({"a": 0}, 1)).layer_backend == "emulate"
+    asked = config.model_copy(update={"fp8": config.fp8.model_copy(update=fp8)})
+    with pytest.raises(ConfigError, match=f"model.model_class takes no argument {name}"):
+        build_model(asked, DataFacts({"a": 0}, 1))
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,32 @@ def test_another_number_of_processes_is_refused_with_the_command_that_starts_the
     assert "training.num_gpus=null" in text
 
 
+def test_ranks_are_ended_where_another_cannot_be_started(monkeypatch):
+    started = []
+
+    class Started:
+        returncode = None
+
+        def __init__(self, *_, **__):
+            if started:
+                raise OSError("no process is left")
+            started.append(self)
+
+        def poll(self):
+            return self.returncode
+
+        def kill(self):
+            self.returncode = -9
+
+        def wait(self):
+            return self.returncode
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Started)
+    with pytest.raises(OSError, match="no process is left"):
+        launch.start_ranks(run_of(), 2)
+    assert [each.returncode for each in started] == [-9]
+
+
 def test_the_command_for_a_machine_without_gpus_names_a_file_that_makes_accelerate_start_several(
     machine, monkeypatch
 ):

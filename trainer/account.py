@@ -2,7 +2,6 @@
 
 import platform
 from importlib import metadata
-from typing import Any
 
 import torch
 
@@ -116,7 +115,7 @@ def _schedule_notes(run: Run, phase: Phase) -> list[str]:
 def _phase_account(run: Run, phase: Phase) -> PhaseAccount:
     groups = run.strategy.optimizer.param_groups
     rates = base_learning_rates(phase.config, groups)
-    named: dict[str, Any] = {"": rates[0]}
+    named: dict[str, float] = {"": rates[0]}
     if len(set(rates)) > 1:
         named = {
             str(group.get("name", index)): rate

@@ -344,9 +344,8 @@ class CheckpointWriter:
                 return read_manifest(final)["save"] == self._identity or None
             return None
 
-        seconds = (
-            2 * self.timeout_seconds
-        )  # rank 0 starts to wait for the others when it has written its files
+        # Rank 0 starts to wait for the others when it has written its files.
+        seconds = 2 * self.timeout_seconds
         if self._poll(seconds, folder, committed) is None:
             raise CheckpointError(
                 f"{self.run_folder}: rank 0 has not completed {checkpoint_name(save.step)} within "

@@ -12,6 +12,7 @@ from torch import Tensor
 from data.plain_yaml import load_plain
 from models.circuit_diffusion import CircuitDiffusion
 from models.prompts import PromptTable
+from trainer.checkpoint_folder import MANIFEST
 from trainer.errors import CheckpointError
 from trainer.run_state import load_weights
 from trainer.zero_building import gathered_where_divided
@@ -83,9 +84,7 @@ def _check_kind(config_args: Mapping[str, Any], model: CircuitDiffusion, where: 
             f"{where} is a pipeline of {unet_class}, and this run's network is {config.unet_class}; set model.type or "
             "model.target (unet_class) to that"
         )
-    of_data = (config_args.get("scheduler") or {}).get("params") or {}
-    before = _prediction(of_data)
-    now = _prediction(config.scheduler.get("params") or {})
+    before, now = _prediction(config_args.get("scheduler")), _prediction(config.scheduler)
     if before != now:
         raise CheckpointError(
             f"{where} was trained to predict {before}, and scheduler.params.prediction_type is {now}; set it to that"
@@ -99,7 +98,8 @@ def _check_kind(config_args: Mapping[str, Any], model: CircuitDiffusion, where: 
         )
 
 
-def _prediction(params: Mapping[str, Any]) -> str:
+def _prediction(scheduler: Mapping[str, Any] | None) -> str:
+    params = (scheduler or {}).get("params") or {}
     return str(params.get("prediction_type", "epsilon"))
 
 
@@ -110,7 +110,7 @@ def _plain(value: Any) -> Any:
 def is_genqc_pipeline(folder: Path) -> bool:
     """Tell whether a folder looks like a pipeline that genQC has saved."""
     names = (CONFIG_FILE, "model.safetensors")
-    return all((folder / name).is_file() for name in names) and not (folder / "manifest.json").exists()
+    return all((folder / name).is_file() for name in names) and not (folder / MANIFEST).exists()
 
 
 def read_genqc_pipeline(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Convert h5ad files to a training corpus: python -m trainer.convert_h5ad IN.h5ad [...] --output DIR."""
 
 import argparse
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -101,8 +102,12 @@ def _add_output_options(parser: argparse.ArgumentParser) -> None:
     """Add how and where the corpus is written."""
     add = parser.add_argument
     add("--output", required=True, type=Path, metavar="DIR", help="folder of the corpus")
-    add("--format", choices=("arrow", "parquet"), default="arrow", help="arrow (default) is read fastest; parquet is "
-        "about five times smaller and can be read remotely")  # fmt: skip
+    add(
+        "--format",
+        choices=("arrow", "parquet"),
+        default="arrow",
+        help="arrow (default) is read fastest; parquet is about five times smaller and can be read remotely",
+    )
     add(
         "--rows-per-shard",
         type=_positive,
@@ -272,25 +277,22 @@ def _number(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
+def _count(text: str, least: int = 0) -> int:
+    with contextlib.suppress(ValueError):
+        if int(text) >= least:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return number
+    return _count(text, least=1)
 
 
 def _fraction(text: str) -> float:
-    number = float(text)
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a number between 0 and 1")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,9 @@ class Ranks:
         """Return every rank's text, in the order of ranks."""
         if self.count == 1:
             return [text]
-        data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8)
+        # Names of files may hold bytes that are no text: an error on one rank here would leave the others waiting.
+        content = text.encode(errors="backslashreplace") or b"\0"
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         size = int(self.max([len(data)])[0])
         padded = torch.zeros(size, dtype=torch.uint8)
         padded[: len(data)] = data
@@ -139,8 +141,8 @@ def start(config: RunConfig) -> tuple[Accelerator, Ranks]:
     if uses_deepspeed:
         zero_config.prepare_environment(on_cpu, precision)
     accelerator = Accelerator(
-        cpu=on_cpu
-        and not uses_deepspeed,  # Accelerate would leave DeepSpeed aside; it takes the CPU by itself
+        # Accelerate would leave DeepSpeed aside, which takes the CPU by itself.
+        cpu=on_cpu and not uses_deepspeed,
         mixed_precision=precision,
         # The loop owns the accumulation boundary; Accelerate must not divide or count.
         gradient_accumulation_steps=1,

@@ -96,6 +96,7 @@ def answer(
         asked: Any = model
         answers: dict[str, Tensor | None] = {**asked(batch)._asdict(), "embedding": asked.encode(batch)}
         return {name: tensor.contiguous() for name, tensor in answers.items() if tensor is not None}
+    # What answers for a model of ours needs nothing of a run.
     from trainer.config.schema import LossConfig
     from trainer.losses import LossModule, build_loss
 

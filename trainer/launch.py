@@ -138,11 +138,11 @@ def start_ranks(config: RunConfig, count: int, *, dry_run: bool = False) -> int:
             "LOCAL_WORLD_SIZE": str(count),
             control.VARIABLE: name,
         }
-        ranks = [
-            subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(count)
-        ]
+        ranks: list[subprocess.Popen[bytes]] = []
         try:
+            for rank in range(count):
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                ranks.append(subprocess.Popen(command, env={**common, **own}))
             _wait(ranks, folder)
         finally:
             for process in ranks:

@@ -22,6 +22,7 @@ from trainer.config.schema import ExportConfig, RunConfig
 from trainer.config.yaml_text import write_yaml
 from trainer.errors import ConfigError, UserError
 from trainer.export import check_free, export
+from trainer.pipeline_folder import MODEL_CLASS, write_pipeline
 
 METADATA_FILE = "metadata.yaml"
 PIPELINE_FILES = (
@@ -46,14 +47,11 @@ def check_destination(config: RunConfig, run_folder: Path | None) -> None:
     if settings is None:
         return
     folder = Path(settings.folder)
-    if settings.format == "circuits":
-        from trainer.pipeline_folder import MODEL_CLASS
-
-        if config.model.model_class.replace(":", ".") != MODEL_CLASS:
-            raise ConfigError(
-                f"export_to.format: circuits is a pipeline of {MODEL_CLASS}, and model.model_class is "
-                f"{config.model.model_class}; set export_to.format: huggingface"
-            )
+    if settings.format == "circuits" and config.model.model_class.replace(":", ".") != MODEL_CLASS:
+        raise ConfigError(
+            f"export_to.format: circuits is a pipeline of {MODEL_CLASS}, and model.model_class is "
+            f"{config.model.model_class}; set export_to.format: huggingface"
+        )
     if folder.exists() and not folder.is_dir():
         raise UserError(f"export_to.folder: {folder} is a file; name a folder")
     replaces = may_replace(settings, folder, run_folder)
@@ -96,8 +94,6 @@ def write_result(config: RunConfig, run_folder: Path, device: str) -> list[str]:
             facts = {"run": run_folder.name, "step": trained.step, "device_used": device}
             write_metadata(folder, facts, files)
             return said
-        from trainer.pipeline_folder import write_pipeline
-
         trained = load_trained(find_checkpoint(run_folder), trusted_modules=modules_of(config))
         facts = metadata_of(trained, run_folder, device)
         written = place(folder, lambda temporary: write_pipeline(trained, settings, temporary), facts)
