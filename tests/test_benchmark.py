@@ -13,6 +13,7 @@ from running import newest_run, records, toy, train, train_ranks
 
 from data.loader import cell_loader
 from data.synthetic import make_synthetic_counts
+from trainer import benchmark as benchmark_module
 from trainer import benchmarking, scoring_queue
 from trainer.benchmark import main, read_benchmarks
 from trainer.checkpoint import open_checkpoint
@@ -316,6 +317,16 @@ def test_a_column_that_the_file_lacks_is_found_before_anything_is_computed(tmp_p
     assert "benchmark linear_probe_2: cell_type_key: " in said
     assert "obs has no column 'donor'; it has: " in said
     assert not (tmp_path / "results").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_found_before_anything_is_computed(
+    tmp_path, place, run, monkeypatch, capsys
+):
+    monkeypatch.setattr(benchmark_module, "embed_all", lambda *_: pytest.fail("cells were embedded"))
+    (tmp_path / "file").touch()
+    settings = {"eval": {"benchmarks": [PROBE]}, "data": {"paths": ["x"]}}
+    assert benchmark(tmp_path, place, run, settings, "--output", tmp_path / "file" / "results") == 2
+    assert "name a folder that can be made" in capsys.readouterr().err
 
 
 def test_the_held_out_cells_file_is_readable(tmp_path, place, monkeypatch):

@@ -30,7 +30,7 @@ from trainer.scoring.benchmarks import Results, pivot, run_benchmarks
 from trainer.scoring.cells import Cells, check_labels
 from trainer.scoring.embedding_baselines import representations
 from trainer.scoring.results import PICTURE_FILE, draw_embedding, write_results
-from trainer.scoring.specs import SPECS, EmbeddingQualitySpec, PerturbationSpec, Spec, parse_specs, titles
+from trainer.scoring.specs import SPECS, EmbeddingQualitySpec, Spec, parse_specs, titles
 
 MODEL, UNTRAINED = "model", "untrained"
 """Representations: the model's embedding, and that of the same network at random initialisation."""
@@ -107,6 +107,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         with file:
             # Before anything is computed, and on every rank alike.
             obs = _read_labels(specs, file)
+            _make_folder(output)
             embedding = embed_all(opened.model, file, ranks, arguments.batch_size)
             untrained = embed_all(opened.untrained(), file, ranks, arguments.batch_size)
             if embedding is None or untrained is None:
@@ -115,7 +116,6 @@ def _benchmark(arguments: argparse.Namespace) -> int:
             cells = Cells(obs, file.expression(), depth, measure)
             found = {MODEL: embedding, UNTRAINED: untrained, **representations(cells)}
             results = run_benchmarks(specs, found, cells)
-            output.mkdir(parents=True, exist_ok=True)
             write_results(output, results, _facts(arguments, opened, file, embedding, specs))
             coloured = _coloured_by(specs, file, obs)
             title = f"{len(cells):,} cells of {arguments.data.name}"
@@ -124,6 +124,15 @@ def _benchmark(arguments: argparse.Namespace) -> int:
         return 0
     finally:
         leave_group()
+
+
+def _make_folder(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: {error.strerror or error}; name a folder that can be made"
+        ) from error
 
 
 def _read_labels(specs: Sequence[Spec], file: H5adCells) -> dict[str, NDArray[np.str_]]:
@@ -138,7 +147,7 @@ def _read_labels(specs: Sequence[Spec], file: H5adCells) -> dict[str, NDArray[np
             try:
                 obs[column] = file.labels(column)
             except DataError as error:
-                option = next(name for name, value in spec.options().items() if value == column)
+                option = next(name for name, value in spec.model_dump().items() if value == column)
                 raise UserError(f"benchmark {title}: {option}: {error}") from None
         try:
             check_labels(spec, obs)
@@ -171,8 +180,7 @@ def _coloured_by(
     specs: Sequence[Spec], file: H5adCells, obs: dict[str, NDArray[np.str_]]
 ) -> dict[str, NDArray[np.str_]]:
     """Return what the picture is coloured by: the first label that a benchmark reads, and the technical batch."""
-    first = specs[0]
-    label = first.perturbation_key if isinstance(first, PerturbationSpec) else first.columns()[0]
+    label = specs[0].columns()[0]
     coloured = {label: obs[label]}
     named = [spec.batch_key for spec in specs if isinstance(spec, EmbeddingQualitySpec) and spec.batch_key]
     there = [*named, *(name for name in _BATCH_COLUMNS if name in file.file.obs.columns())]

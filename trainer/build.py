@@ -168,8 +168,7 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         finish_scoring(run, wait=exit_code == 0)
         run.recorder.close(exit_code)
         if watcher.writes_the_end():
-            with contextlib.suppress(OSError):  # a full disk must not hide what stopped the run
-                journal.note_end(folder, runfolder.write_exit_status(folder, exit_code, reason))
+            write_end(folder, exit_code, reason)
             report_at_end(folder)
         if lease is not None:
             lease.release()
@@ -258,6 +257,12 @@ def save_result(run: Run, folder: Path) -> None:
     ranks.agree_on_error(error)
 
 
+def write_end(folder: Path, exit_code: int, reason: str) -> None:
+    """Write how the run ended into its folder; a full disk must not hide what stopped it."""
+    with contextlib.suppress(OSError):
+        journal.note_end(folder, runfolder.write_exit_status(folder, exit_code, reason))
+
+
 def leave_early(config: RunConfig, ranks: Ranks, where: str) -> None:
     """End before training has begun where any rank is asked to: all of them agree here."""
     request = preemption.request(config.max_wall_seconds if ranks.is_main else None)
@@ -272,8 +277,7 @@ def start_watch(run: Run, folder: Path) -> Watch:
     def say_why(reason: str) -> None:
         control.leave_exit(1, reason)
         if watcher.writes_the_end():
-            with contextlib.suppress(OSError):
-                journal.note_end(folder, runfolder.write_exit_status(folder, 1, reason))
+            write_end(folder, 1, reason)
 
     run.module.register_forward_pre_hook(lambda *_: run.activity.move_on())
     watcher = Watch(
