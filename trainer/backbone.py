@@ -66,13 +66,12 @@ def _of_checkpoint(folder: Path, where: str) -> Backbone:
     saved = find_checkpoint(folder)
     config = load_saved_config(saved.folder / "config.yaml")
     check_model_is_trusted(config, saved)
-    state = saved.state
-    if not saved.has(GENES_FILE) or "sizes" not in state:
+    if not saved.has(GENES_FILE) or "sizes" not in saved.state:
         raise CheckpointError(
             f"{where}: {saved.folder} does not say its genes and sizes; its data was not cells of genes"
         )
     plain = config.model_copy(update={"precision": None, "fp8": None})
-    trained = Trained(saved, plain, saved_facts(saved), state, nn.Identity())  # its weights are not asked for
+    trained = Trained(saved, plain, saved_facts(saved), nn.Identity())  # its weights are not asked for
     description = describe_run_model(trained)
     record = tokenizer_settings(trained)
     folder = Path(os.path.abspath(saved.folder))

@@ -49,8 +49,6 @@ class Trained:
     saved: SavedCheckpoint
     config: RunConfig
     facts: DataFacts
-    state: dict[str, Any]
-    """What the checkpoint says of the run (`SavedCheckpoint.state`)."""
     model: nn.Module
     is_averaged: bool = False
     """Whether the weights are moving averages of those that were trained."""
@@ -58,8 +56,13 @@ class Trained:
     """What else of the user's the configuration may name."""
 
     @property
+    def state(self) -> dict[str, Any]:
+        """What the checkpoint says of the run."""
+        return self.saved.state
+
+    @property
     def num_parameters(self) -> int:
-        """Return the number of the model's weights."""
+        """Number of the model's weights."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
@@ -100,8 +103,7 @@ def load_trained(
     """
     config = load_saved_config(saved.folder / "config.yaml")
     check_model_is_trusted(config, saved, trusted_modules)
-    state = saved.state
-    if "sizes" not in state:
+    if "sizes" not in saved.state:
         raise CheckpointError(
             f"{saved.folder} does not say the sizes of its data, so its model cannot be built without them; resume the "
             "run for one step and export the checkpoint that this writes"
@@ -112,9 +114,8 @@ def load_trained(
     model = build_model(config, facts)
     tensors = open_tensors(saved)
     load_weights(model, whole_weights(tensors, averaged=averaged), str(saved.folder))
-    return Trained(
-        saved, config, facts, state, model.eval(), averaged and has_averages(tensors), tuple(trusted_modules)
-    )
+    is_averaged = averaged and has_averages(tensors)
+    return Trained(saved, config, facts, model.eval(), is_averaged, tuple(trusted_modules))
 
 
 def saved_facts(saved: SavedCheckpoint) -> DataFacts:
