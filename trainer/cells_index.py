@@ -11,6 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from trainer.atomicfile import replace_text
+from trainer.console import counted
 from trainer.errors import CheckpointError
 
 FILE = "cells_seen.json"
@@ -85,10 +86,10 @@ class EpochCells(BaseModel):
     def history(self) -> str:
         """Return on how many ranks it was computed, and what interrupted it; empty for one rank without a break."""
         ranks = [str(number) for number, _ in groupby(each.num_ranks for each in self.stretches)]
-        parts = [] if ranks == ["1"] else [_counted(int(ranks[0]), "rank", ranks[1:])]
+        parts = [] if ranks == ["1"] else [", then ".join([counted(int(ranks[0]), "rank"), *ranks[1:]])]
         for kind, noun in (("resume", "restart"), ("rollback", "rollback")):
             count = sum(each.begins_with == kind for each in self.stretches[1:])
-            parts += [_counted(count, noun)] if count else []
+            parts += [counted(count, noun)] if count else []
         return "; ".join(parts)
 
 
@@ -183,8 +184,3 @@ def read_index(folder: Path) -> CellsIndex | None:
     except FileNotFoundError:
         return None
     return CellsIndex.model_validate_json(text)
-
-
-def _counted(count: int, noun: str, others: Sequence[str] = ()) -> str:
-    then = f", then {', then '.join(others)}" if others else ""
-    return f"{count:,} {noun if count == 1 else f'{noun}s'}{then}"

@@ -53,6 +53,11 @@ def warn_once(text: str) -> None:
         notice(f"warning: {text}")
 
 
+def counted(count: int, one: str, many: str = "") -> str:
+    """Return a number with its noun, as in "1 file" or "2,000 files"; `many` where an s alone makes no plural."""
+    return f"{count:,} {one if count == 1 else many or f'{one}s'}"
+
+
 def table(headers: Sequence[str], rows: Sequence[Sequence[Any]], indent: str = "") -> str:
     """Lay out rows under headers; columns that hold numbers alone are aligned to the right."""
     cells = [[_cell_text(value) for value in row] for row in rows]
@@ -127,7 +132,7 @@ def render_startup(account: StartupAccount) -> str:
     parameters = f"{account.num_parameters:,}"
     if account.num_trainable_parameters != account.num_parameters:
         parameters += f", of which {account.num_trainable_parameters:,} train"
-    threads = f"{account.num_threads} thread{'' if account.num_threads == 1 else 's'} a process"
+    threads = f"{counted(account.num_threads, 'thread')} a process"
     facts = [
         ("run", account.run_name),
         ("folder", account.run_folder),

@@ -14,7 +14,7 @@ from data.conversion import ConversionPlan
 from data.conversion_plan import ConversionSettings, find_inputs, plan_conversions
 from data.conversion_run import Outcome, OutputMode, check_output, is_complete_as_planned, run_conversion
 from data.errors import DataError
-from trainer.console import printable
+from trainer.console import counted, printable
 from trainer.errors import UserError
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -158,7 +158,7 @@ def convert(arguments: argparse.Namespace) -> None:
     for plan in plans:
         check_output(plan, mode)
     for plan in plans:
-        files, shards = _number(len(plan.sources), "file"), _number(plan.num_shards, "shard")
+        files, shards = counted(len(plan.sources), "file"), counted(plan.num_shards, "shard")
         _say(f"{plan.folder}: {plan.num_cells:,} cells of {files} in {shards} ({plan.storage})")
     if arguments.dry_run:
         print("dry run: nothing was written")
@@ -271,10 +271,6 @@ class ConversionProgress:
 def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:6])
     return f"{len(names)}" + (f" ({shown}{', ...' if len(names) > 6 else ''})" if names else "")
-
-
-def _number(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _count(text: str, least: int = 0) -> int:

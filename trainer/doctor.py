@@ -29,7 +29,7 @@ import torch
 import torch.distributed
 from torch.cuda import nccl
 
-from trainer.console import is_main_process, process_index
+from trainer.console import counted, is_main_process, process_index
 from trainer.exits import run_command
 
 State = Literal["ok", "absent", "warning", "broken"]
@@ -217,7 +217,7 @@ def check_process_groups() -> list[Finding]:
         total = torch.ones(1)
         torch.distributed.all_reduce(total)
         assert int(total) == num_ranks
-        ranks = "1 process" if num_ranks == 1 else f"{num_ranks} processes"
+        ranks = counted(num_ranks, "process", "processes")
         findings.append(Finding("gloo", "ok", f"a group of {ranks} adds up"))
         if num_ranks > 1:
             findings.append(_compare_clocks(num_ranks))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 
-from trainer.console import notice
+from trainer.console import counted, notice
 from trainer.errors import ConfigError
 from trainer.phases import Phase
 from trainer.run import Run
@@ -39,7 +39,7 @@ def note_evaluation(run: Run, phase: Phase, means: Mapping[str, float]) -> None:
         shown = "no finite figure" if best is None else f"{best:.6g}"
         notice(
             f"early stopping: phase '{phase.name}' ends at step {progress.global_step}, for {settings.metric} has not "
-            f"improved on {shown} in {settings.patience} evaluation{'' if settings.patience == 1 else 's'}"
+            f"improved on {shown} in {counted(settings.patience, 'evaluation')}"
         )
 
 

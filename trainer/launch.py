@@ -17,7 +17,7 @@ import torch
 from trainer import build, control, preemption, zero_config
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
-from trainer.console import notice
+from trainer.console import counted, notice
 from trainer.errors import ConfigError
 from trainer.exits import FAILED, INTERRUPTED, USER_MISTAKE
 
@@ -58,7 +58,7 @@ def ranks_to_start(config: RunConfig) -> int:
     if 0 < gpus < count:
         raise ConfigError(
             f"{count} processes were asked for (num_gpus, launch.num_processes), a GPU each, and this machine has "
-            f"{_number(gpus)}; {_free()} takes as many as there are"
+            f"{counted(gpus, 'GPU')}; {_free()} takes as many as there are"
         )
     if gpus == 0 and count > 1:
         notice(f"this machine has 0 GPUs: {count} processes compute on the CPU")
@@ -80,15 +80,15 @@ def check_launch(config: RunConfig) -> None:
         )
     if wanted is not None and wanted != world_size:
         raise ConfigError(
-            f"this run is for {wanted} {'process' if wanted == 1 else 'processes'} (num_gpus, launch.num_processes), "
-            f"and {world_size} {'was' if world_size == 1 else 'were'} started; this machine has {_number(gpus)}. "
-            f"Start it with\n  {launch_command(wanted, gpus)}\nor {_free()} takes any number"
+            f"this run is for {counted(wanted, 'process', 'processes')} (num_gpus, launch.num_processes), "
+            f"and {world_size} {'was' if world_size == 1 else 'were'} started; this machine has "
+            f"{counted(gpus, 'GPU')}. Start it with\n  {launch_command(wanted, gpus)}\nor {_free()} takes any number"
         )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
     if 0 < gpus < local:
         raise ConfigError(
-            f"{local} processes were started on this machine, a GPU each, and it has {_number(gpus)}; start as many "
-            "processes as there are GPUs"
+            f"{local} processes were started on this machine, a GPU each, and it has {counted(gpus, 'GPU')}; start as "
+            "many processes as there are GPUs"
         )
     # Ranks that a command has started need not say what it has said.
     if wanted is not None and gpus == 0 and not is_cpu_run(config) and not launch.starts_processes:
@@ -197,10 +197,6 @@ def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
-
-
-def _number(gpus: int) -> str:
-    return f"{gpus} {'GPU' if gpus == 1 else 'GPUs'}"
 
 
 def _processes(count: int) -> str:
