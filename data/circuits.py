@@ -38,6 +38,7 @@ class CircuitSource:
     with padding `bucket` of the batch. A smaller circuit's unitary stands along the diagonal as often as it fits.
     """
 
+    unit = "circuits"
     is_inline = False
     pads_to_step = True
     shuffle_block, shuffle_window = 1, 8192

@@ -28,7 +28,8 @@ class RowSource(Protocol):
     of all ranks' micro-batches), so that what it pads to need not depend on how they are divided.
 
     `fetch` must be a function of its arguments alone: the same rows and draw key give the same batch. A source
-    with `is_inline` is fetched in the consumer's thread, one with `expect(rows)` is told what comes.
+    with `is_inline` is fetched in the consumer's thread, one with `expect(rows)` is told what comes. `unit` names what
+    a row is, in the plural, where it is no cell.
     """
 
     def __len__(self) -> int:

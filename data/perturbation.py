@@ -53,6 +53,7 @@ class PerturbationSource:
     - `num_tokens`: the Python number of elements of `tokens`.
     """
 
+    unit = "sets"
     is_inline = False
     shuffle_block = 1
     shuffle_window = 8192

@@ -87,6 +87,19 @@ def test_phases_with_different_batches_each_say_theirs():
     assert "tune: micro-batch 8 x accumulation 1 x world size 16 = global batch 128" in text
 
 
+def test_the_table_of_phases_names_what_each_counts():
+    sets = replace(PHASE, name="response", num_cells=24, num_validation_cells=None, unit="sets")
+    header, _, row = render_startup(replace(ACCOUNT, phases=(sets,))).splitlines()[-3:]
+    assert header.split()[:3] == ["phase", "sets", "validation"] and row.split()[:3] == [
+        "response",
+        "24",
+        "-",
+    ]
+    text = render_startup(replace(ACCOUNT, phases=(PHASE, sets)))
+    assert "phase     training         validation" in text
+    assert "pretrain  1,234,567 cells  1,000 cells" in text and "response  24 sets " in text
+
+
 def test_the_account_names_what_is_frozen_resumed_and_special():
     account = replace(
         ACCOUNT,
@@ -125,6 +138,8 @@ def test_a_line_averages_rates_over_its_steps():
     fast = step(2, step_seconds=1.0, cells_per_second=500.0, data_wait_fraction=0.8)
     [line] = lines_of(None, [slow, fast], log_every_steps=2)
     assert line == "step 102  pretrain 2  loss 2.5000  lr 1.00e-03  200 cells/s  data wait 20%"
+    [line] = lines_of(None, [slow], log_every_steps=1, unit="sets")
+    assert "  100 sets/s  " in line
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from running import comparable_records, newest_run, records, same_weights, train
 from data.simulator import write_simulated_h5ad
 from data.value_tokenizers import ValueTokenizer
 from trainer.checkpoint import open_checkpoint
+from trainer.report_page import write_page
+from trainer.run_facts import read_run
 
 SIZES: dict[str, Any] = {
     "num_genes": 40, "num_pathways": 2, "members_per_pathway": 6, "distal_per_pathway": 6, "targets_per_pathway": 4,
@@ -69,6 +72,11 @@ def test_a_run_trains_on_cells_and_then_on_their_perturbations(corpus: Path, tmp
     assert len(losses) == 6 + 2 * 3 and losses[-1] < losses[0]
     assert [record["phase"] for record in records(folder, "validation")] == ["response"] * 2
     printed = capsys.readouterr().out
+    assert re.search("^cells +[0-9]+ cells ", printed, re.MULTILINE)
+    assert re.search("^response +24 sets ", printed, re.MULTILINE)
+    assert list(dict.fromkeys(re.findall("[0-9] ([a-z]+)/s  data wait", printed))) == ["cells", "sets"]
+    page = write_page([read_run(folder)])
+    assert "cells and sets trained on" in page and "samples/s" in page
     assert "training: 24 sets of 4 in an epoch" in " ".join(printed.split())
     assert "what their controls share with them: technical batch and cell type 96" in " ".join(
         printed.split()

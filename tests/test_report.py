@@ -214,6 +214,20 @@ def test_curves_of_loss_rate_and_throughput_have_their_phases_marked(page):
     assert table[2][5:] == ["5.000e-04", "32", "25.0%"]
 
 
+def test_what_phases_count_is_named(tmp_path):
+    sets = {**START, "units": {"first": "sets", "second": "sets"}}
+    page = page_of(made_up_run(tmp_path / "sets", events=(sets, DONE)))
+    assert "<dt>sets trained on</dt>" in page and "<dt>sets/s</dt>" in page
+    assert "<b>Sets per second</b>" in page and "<b>Cells per second</b>" not in page
+    assert rows(sections(page)["Training"])[0][2] == "sets"
+    mixed = {**START, "units": {"first": "cells", "second": "sets"}}
+    page = page_of(made_up_run(tmp_path / "mixed", events=(mixed, DONE)))
+    assert "<dt>cells and sets/s</dt>" in page
+    table = rows(sections(page)["Training"])
+    assert table[0][2:4] == ["samples", "of"]
+    assert [row[2:4] for row in table[1:]] == [["960", "cells"], ["640", "sets"]]
+
+
 def test_benchmarks_and_scores_stand_beside_their_baselines(page):
     found = rows(sections(page)["Evaluations"])
     assert ["benchmark", "metric", "model", "±", "pca 32", "at start"] in found

@@ -132,4 +132,5 @@ def _phase_account(run: Run, phase: Phase) -> PhaseAccount:
         micro_batch_size=phase.plan.micro_batch_size,
         accumulation=phase.plan.accumulation,
         world_size=run.ranks.count,
+        unit=phase.unit,
     )

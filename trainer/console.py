@@ -93,6 +93,8 @@ class PhaseAccount:
     accumulation: int
     """Micro-batches in an optimizer step."""
     world_size: int
+    unit: str = "cells"
+    """What the phase's data counts."""
 
     @property
     def batch_arithmetic(self) -> str:
@@ -192,6 +194,7 @@ class ProgressLine:
         *,
         first_step: int = 0,
         log_every_steps: int = 10,
+        unit: str = "cells",
         stream: TextIO | None = None,
     ) -> None:
         """Show nothing yet but an empty bar.
@@ -201,9 +204,11 @@ class ProgressLine:
             num_steps: Optimizer steps that the phase will run; None where nothing tells.
             first_step: Steps of it that an earlier process ran.
             log_every_steps: Steps between two lines, or two updates of the bar's numbers.
+            unit: What the phase's data counts.
             stream: Where to write; None means the standard output.
         """
         self._phase, self._num_steps, self._log_every_steps = phase, num_steps, max(1, log_every_steps)
+        self._unit = unit
         self._stream = sys.stdout if stream is None else stream
         self._is_shown = is_main_process()
         self._bar: tqdm | None = None
@@ -241,7 +246,7 @@ class ProgressLine:
             return
         values = [f"loss {_short(record['loss'])}", f"lr {record['lr']:.2e}"]
         if self._seconds > 0:
-            values.append(f"{self._cells / self._seconds:,.0f} cells/s")
+            values.append(f"{self._cells / self._seconds:,.0f} {self._unit}/s")
             values.append(f"data wait {self._wait_seconds / self._seconds:.0%}")
         self._cells = self._seconds = self._wait_seconds = 0.0
         if self._bar is not None:
@@ -264,12 +269,19 @@ class ProgressLine:
 
 
 def _phases_table(phases: Sequence[PhaseAccount]) -> str:
-    headers = ["phase", "cells", "validation", "epochs", "steps", "lr", "schedule"]
+    units = {phase.unit for phase in phases}
+    is_mixed = len(units) > 1
+    counts = "training" if is_mixed else "".join(units)
+    headers = ["phase", counts, "validation", "epochs", "steps", "lr", "schedule"]
+
+    def counted(count: int, unit: str) -> str:
+        return f"{count:,} {unit}" if is_mixed else f"{count:,}"
+
     rows = [
         [
             phase.name,
-            "?" if phase.num_cells is None else f"{phase.num_cells:,}",
-            "-" if phase.num_validation_cells is None else f"{phase.num_validation_cells:,}",
+            "?" if phase.num_cells is None else counted(phase.num_cells, phase.unit),
+            "-" if phase.num_validation_cells is None else counted(phase.num_validation_cells, phase.unit),
             phase.num_epochs,
             f"{phase.num_steps:,}",
             ", ".join(f"{name} {lr:g}".strip() for name, lr in phase.learning_rates.items()),

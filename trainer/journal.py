@@ -40,6 +40,7 @@ def note_start(
         "num_trainable_parameters": account.num_trainable_parameters,
         "num_threads": account.num_threads,
         "batches": {phase.name: phase.batch_arithmetic for phase in account.phases},
+        "units": {phase.name: phase.unit for phase in account.phases},
         "versions": dict(account.versions),
         "resumed_from": account.resumed_from,
         "resumed_step": resumed_step,

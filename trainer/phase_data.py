@@ -33,6 +33,12 @@ class Cells:
         """Return the technical batch names that the data knows."""
         return technical_batches.discover_names(*self.objects)
 
+    @property
+    def unit(self) -> str:
+        """Return what one sample is, in the plural: as the data set or its loader says by `unit`, else cells."""
+        named = (getattr(holder, "unit", None) for holder in (*self.objects, self.stream))
+        return next((unit for unit in named if isinstance(unit, str)), "cells")
+
     def facts(self) -> dict[str, Any]:
         """Return what one of our own row sources knows of its data; other data knows nothing more."""
         return self.rows.facts() if hasattr(self.rows, "facts") else {}

@@ -65,6 +65,8 @@ class Phase:
     """The same over the validation cells, or None."""
     batch_names: list[str]
     notices: list[str]
+    unit: str = "cells"
+    """What its data counts, for people: cells, sets, circuits."""
     predictions: Any = None
     """What is predicted of its held-out perturbations between epochs (`trainer.prediction_scoring`), or None."""
     steps_before: int = 0
@@ -191,6 +193,7 @@ def _build_phase(
         validation=None if data.validation is None else build.validation(data.validation),
         batch_names=indexer.phase_names,
         notices=[notice for cells in data.parts for notice in cells.notices],
+        unit=data.training.unit,
     )
     if result.total_steps is None:
         raise ConfigError(
@@ -225,7 +228,7 @@ class _LoaderBuilder:
         return self._steps(cells, cells.shuffle, *sizes, order)
 
     def validation(self, cells: Cells) -> StepLoader | StreamLoader:
-        """Build the validation loader: in order, one micro-batch for each rank in an item."""
+        """Build the validation loader: one item holds one micro-batch for each rank."""
         if cells.stream is not None:
             return self._stream(cells, 1)
         micro = cells.batch_size or self.plan.micro_batch_size

@@ -70,6 +70,7 @@ class Recorder:
             phase.total_steps,
             first_step=progress.phase_step,
             log_every_steps=phase.config.log_every_steps,
+            unit=phase.unit,
         )
 
     def write(self, records: Sequence[dict[str, Any]]) -> None:

@@ -41,7 +41,7 @@ def write_page(runs: Sequence[RunFacts]) -> str:
 
 def _one(run: RunFacts) -> str:
     config = _section("Configuration", _table(["key", "value"], [*_flat(run.config).items()], "config"))
-    return "\n".join([_heading(run, "h1"), _cards(run), *_sections(run), config])
+    return "\n".join([_heading(run), _cards(run), *_sections(run), config])
 
 
 def _several(runs: Sequence[RunFacts]) -> str:
@@ -98,10 +98,10 @@ def _sections(run: RunFacts) -> list[str]:
     ]
 
 
-def _heading(run: RunFacts, level: str) -> str:
+def _heading(run: RunFacts) -> str:
     reason = run.status.get("reason")
     said = _line(reason) if reason not in (None, "done") else ""
-    return f"<{level}>{_text(run.name)} {_badge(run)}</{level}>{said}"
+    return f"<h1>{_text(run.name)} {_badge(run)}</h1>{said}"
 
 
 def _badge(run: RunFacts) -> Html:
@@ -132,7 +132,7 @@ def _cards(run: RunFacts) -> str:
 
 
 def _summary(run: RunFacts) -> list[tuple[str, str | None]]:
-    steps, last = run.steps, run.attempts[-1].start if run.attempts else {}
+    steps, last, unit = run.steps, run.attempts[-1].start if run.attempts else {}, _unit(run)
     losses = [each for each in run.evaluations if each.kind == "validation" and "loss" in each.figures]
     best = min(losses, key=lambda each: _or_inf(each.figures["loss"]), default=None)
     smooth = _smooth(run, "loss")[1]
@@ -143,7 +143,7 @@ def _summary(run: RunFacts) -> list[tuple[str, str | None]]:
     rows: list[tuple[str, str | None]] = [
         ("ended", _outcome(run)[1]),
         ("optimizer steps", f"{int(steps.step[-1]):,}" if len(steps) else "0"),
-        ("cells trained on", _count(np.nansum(steps["cells"])) if len(steps) else None),
+        (f"{unit} trained on", _count(np.nansum(steps["cells"])) if len(steps) else None),
         ("tokens trained on", _count(np.nansum(steps["tokens"])) if len(steps) else None),
         ("training loss at the end", _number(smooth[-1]) if len(smooth) else None),
         ("last validation loss", _number(losses[-1].figures["loss"]) if losses else None),
@@ -154,7 +154,7 @@ def _summary(run: RunFacts) -> list[tuple[str, str | None]]:
         ("parameters", _count(last.get("num_parameters"))),
         ("processes", _processes(last)),
         ("precision", last.get("precision")),
-        ("cells/s", _rate(run, "cells")),
+        (f"{unit}/s", _rate(run)),
         ("data wait", _percent(_mean_over_time(run, "data_wait_fraction"))),
         ("skipped steps", f"{int(np.nansum(steps['is_skipped'])):,}" if len(steps) else None),
         ("duration", _duration(duration) if duration else None),
@@ -189,7 +189,7 @@ def _training_charts(run: RunFacts) -> list[str]:
         ),
         '<div class="pair">',
         _figure(
-            "Cells per second",
+            f"{_unit(run).capitalize()} per second",
             [
                 Series("each step", *rate, colour=3, kind="faint"),
                 *_by_phase(run, "cells_per_second", "mean", 3),
@@ -211,7 +211,8 @@ def _training_charts(run: RunFacts) -> list[str]:
 
 
 def _phase_table(run: RunFacts) -> str:
-    steps = run.steps
+    steps, is_mixed = run.steps, len(set(run.units.values())) > 1
+    unit = "samples" if is_mixed else _unit(run)
     rows = []
     for name, span in steps.spans():
         validation = [e.figures["loss"] for e in run.evaluations if e.phase == name and "loss" in e.figures]
@@ -220,10 +221,11 @@ def _phase_table(run: RunFacts) -> str:
                 name,
                 f"{steps.step[span][0]:,} to {steps.step[span][-1]:,}",
                 _count(np.nansum(steps["cells"][span])),
+                run.units.get(name, "cells") if is_mixed else None,
                 _number(_last(steps["loss"][span])),
                 _number(validation[-1]) if validation else None,
                 _number(np.nanmax(steps["lr"][span])) if np.isfinite(steps["lr"][span]).any() else None,
-                _rate(run, "cells", span),
+                _rate(run, span),
                 _percent(_mean_over_time(run, "data_wait_fraction", span)),
                 _bytes(_highest(steps["peak_memory_bytes"][span])),
                 _percent(_mean_over_time(run, "mfu", span)),
@@ -232,11 +234,12 @@ def _phase_table(run: RunFacts) -> str:
     headers = [
         "phase",
         "steps",
-        "cells",
+        unit,
+        "of",
         "last loss",
         "validation",
         "peak lr",
-        "cells/s",
+        f"{unit}/s",
         "data wait",
         "peak memory",
         "MFU",
@@ -638,8 +641,13 @@ def _mean_over_time(run: RunFacts, name: str, span: slice = slice(None)) -> floa
     return float((values[known] * seconds[known]).sum() / total) if total > 0 else None
 
 
-def _rate(run: RunFacts, name: str, span: slice = slice(None)) -> str | None:
-    values, seconds = run.steps[name][span], run.steps["step_seconds"][span]
+def _unit(run: RunFacts) -> str:
+    """Name what the run's phases count, such as cells."""
+    return " and ".join(dict.fromkeys(run.units.values())) or "cells"
+
+
+def _rate(run: RunFacts, span: slice = slice(None)) -> str | None:
+    values, seconds = run.steps["cells"][span], run.steps["step_seconds"][span]
     known = np.isfinite(values) & np.isfinite(seconds)
     total = seconds[known].sum()
     return _short(float(values[known].sum() / total)) if total > 0 else None

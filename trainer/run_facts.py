@@ -120,6 +120,12 @@ class RunFacts:
         """Name the run as its folder does."""
         return self.folder.resolve().name
 
+    @property
+    def units(self) -> dict[str, str]:
+        """Return what each phase's data counts, by its name; empty where nothing tells: then it is cells."""
+        told = self.attempts[-1].start.get("units") if self.attempts else None
+        return {str(name): str(unit) for name, unit in told.items()} if isinstance(told, dict) else {}
+
 
 def read_run(folder: Path) -> RunFacts:
     """Read a run folder.
