@@ -10,6 +10,7 @@ from trainer import parity
 from trainer.config import load_run_config
 from trainer.errors import ConfigError
 from trainer.parity import Parity, Side, compare
+from trainer.phases import Phase
 from trainer.plan import main
 
 NUM_GENES = 40
@@ -67,6 +68,18 @@ def build_in_bf16(config, facts):
     from trainer.model_building import build_model
 
     return build_model(config.model_copy(update={"precision": "bf16", "fp8": None}), facts)
+
+
+def test_rates_follow_each_phases_own_steps_and_limits(config, monkeypatch):
+    told = []
+    monkeypatch.setattr(
+        Phase, "learning_rate_factor", lambda self, step: told.append((self.name, step)) or 1.0
+    )
+    run = load_run_config(config, ["datasets.0.max_steps=2"])
+    second = run.datasets[0].model_copy(update={"name": "second", "max_steps": None})
+    compare(run.model_copy(update={"datasets": (*run.datasets, second)}), 4)
+    name = run.datasets[0].name
+    assert told == 2 * [(name, 0), (name, 1), ("second", 0), ("second", 1)]
 
 
 def test_the_command_prints_the_comparison_and_the_advice(config, capsys):

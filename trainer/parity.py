@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -17,12 +18,13 @@ from trainer import distributed
 from trainer.config.schema import RunConfig
 from trainer.console import table
 from trainer.errors import ConfigError
+from trainer.freezing import split_groups
 from trainer.losses import LossModule, build_loss, move_to_device
 from trainer.model_building import build_model
+from trainer.objective import set_objective_options
 from trainer.optim import build_optimizer, mark_trainable
 from trainer.phases import DataFacts, Phase, open_phases
 from trainer.random_state import seed_dropout, seed_everything
-from trainer.schedule import base_learning_rates, set_learning_rates, set_momentum
 from trainer.strategy import Strategy
 from trainer.weights import initialise_weights
 
@@ -162,6 +164,7 @@ def _prepare(
     mark_trainable(config, module)
     initialise_weights(config, model, phases, facts)
     optimizer = build_optimizer(config, model, module, accelerator.device.type)
+    split_groups(optimizer, module, config.datasets)
     return distributed.prepare(accelerator, module, optimizer, config.max_grad_norm), module
 
 
@@ -170,23 +173,22 @@ def _train(
 ) -> tuple[Side, dict[str, Tensor]]:
     side, first = Side([], []), {}
     seed_dropout(config.seed, 0, 0)
-    for index, (phase, micro_batches) in enumerate(_steps(phases, num_steps)):
-        groups = strategy.optimizer.param_groups
-        factor = phase.learning_rate_factor(index)
-        set_learning_rates(groups, base_learning_rates(phase.config, groups), factor)
-        set_momentum(groups, phase.momentum(index))
+    for phase, phase_step, micro_batches in _steps(phases, num_steps):
+        if phase_step == 0:
+            strategy.hold_still(phase.config.freeze)
+            set_objective_options(module, config.datasets, phase.index)
+        phase.set_rates(strategy.optimizer.param_groups, phase_step)
         weight = sum(module.weight(micro.batch) for micro in micro_batches)
         _wait(strategy)
         started = time.perf_counter()
         total = 0.0
         for number, micro in enumerate(micro_batches):
             with strategy.accumulation(is_last=number == len(micro_batches) - 1):
-                output = strategy.module(
-                    move_to_device(micro.batch, strategy.device), index, phase.total_steps
-                )
+                batch = move_to_device(micro.batch, strategy.device)
+                output = strategy.module(batch, phase_step, phase.total_steps)
                 strategy.backward(output.sum / weight)
             total = total + output.sum.detach()
-        if index == 0:
+        if not side.losses:
             named = module.named_parameters()
             first = {name: p.grad.detach().float().cpu().clone() for name, p in named if p.grad is not None}
         strategy.step()
@@ -196,18 +198,20 @@ def _train(
     return side, first
 
 
-def _steps(phases: list[Phase], num_steps: int) -> Iterator[tuple[Phase, list[MicroBatch]]]:
+def _steps(phases: list[Phase], num_steps: int) -> Iterator[tuple[Phase, int, list[MicroBatch]]]:
+    """Yield the micro-batches of the run's first steps, each with its phase and its number there, from 0."""
     left = num_steps
     for phase in phases:
-        if phase.config.epochs == 0 or left == 0:
-            continue
+        phase_step = 0
         for epoch in range(phase.config.epochs):
-            with contextlib.closing(phase.loader.steps(epoch, 0, left)) as steps:
-                for micro_batches in steps:
-                    yield phase, micro_batches
-                    left -= 1
-                    if left == 0:
-                        return
+            stop = int(min(phase.steps_left(0, phase_step), left))
+            with contextlib.closing(phase.loader.steps(epoch, 0, stop)) as steps:
+                for micro_batches in itertools.islice(steps, stop):
+                    given = [micro for micro in micro_batches if micro.num_cells]
+                    if not given:  # the stream has run dry
+                        break
+                    yield phase, phase_step, given
+                    phase_step, left = phase_step + 1, left - 1
 
 
 def _wait(strategy: Strategy) -> None:
