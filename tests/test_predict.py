@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import anndata
@@ -32,7 +33,7 @@ from trainer import predict as command
 from trainer.export import export
 from trainer.losses import LossModule
 from trainer.perturbation_model import open_perturbation_model
-from trainer.prediction import draw_sets
+from trainer.prediction import draw_sets, knows_technical_batches
 
 SIZES: dict[str, Any] = {
     "num_genes": 40, "num_pathways": 2, "members_per_pathway": 6, "distal_per_pathway": 6, "targets_per_pathway": 4,
@@ -629,3 +630,10 @@ def test_a_prediction_that_is_killed_leaves_no_file_of_the_name(place, tmp_path)
         ranks.wait_for("predicting")
         ranks.kill()
     assert not (tmp_path / "out.h5ad").exists()
+
+
+def test_a_model_is_given_technical_batches_unless_its_configuration_knows_none():
+    model: Any = torch.nn.Linear(1, 1)
+    assert knows_technical_batches(model)  # without a configuration too
+    model.config = SimpleNamespace(n_technical_batches=0)
+    assert not knows_technical_batches(model)

@@ -13,7 +13,7 @@ from data.perturbation_settings import LOADER, PerturbationSettings, load_entrie
 from models.pretrained import CONFIG_FILE, from_pretrained
 from trainer.checkpoint_model import find_checkpoint, load_trained, perturbation_entries
 from trainer.errors import UserError
-from trainer.prediction import check_can_draw
+from trainer.prediction import check_can_draw, knows_technical_batches
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,8 @@ class PerturbationModel:
 
     @property
     def knows_technical_batches(self) -> bool:
-        """Tell whether the model looks at technical batches; it does unless its configuration says that it does not."""
-        config = getattr(self.model, "config", None)
-        return getattr(config, "n_technical_batches", None) != 0
+        """Tell whether the model looks at technical batches."""
+        return knows_technical_batches(self.model)
 
 
 def open_perturbation_model(

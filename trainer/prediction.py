@@ -59,6 +59,11 @@ def predicts_cells_apart(model: nn.Module) -> bool:
     return bool(getattr(model, "predicts_cells_apart", False))
 
 
+def knows_technical_batches(model: nn.Module) -> bool:
+    """Tell whether a model looks at technical batches; it does unless its configuration says that it does not."""
+    return getattr(getattr(model, "config", None), "n_technical_batches", None) != 0
+
+
 def draw_sets(
     module: nn.Module,
     batch: SetBatch,

@@ -29,7 +29,13 @@ from trainer.config.schema import ScoringConfig
 from trainer.errors import ConfigError, UserError
 from trainer.phases import Phase
 from trainer.predicted_cells import write_predicted_cells
-from trainer.prediction import check_can_draw, draw_sets, predicted_blocks, predicts_cells_apart
+from trainer.prediction import (
+    check_can_draw,
+    draw_sets,
+    knows_technical_batches,
+    predicted_blocks,
+    predicts_cells_apart,
+)
 from trainer.run import Run, is_due, leave, position, stop_request
 from trainer.scoring.vcc_options import Preset, preset_named
 from trainer.scoring.vcc_programs import installed_version
@@ -178,8 +184,7 @@ def _chosen_sets(
         cells_per_perturbation=settings.cells_per_perturbation,
         where="held out",
     )
-    # A model whose configuration does not say that it knows no technical batches is given them.
-    knows_batches = getattr(run.module.model.config, "n_technical_batches", None) != 0
+    knows_batches = knows_technical_batches(run.module.model)
     sets = PredictionSets(
         corpus,
         requests,
