@@ -1,11 +1,13 @@
 """What a checkpoint holds, and how a run is put back to it: everything that the next step depends on."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from data.genes import GeneSpace
 from data.tokenizer_options import FITTED_OPTIONS
 from models.fp8_state import fp8_state, load_fp8_state, merged_fp8_state
 from trainer.averaging import drop_average
@@ -145,8 +147,9 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
         drop_average(run.strategy.optimizer)
     if run.scheduler is not None and state["scheduler"] is not None:
         run.scheduler.load_state_dict(state["scheduler"])
+    progress = Progress.from_dict(state["progress"])
     for field in dataclasses.fields(Progress):
-        setattr(run.progress, field.name, getattr(Progress.from_dict(state["progress"]), field.name))
+        setattr(run.progress, field.name, getattr(progress, field.name))
     return [*_restore_rank(run, saved, config), *run.cells_seen.restore(saved)]
 
 
@@ -286,8 +289,6 @@ def _short(value: Any) -> str:
 
 def check_gene_space(text: str, facts: DataFacts, where: str) -> None:
     """Refuse weights whose token ids mean other genes than the data's."""
-    from data.genes import GeneSpace
-
     theirs = GeneSpace.from_json(text)
     if facts.gene_space is None or theirs.sha256 == facts.gene_space.sha256:
         return
@@ -310,6 +311,17 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], where: str
 def check_fit(module: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
     """Compare the names and shapes of saved weights with the model's; all must be there and none else."""
     own = {name: whole_shape(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
+    check_names_and_shapes(own, shapes, "model", f"{where} does not fit the model")
+
+
+def check_names_and_shapes(
+    own: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], what: str, message: str
+) -> None:
+    """Compare the shapes of saved weights with those that are wanted, by the same names; `what` is to hold them.
+
+    Raises:
+        CheckpointError: a weight is missing, unknown or of another shape.
+    """
     missing, unexpected = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
     other = [
         f"{name} is {list(shapes[name])} there and {list(own[name])} here"
@@ -317,11 +329,11 @@ def check_fit(module: nn.Module, shapes: dict[str, tuple[int, ...]], where: str)
         if own[name] != tuple(shapes[name])
     ]
     problems = [f"it lacks {', '.join(missing[:6])}"] if missing else []
-    problems += [f"it has {', '.join(unexpected[:6])}, which the model has not"] if unexpected else []
+    problems += [f"it has {', '.join(unexpected[:6])}, which the {what} has not"] if unexpected else []
     problems += other[:6]
     if problems:
         raise CheckpointError(
-            f"{where} does not fit the model ({len(missing)} names missing, {len(unexpected)} unknown, {len(other)} "
+            f"{message} ({len(missing)} names missing, {len(unexpected)} unknown, {len(other)} "
             f"of another shape): {'; '.join(problems)}"
         )
 

@@ -30,7 +30,7 @@ from trainer.errors import CheckpointError, ConfigError
 from trainer.phases import DataFacts, Phase, saved_circuits
 from trainer.reference_checkpoint import load_reference_checkpoint
 from trainer.run import Run
-from trainer.run_state import check_gene_space, load_weights
+from trainer.run_state import check_gene_space, check_names_and_shapes, load_weights
 from trainer.shards import has_averages, open_tensors, whole_weights
 from trainer.zero_building import gathered_where_divided, whole_shape
 
@@ -79,7 +79,7 @@ def unmasked_batches(config: RunConfig, phases: list[Phase]) -> Iterator[dict[st
         yield from unmasked(PRIOR_CELLS, DrawKey(config.seed, phase.index, 0))
 
 
-def tell_class_counts(model: nn.Module, phases: list[Phase]) -> list[str]:
+def tell_class_counts(model: Any, phases: list[Phase]) -> list[str]:
     """Count the training cells of each class for a model that asks for it, and return what is to be said.
 
     Raises:
@@ -102,7 +102,7 @@ def tell_class_counts(model: nn.Module, phases: list[Phase]) -> list[str]:
             "class_weights: balanced needs the classes of the training cells, and no phase reads them: set `label` of "
             "data.loader.cell_loader, or give the weights as a list"
         )
-    model.set_class_counts(counts.tolist())  # type: ignore[operator]
+    model.set_class_counts(counts.tolist())
     return [
         f"classes weighted in inverse proportion to their training cells: {counts.min()} to {counts.max()}"
     ]
@@ -214,21 +214,9 @@ def load_backbone(source: Source, model: Any, facts: DataFacts, where: str) -> l
     weights = {name: weight for name, weight in weights.items() if name.partition(".")[0] not in heads}
     wanted: dict[str, str] = model.pretrained_names()
     state = model.state_dict(keep_vars=True)
-    missing = sorted(set(wanted.values()) - weights.keys())
-    unexpected = sorted(weights.keys() - set(wanted.values()))
-    other = [
-        f"{theirs} is {list(weights[theirs].shape)} there and {list(whole_shape(state[own]))} here"
-        for own, theirs in wanted.items()
-        if theirs in weights and tuple(weights[theirs].shape) != whole_shape(state[own])
-    ]
-    problems = [f"it lacks {', '.join(missing[:6])}"] if missing else []
-    problems += [f"it has {', '.join(unexpected[:6])}, which the backbone has not"] if unexpected else []
-    problems += other[:6]
-    if problems:
-        raise CheckpointError(
-            f"{where} does not fit the backbone ({len(missing)} names missing, {len(unexpected)} unknown, {len(other)} "
-            f"of another shape): {'; '.join(problems)}"
-        )
+    shapes = {theirs: whole_shape(state[own]) for own, theirs in wanted.items()}
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    check_names_and_shapes(shapes, found, "backbone", f"{where} does not fit the backbone")
     for own, theirs in wanted.items():
         with gathered_where_divided([state[own]]), torch.no_grad():
             state[own].copy_(weights[theirs])
