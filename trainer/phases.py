@@ -298,17 +298,18 @@ def _micro_batch_size(config: RunConfig, index: int, of_loader: int | None) -> i
     """Return the micro-batch: what the user's loader yields, or the configured one, which must not differ."""
     phase = config.datasets[index]
     wanted = phase.micro_batch_size if phase.micro_batch_size is not None else config.micro_batch_size
-    if of_loader is None and wanted is None:
+    size = wanted if of_loader is None else of_loader
+    if size is None:
         raise ConfigError(
             f"datasets.{index}: micro_batch_size (cells per rank in one forward pass) is missing, and the loader of "
             f"phase '{phase.name}' does not tell its batch size"
         )
-    if of_loader is not None and wanted is not None and wanted != of_loader:
+    if wanted is not None and wanted != size:
         raise ConfigError(
             f"datasets.{index}: micro_batch_size is {wanted}, but the loader of phase '{phase.name}' yields batches of "
             f"{of_loader}; leave micro_batch_size out or make the two equal"
         )
-    return int(of_loader if of_loader is not None else wanted)  # type: ignore[arg-type]
+    return int(size)
 
 
 def _common_gene_space(config: RunConfig, opened: list[PhaseData]) -> Any:

@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -337,7 +337,7 @@ def sample_phase(
     )
 
 
-def _micro_batches(phase: Phase) -> Any:
+def _micro_batches(phase: Phase) -> Iterator[MicroBatch]:
     with contextlib.closing(phase.loader.steps(0, 0, phase.steps_per_epoch or 1)) as steps:
         for step in steps:
             for micro in step:

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from trainer.console import table
 from trainer.errors import UserError
+from trainer.report_charts import running_mean
 
 _TRAINING, _VALIDATION, _RATE = "#1f5f99", "#c2410c", "#4b5563"
 _BASELINES = ("#15803d", "#7e22ce", "#a16207", "#be123c")
@@ -111,15 +112,12 @@ def _draw_training_loss(axes: Axes, training: Sequence[Mapping[str, Any]]) -> No
         steps, values = _series(list(group), "loss")
         finite = np.isfinite(values)
         steps, values = steps[finite], values[finite]
-        window = max(1, len(values) // 40)
-        if window > 1:
+        mean_steps, means = running_mean(steps, values)
+        if len(means) < len(values):
             axes.plot(steps, values, color=_TRAINING, linewidth=0.7, alpha=0.3)
-            means = np.convolve(values, np.full(window, 1 / window), mode="valid")
-            first = (window - 1) // 2
-            steps, values = steps[first : first + len(means)], means
         # A phase of one step has no line to draw.
-        marker = "." if len(values) == 1 else ""
-        axes.plot(steps, values, color=_TRAINING, linewidth=1.6, marker=marker, label=label)
+        marker = "." if len(means) == 1 else ""
+        axes.plot(mean_steps, means, color=_TRAINING, linewidth=1.6, marker=marker, label=label)
         label = None
 
 

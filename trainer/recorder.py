@@ -29,7 +29,6 @@ class Recorder:
         self._line: ProgressLine | None = None
         self._cells = CellsIndex(step=0, epochs=[])
         self._clock = time.perf_counter()
-        self.validation: dict[str, dict[str, Any]] = {}
 
     @classmethod
     def open(
@@ -86,7 +85,6 @@ class Recorder:
 
     def evaluated(self, phase: Phase, record: dict[str, Any]) -> None:
         """Write an evaluation's record."""
-        self.validation[phase.name] = record
         if self._metrics is None:
             return
         assert self._trackers is not None

@@ -13,6 +13,7 @@ from models.errors import ModelError
 from models.pretrained import CONFIG_FILE, construct, from_pretrained
 from trainer.checkpoint_model import find_checkpoint, load_trained, tokenizer_settings
 from trainer.errors import UserError
+from trainer.losses import move_to_device
 from trainer.model_building import build_model
 
 
@@ -48,7 +49,6 @@ class SavedModel:
     def _predict(self) -> Any:
         return getattr(self.model, "predict", None)
 
-    @torch.no_grad()
     def embed(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return the embedding of each cell of a batch [B, D], on the CPU in fp32."""
         return embed(self.model, batch)
@@ -56,7 +56,7 @@ class SavedModel:
     @torch.no_grad()
     def predict(self, batch: dict[str, Any]) -> torch.Tensor:
         """Return a fine-tuned model's probabilities [B, classes], or its values [B] or [B, outputs], on the CPU."""
-        return self._predict(_on_device(self.model, batch)).float().cpu()
+        return self._predict(_on_own_device(self.model, batch)).float().cpu()
 
 
 def open_model(
@@ -94,7 +94,7 @@ def open_model(
 def embed(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
     """Return a model's embedding of each cell of a batch [B, D], on the CPU in fp32."""
     encode: Any = model.encode
-    return encode(_on_device(model, batch)).float().cpu()
+    return encode(_on_own_device(model, batch)).float().cpu()
 
 
 def _open_export(folder: Path, phase: str | None, trusted_modules: Sequence[str]) -> SavedModel:
@@ -127,8 +127,5 @@ def _open_checkpoint(path: Path, phase: str | None, trusted_modules: Sequence[st
     )
 
 
-def _on_device(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    device = next(model.parameters()).device
-    return {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-    }
+def _on_own_device(model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+    return move_to_device(batch, next(model.parameters()).device)

@@ -31,8 +31,9 @@ PIPELINE_FILES = (
     "model.safetensors",
     "embedder.safetensors",
     "rest.safetensors",
+    "training_config.yaml",
+    METADATA_FILE,
 )
-PIPELINE_FILES += ("training_config.yaml", METADATA_FILE)
 """What a saved pipeline consists of; the first two say how it is loaded."""
 
 

@@ -217,18 +217,16 @@ class Strategy:
             first += len(names)
         states = {own[name]: tensors.optimizer_state(name) for name in own}
         machine = [
-            {key: group[key] for key in _HOW_IT_IS_COMPUTED if key in group} for group in self._groups()
+            {key: group[key] for key in _HOW_IT_IS_COMPUTED if key in group}
+            for group in self.optimizer.param_groups
         ]
         self.optimizer.load_state_dict(
             {"state": {index: held for index, held in states.items() if held}, "param_groups": settings}
         )
-        for group, kept in zip(self._groups(), machine, strict=True):
+        for group, kept in zip(self.optimizer.param_groups, machine, strict=True):
             group.update(kept)
         if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
-
-    def _groups(self) -> list[dict[str, Any]]:
-        return self.optimizer.param_groups
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

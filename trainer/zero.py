@@ -8,7 +8,7 @@ import contextlib
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,7 +156,7 @@ class ZeroStrategy(Strategy):
         chosen = (p for p in self.own_module.parameters() if p.requires_grad or not trained)
         return sum(getattr(p, "ds_numel", p.numel()) for p in chosen)
 
-    def _forget(self, groups: Any) -> None:
+    def _forget(self, groups: Iterable[int]) -> None:
         chosen, optimizer = set(groups), self.engine.optimizer
         for index, flat in enumerate(self._flats()):
             if flat.group not in chosen:
@@ -262,7 +262,7 @@ class ZeroStrategy(Strategy):
         for flat in self._flats():
             self._load_flat(flat, tensors)
         self._publish_weights()
-        for group, saved in zip(self._groups(), state["groups"], strict=True):
+        for group, saved in zip(self.optimizer.param_groups, state["groups"], strict=True):
             group.update(saved)
         scaler = getattr(self.engine.optimizer, "loss_scaler", None)
         if self.accelerator.mixed_precision == "fp16" and state["gradient_scaler"] is not None:
