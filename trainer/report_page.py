@@ -10,6 +10,7 @@ import numpy as np
 
 from trainer.cells_index import EpochCells
 from trainer.console import printable
+from trainer.exits import INTERRUPTED, PREEMPTED
 from trainer.report_charts import NUM_COLOURS, Series, Span, chart, running_mean
 from trainer.run_facts import RunFacts, as_number
 
@@ -113,9 +114,9 @@ def _outcome(run: RunFacts) -> tuple[str, str]:
     code = run.status.get("exit_code")
     if code == 0:
         return "good", "done"
-    if code == 75:
+    if code == PREEMPTED:
         return "waits", "stopped with a checkpoint"
-    if code == 130:
+    if code == INTERRUPTED:
         return "waits", "interrupted"
     if code is None:
         return "waits", "still running, or killed"
@@ -476,7 +477,7 @@ def _faults(run: RunFacts) -> list[str]:
     faults += [
         f"exit code {end.get('exit_code')} on {_when(end.get('time'))}: {end.get('reason')}"
         for end in ends
-        if end.get("exit_code") not in (0, 75, 130)
+        if end.get("exit_code") not in (0, PREEMPTED, INTERRUPTED)
     ]
     killed = sum(attempt.end is None for attempt in run.attempts[:-1])
     if killed:
