@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, InitProcessGroupKwargs
 from numpy.typing import NDArray
-from torch import nn
 
 from trainer import zero_building, zero_config
 from trainer.config.schema import BatchPlan, RunConfig
 from trainer.errors import ConfigError, UserError
+from trainer.losses import LossModule
 from trainer.strategy import Strategy
 from trainer.zero import ZeroStrategy
 
@@ -178,7 +178,10 @@ def building_model(
 
 
 def prepare(
-    accelerator: Accelerator, module: nn.Module, optimizer: torch.optim.Optimizer, max_grad_norm: float | None
+    accelerator: Accelerator,
+    module: LossModule,
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float | None,
 ) -> Strategy:
     """Prepare a model and its optimizer for the launch's way of training."""
     is_zero = accelerator.distributed_type == DistributedType.DEEPSPEED

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from trainer import averaging
 from trainer.freezing import HeldStill, owners
+from trainer.losses import LossModule
 from trainer.optim import matches, parameter_names
 from trainer.shards import Tensors
 
@@ -33,7 +34,7 @@ class Strategy:
     def __init__(
         self,
         accelerator: Accelerator,
-        module: nn.Module,
+        module: LossModule,
         optimizer: torch.optim.Optimizer,
         max_grad_norm: float | None,
     ) -> None:
@@ -119,7 +120,7 @@ class Strategy:
     def hold_still(self, patterns: Sequence[str]) -> None:
         """Hold the parameters of these patterns still from here on, and no others; tell the model where it asks."""
         self._held.hold(self._groups_of(patterns))
-        tell = getattr(getattr(self.own_module, "model", None), "hold_still", None)
+        tell = getattr(self.own_module.model, "hold_still", None)
         if callable(tell):
             tell(lambda name: matches(name, patterns))
 
@@ -186,10 +187,9 @@ class Strategy:
 
     def _aliases(self) -> dict[str, str]:
         """Return the further names of tied weights, by the model's own names."""
-        model: Any = self.own_module.model
         first: dict[int, str] = {}
         aliases = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        for name, parameter in self.own_module.model.named_parameters(remove_duplicate=False):
             if id(parameter) in first:
                 aliases[name] = first[id(parameter)]
             first.setdefault(id(parameter), name)
@@ -197,7 +197,7 @@ class Strategy:
 
     def weights(self) -> dict[str, Tensor]:
         """Return the entries of the model's state dict that rank 0 saves, by the model's own names."""
-        return dict(self.own_module.model.state_dict())  # type: ignore[union-attr]
+        return dict(self.own_module.model.state_dict())
 
     def shard(self) -> dict[str, Any] | None:
         """Return this rank's part of weights and optimizer state, or None where nothing is sharded."""
@@ -208,8 +208,7 @@ class Strategy:
 
         Names and shapes have been compared before.
         """
-        module = self.own_module
-        module.model.load_state_dict(tensors.model_weights())  # type: ignore[union-attr]
+        self.own_module.model.load_state_dict(tensors.model_weights())
         own = {name: index for index, name in enumerate(n for names in self.group_names for n in names)}
         settings, first = [], 0
         for group, names in zip(state["groups"], self.group_names, strict=True):

@@ -226,7 +226,7 @@ class ZeroStrategy(Strategy):
 
     def weights(self) -> dict[str, Tensor]:
         """Return the entries of the model's state dict that are not sharded: buffers, and weights that never train."""
-        model: Any = self.own_module.model
+        model = self.own_module.model
         whole = {name for name, p in model.named_parameters() if not p.requires_grad and self._stage != 3}
         persistent = model.state_dict(keep_vars=True)
         return {n: t for n, t in persistent.items() if n in whole or not isinstance(t, nn.Parameter)}
@@ -269,7 +269,7 @@ class ZeroStrategy(Strategy):
             vars(scaler).update(state["gradient_scaler"])
 
     def _load_whole(self, tensors: Tensors) -> None:
-        model: Any = self.own_module.model
+        model = self.own_module.model
         for name, tensor in model.state_dict(keep_vars=True).items():
             if not isinstance(tensor, nn.Parameter) or (self._stage != 3 and not tensor.requires_grad):
                 found = tensors.stretch(f"model.{name}", 0, tensor.numel())
