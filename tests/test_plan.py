@@ -375,6 +375,11 @@ def test_planning_takes_no_memory_for_the_model(corpus, tmp_path):
     assert all(state.largest_micro_batch == 0 for state in plan.states)
 
 
+def test_a_stream_is_read_to_its_end_and_no_further(tmp_path):
+    phase = {"dataloader_factory": "toy.stream_loader", "max_steps": 100}
+    assert planned(tmp_path, toy(phase)).phases[0].sample.num_cells == 48
+
+
 def test_a_model_of_a_user_s_own_is_exact_in_parameters_and_estimated_in_operations(tmp_path):
     plan = planned(tmp_path, toy({}))
     expected = 32 * 8 + 8 + (8 * 8 + 8) + (8 + 1)

@@ -1,9 +1,7 @@
 """Whether FP8 is worth it for a run: the same steps in bf16 and in FP8, from one state, on the same cells."""
 
-import contextlib
 import copy
 import dataclasses
-import itertools
 import statistics
 import time
 from collections.abc import Iterator
@@ -205,13 +203,9 @@ def _steps(phases: list[Phase], num_steps: int) -> Iterator[tuple[Phase, int, li
         phase_step = 0
         for epoch in range(phase.config.epochs):
             stop = int(min(phase.steps_left(0, phase_step), left))
-            with contextlib.closing(phase.loader.steps(epoch, 0, stop)) as steps:
-                for micro_batches in itertools.islice(steps, stop):
-                    given = [micro for micro in micro_batches if micro.num_cells]
-                    if not given:  # the stream has run dry
-                        break
-                    yield phase, phase_step, given
-                    phase_step, left = phase_step + 1, left - 1
+            for micro_batches in phase.first_steps(epoch, stop):
+                yield phase, phase_step, micro_batches
+                phase_step, left = phase_step + 1, left - 1
 
 
 def _wait(strategy: Strategy) -> None:

@@ -1,12 +1,14 @@
 """The phases of a run, opened: their loaders, lengths and batch arithmetic, and the facts of their data."""
 
+import contextlib
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from data import technical_batches
-from data.loader import StepLoader
+from data.loader import MicroBatch, StepLoader
 from data.order import GlobalOrder, Order
 from data.stream import StreamLoader
 from data.technical_batches import BatchIndexer, IndexedSource
@@ -103,6 +105,15 @@ class Phase:
         """Return the steps until the epoch or the phase ends, infinity where only the data can tell."""
         limits = [(self.steps_per_epoch, epoch_step), (self.config.max_steps, phase_step)]
         return min((max(0, limit - done) for limit, done in limits if limit is not None), default=math.inf)
+
+    def first_steps(self, epoch: int, num_steps: int) -> Iterator[list[MicroBatch]]:
+        """Yield the first steps of an epoch on one process, without the copies that follow the cells of a stream."""
+        with contextlib.closing(self.loader.steps(epoch, 0, num_steps)) as steps:
+            for micro_batches in itertools.islice(steps, num_steps):
+                given = [micro for micro in micro_batches if micro.num_cells]
+                if not given:
+                    return
+                yield given
 
     def set_rates(self, groups: Sequence[dict[str, Any]], phase_step: int) -> None:
         """Set the learning rates and the momentum of the step numbered `phase_step` (from 0) on parameter groups."""

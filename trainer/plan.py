@@ -4,16 +4,15 @@ Opens the run's data as the run does and builds its model on torch's meta device
 """
 
 import argparse
-import contextlib
 import dataclasses
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from data.loader import MicroBatch
 from trainer import costs, parity
 from trainer.averaging import keep_average
 from trainer.config.load import load_run_config
@@ -302,7 +301,8 @@ def sample_phase(
     activations: list[tuple[float, float]] = []
     tell = getattr(module.model, "activation_bytes", None)
     tell_by_batch = getattr(module.model, "batch_activation_bytes", None)
-    for micro in _micro_batches(phase):
+    steps = phase.first_steps(0, phase.steps_per_epoch or phase.total_steps or 0)
+    for micro in itertools.chain.from_iterable(steps):
         batch = micro.batch
         of_batch = costs.cell_lengths(batch)
         num_tokens = batch["tokens"].numel()
@@ -335,15 +335,6 @@ def sample_phase(
         activation_bytes_per_cell=most[0],
         logits_bytes_per_cell=most[1],
     )
-
-
-def _micro_batches(phase: Phase) -> Iterator[MicroBatch]:
-    with contextlib.closing(phase.loader.steps(0, 0, phase.steps_per_epoch or 1)) as steps:
-        for step in steps:
-            for micro in step:
-                assert isinstance(micro, MicroBatch)
-                if micro.num_cells:
-                    yield micro
 
 
 def phase_on_ranks(
