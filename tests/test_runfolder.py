@@ -19,6 +19,7 @@ from trainer.checkpoint import CheckpointWriter, list_checkpoints
 from trainer.errors import CheckpointError, UserError
 from trainer.reference_checkpoint import load_reference_checkpoint
 from trainer.runfolder import (
+    ResumePlan,
     RunLease,
     adopt,
     create_run_folder,
@@ -240,6 +241,17 @@ def test_a_resume_holds_the_run_from_before_its_newest_checkpoint_is_chosen(tmp_
         assert lease is not None
         with lease, pytest.raises(UserError, match="in use"):
             RunLease(run)
+
+
+def test_a_job_that_is_given_twice_before_its_first_checkpoint_starts_once(tmp_path: Path) -> None:
+    run, other = tmp_path / "a_20260304_050607", tmp_path / "b_20260304_050607"
+    run.mkdir()
+    other.mkdir()
+    with RunLease(other), RunLease(run), pytest.raises(UserError, match=rf"{run} is in use by process"):
+        resolve_resume("auto", tmp_path, "a", hold=True)
+    before = (run / "run.lock").stat()
+    assert resolve_resume("auto", tmp_path, "a", hold=True) == ResumePlan("fresh")
+    assert (run / "run.lock").stat() == before
 
 
 def test_a_resume_that_is_refused_gives_the_run_back(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def resolve_resume(
     goes back over damaged checkpoints with an account, and is a fresh start where there is no checkpoint.
 
     With `hold` the lease of the run folder is taken first: a job that is about to end could otherwise still complete
-    a checkpoint that is newer than the one found here.
+    a checkpoint that is newer than the one found here. A run of this name that has saved nothing yet and is still
+    being trained is no fresh start either: the same job was given twice.
 
     Raises:
         CheckpointError: it is not there or damaged; a damaged checkpoint is never a fresh start.
@@ -106,10 +107,13 @@ def resolve_resume(
     if resume_from is None:
         return ResumePlan("fresh")
     if resume_from in ("latest", "auto"):
-        runs = [run for run in find_runs(output_dir, run_name) if named_checkpoints(run)]
-        if runs:
-            return _newest_of_run(max(runs, key=_last_saved), resume_from, hold)
+        runs = find_runs(output_dir, run_name)
+        saved = [run for run in runs if named_checkpoints(run)]
+        if saved:
+            return _newest_of_run(max(saved, key=_last_saved), resume_from, hold)
         if resume_from == "auto":
+            if hold:
+                _refuse_running(runs)
             return ResumePlan("fresh")
         raise CheckpointError(_nothing_to_resume(Path(output_dir), run_name))
     path = Path(resume_from).expanduser()
@@ -290,6 +294,16 @@ def _lock(path: Path) -> int:
                 "into one run folder unnoticed; choose an output_dir on one that does"
             ) from error
         os.close(descriptor)  # somebody deleted the file meanwhile: the lock is on a file that nobody sees
+
+
+def _refuse_running(runs: list[Path]) -> None:
+    """Refuse to go on where another process trains one of these runs; nothing is written."""
+    for run in runs:
+        with contextlib.suppress(OSError), open(run / "run.lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(_occupied(run / "run.lock")) from error
 
 
 def _occupied(path: Path) -> str:
