@@ -7,6 +7,7 @@ import sys
 import warnings
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -109,6 +110,17 @@ def test_a_violation_is_named_with_what_is_allowed(tmp_path, preset, prediction,
     problems = problems_of(tmp_path, preset, **prediction)
     with pytest.raises(UserError, match=match):
         raise_problems(tmp_path / "pred.h5ad", "the rules", problems)
+
+
+@pytest.mark.parametrize("which", ["pred", "real", "train"])
+def test_a_file_that_takes_content_from_another_is_refused(tmp_path, capsys, which):
+    files = {name: write(tmp_path / f"{name}.h5ad") for name in ("pred", "real", "train")}
+    with h5py.File(files[which], "r+") as file:
+        del file["X"]
+        file["X"] = h5py.ExternalLink(str(tmp_path / "other.h5"), "/X")
+    arguments = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    assert command.main([*arguments, "--preset", "vcc2026", "--output", str(tmp_path / "scores")]) == 2
+    assert f"{which}.h5ad: 'X' lies in another file" in " ".join(capsys.readouterr().err.split())
 
 
 def test_all_violations_are_named_at_once(tmp_path):
