@@ -37,7 +37,7 @@ MARK = "CELLPHASE_TEST_COMMAND"
 PRELOAD = os.environ.get("CELLPHASE_TEST_PRELOAD", "1") != "0"
 """Whether `python SCRIPT` is a fork of a process that has imported torch, which saves seconds; 0 turns it off."""
 
-READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "WANDB_")
+READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "TOY_", "WANDB_")
 """Beginnings of variables that nothing reads while it is imported."""
 READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "PYTEST_CURRENT_TEST"})
 
