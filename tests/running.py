@@ -1,15 +1,19 @@
 """Run whole trainings from tests: in this process (one rank), or as the user's command on several ranks."""
 
+import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from launching import ROOT, free_port, launch_ranks
 
+from trainer import report
 from trainer.build import run
 from trainer.checkpoint import open_checkpoint
 from trainer.config import load_run_config
@@ -48,11 +52,18 @@ def write_config(folder: Path, config: dict[str, Any], **changes: Any) -> Path:
     return path
 
 
-def train(folder: Path, config: dict[str, Any], *, dry_run: bool = False, **changes: Any) -> Path:
-    """Train in this process and return the run folder."""
+def train(
+    folder: Path, config: dict[str, Any], *, dry_run: bool = False, has_picture: bool = False, **changes: Any
+) -> Path:
+    """Train in this process and return the run folder.
+
+    Drawing takes as long as a tiny training and cannot fail one, so the report has its picture where it is asked for.
+    """
     path = write_config(folder, config, **changes)
     reset_accelerate()
-    assert run(load_run_config(path), dry_run=dry_run) == 0
+    undrawn = mock.patch.object(report, "_draw", return_value=False)
+    with contextlib.nullcontext() if has_picture else undrawn:
+        assert run(load_run_config(path), dry_run=dry_run) == 0
     return newest_run(folder) if not dry_run else folder
 
 
@@ -124,9 +135,24 @@ def records(run_folder: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [record for record in read_metrics(run_folder / "metrics.jsonl") if record["kind"] == kind]
 
 
+def losses(run_folder: Path, kind: str = "train") -> list[float]:
+    """Return the losses of the records of one kind."""
+    return [record["loss"] for record in records(run_folder, kind)]
+
+
 def comparable_records(run_folder: Path) -> list[dict[str, Any]]:
     """Return all records without what depends on the clock."""
     return [comparable(record) for record in read_metrics(run_folder / "metrics.jsonl")]
+
+
+def copy_until(run_folder: Path, step: int, folder: Path) -> Path:
+    """Copy a run into `folder`/runs as if it had been killed after the checkpoint of a step."""
+    copied = folder / "runs" / run_folder.name
+    shutil.copytree(run_folder, copied)
+    for checkpoint in copied.glob("checkpoint_*"):
+        if int(checkpoint.name.removeprefix("checkpoint_")) > step:
+            shutil.rmtree(checkpoint)
+    return copied
 
 
 def final_weights(run_folder: Path) -> dict[str, torch.Tensor]:

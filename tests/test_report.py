@@ -552,7 +552,7 @@ def test_a_journal_that_cannot_be_written_is_said_and_stops_nothing(tmp_path, ca
 
 
 def test_a_run_writes_its_journal_and_its_report(tmp_path):
-    folder = train(tmp_path, toy({"epochs": 2}, {"epochs": 1}))
+    folder = train(tmp_path, toy({"epochs": 2}, {"epochs": 1}), has_picture=True)
     page = (folder / "report.html").read_text()
     losses = records(folder, "validation")
     cards = dict(re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", page))

@@ -1,11 +1,11 @@
 import errno
+import functools
 import math
-import shutil
 from collections import Counter
 
 import pytest
 import torch
-from running import comparable_records, final_weights, records, same_weights, toy, train
+from running import comparable_records, copy_until, final_weights, losses, records, same_weights, toy, train
 from safetensors.torch import load_file
 
 from data.errors import DataError
@@ -18,13 +18,9 @@ from trainer.statefile import load_tree
 DROPOUT = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.2}}
 
 
-def losses(folder):
-    return [record["loss"] for record in records(folder)]
-
-
 def test_training_lowers_the_loss_and_validation_falls(tmp_path):
     folder = train(tmp_path, toy({"epochs": 30, "lr": 0.02}))
-    validation = [record["loss"] for record in records(folder, "validation")]
+    validation = losses(folder, "validation")
     assert losses(folder)[-1] < losses(folder)[0] / 2 and validation[-1] < validation[0] / 2
 
 
@@ -196,13 +192,6 @@ def test_a_dry_run_writes_nothing(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def cut_back(folder, step):
-    """Leave a run as if it had been killed after the checkpoint of a step was complete."""
-    for checkpoint in folder.glob("checkpoint_*"):
-        if int(checkpoint.name.removeprefix("checkpoint_")) > step:
-            shutil.rmtree(checkpoint)
-
-
 RESUMABLE = {
     "map_style": {"dataloader_args": {"num_cells": 53, "noisy": True}},
     "replayed_stream": {"dataloader_factory": "toy.stream_loader", "max_steps": 9},
@@ -210,15 +199,32 @@ RESUMABLE = {
 }
 
 
+def resumable(kind):
+    first = {"epochs": 3, "save_every_steps": 1, "schedule": "cosine", **RESUMABLE[kind]}
+    return toy(first, {"lr": 0.003}, model=DROPOUT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return the run folder of a run that was not interrupted, by the kind of its loader."""
+    return functools.cache(lambda kind: train(tmp_path_factory.mktemp(kind), resumable(kind)))
+
+
+SAVED = toy({"epochs": 2, "save_every_steps": 1})
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Return the run folder of a run of four steps, with a checkpoint of each."""
+    return train(tmp_path_factory.mktemp("saved"), SAVED)
+
+
 @pytest.mark.parametrize("kind", RESUMABLE)
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, kind, step):
-    first = {"epochs": 3, "save_every_steps": 1, "schedule": "cosine", **RESUMABLE[kind]}
-    config = toy(first, {"lr": 0.003}, model=DROPOUT)
-    reference = train(tmp_path / "a", config)
-    folder = train(tmp_path / "b", config)
-    cut_back(folder, step)
-    assert train(tmp_path / "b", config, resume_from="latest") == folder
+def test_a_resumed_run_equals_one_that_was_not_interrupted(finished, tmp_path, kind, step):
+    reference = finished(kind)
+    folder = copy_until(reference, step, tmp_path)
+    assert train(tmp_path, resumable(kind), resume_from="latest") == folder
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
 
 
@@ -228,9 +234,9 @@ def test_a_resumed_scheduler_goes_on(tmp_path):
         "scheduler_args": {"T_max": 6},
     }
     config = toy({"epochs": 3, "save_every_steps": 1}, optimizer=optimizer)
-    reference, folder = (train(tmp_path / name, config) for name in "ab")
-    cut_back(folder, 3)
-    train(tmp_path / "b", config, resume_from="latest")
+    reference = train(tmp_path / "whole", config)
+    folder = copy_until(reference, 3, tmp_path)
+    train(tmp_path, config, resume_from="latest")
     assert comparable_records(folder) == comparable_records(reference)
 
 
@@ -255,27 +261,23 @@ def test_resume_latest_without_a_checkpoint_is_an_error(tmp_path):
         ({"model": {**DROPOUT, "config_args": {"width": 16}}}, "does not fit the model"),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_with_the_reason(tmp_path, change, message):
-    config = toy({"epochs": 2, "save_every_steps": 1})
-    folder = train(tmp_path, config)
-    cut_back(folder, 1)
+def test_a_checkpoint_of_another_run_is_refused_with_the_reason(saved, tmp_path, change, message):
+    copy_until(saved, 1, tmp_path)
     with pytest.raises(CheckpointError, match=message):
-        train(tmp_path, {**config, **change}, resume_from="latest")
+        train(tmp_path, {**SAVED, **change}, resume_from="latest")
 
 
-def test_a_refused_resume_leaves_the_run_as_it_was(tmp_path):
-    config = toy({"epochs": 2, "save_every_steps": 1})
-    folder = train(tmp_path, config)
+def test_a_refused_resume_leaves_the_run_as_it_was(saved, tmp_path):
+    folder = copy_until(saved, 4, tmp_path)
     told = {"exit_status.json", "events.jsonl", "report.html", "report.png", "run.lock"}  # of this attempt
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in told}
     with pytest.raises(CheckpointError, match="seed was 3 and is 9"):
-        train(tmp_path, {**config, "seed": 9}, resume_from=str(folder / "checkpoint_1"))
+        train(tmp_path, {**SAVED, "seed": 9}, resume_from=str(folder / "checkpoint_1"))
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name not in told} == before
 
 
-def test_a_run_folder_that_cannot_be_taken_over_is_named(tmp_path, monkeypatch):
-    config = toy({"epochs": 2, "save_every_steps": 1})
-    folder = train(tmp_path, config)
+def test_a_run_folder_that_cannot_be_taken_over_is_named(saved, tmp_path, monkeypatch):
+    folder = copy_until(saved, 4, tmp_path)
 
     def refuse(path, text):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -283,7 +285,7 @@ def test_a_run_folder_that_cannot_be_taken_over_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "replace_text", refuse)
     before = (folder / "config.yaml").read_text()
     with pytest.raises(UserError, match=f"{folder}: the run folder cannot be written .No space left"):
-        train(tmp_path, config, resume_from="latest")
+        train(tmp_path, SAVED, resume_from="latest")
     assert (folder / "config.yaml").read_text() == before
 
 
@@ -294,9 +296,9 @@ def test_every_file_of_a_resumed_run_is_the_same(tmp_path):
     }
     phase = {"epochs": 3, "save_every_steps": 1, "dataloader_args": {"num_cells": 53, "noisy": True}}
     config = toy(phase, {"lr": 0.003}, model=DROPOUT, optimizer=optimizer, ema={"decay": 0.9})
-    reference, folder = (train(tmp_path / name, config) for name in "ab")
-    cut_back(folder, 4)
-    train(tmp_path / "b", config, resume_from="latest")
+    reference = train(tmp_path / "whole", config)
+    folder = copy_until(reference, 4, tmp_path)
+    train(tmp_path, config, resume_from="latest")
     last = max(path.name for path in reference.glob("checkpoint_?"))
     files = [read_manifest(run / last)["files"] for run in (reference, folder)]
     # The counts of cells tell of the restart as well.
@@ -304,9 +306,8 @@ def test_every_file_of_a_resumed_run_is_the_same(tmp_path):
         assert files[0][name] == files[1][name], name
 
 
-def test_a_resume_reads_the_optimizers_state_once(tmp_path, monkeypatch):
-    config = toy({"epochs": 2, "save_every_steps": 1})
-    cut_back(train(tmp_path, config), 2)
+def test_a_resume_reads_the_optimizers_state_once(saved, tmp_path, monkeypatch):
+    copy_until(saved, 2, tmp_path)
     reads, real = Counter(), statefile.safe_open
 
     class Counted:
@@ -328,13 +329,13 @@ def test_a_resume_reads_the_optimizers_state_once(tmp_path, monkeypatch):
             return self._file.get_tensor(name)
 
     monkeypatch.setattr(statefile, "safe_open", Counted)
-    train(tmp_path, config, resume_from="latest")
+    train(tmp_path, SAVED, resume_from="latest")
     of_optimizer = [count for name, count in reads.items() if name.startswith("optimizer.")]
     assert of_optimizer and set(of_optimizer) == {1}
 
 
-def test_init_from_takes_the_newest_checkpoint_of_a_run_or_says_why_not(tmp_path):
-    source = train(tmp_path / "a", toy({"epochs": 2, "save_every_steps": 1}))
+def test_init_from_takes_the_newest_checkpoint_of_a_run_or_says_why_not(saved, tmp_path):
+    source = copy_until(saved, 4, tmp_path / "a")
     (source / "checkpoint_4" / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="checkpoint_4 is not a complete checkpoint"):
         train(tmp_path / "b", toy(), init_from=str(source))
