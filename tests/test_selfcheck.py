@@ -3,16 +3,19 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from launching import ROOT, run_command
+from launching import LEFT_BY_IMPORTS, ROOT, cpu_environment, run_command, start_process
 from running import toy, write_config
 
 from trainer import proofs, selfcheck, verify_resume
@@ -318,45 +321,64 @@ def test_a_cells_hash_does_not_depend_on_its_padding_and_does_on_its_mask():
 # The commands
 
 
+@pytest.fixture
+def forked(monkeypatch, tmp_path):
+    """Let a command run in this process and fork what it starts, each of which would import torch; return its folder.
+
+    The last test runs the command of its name, whose processes are started as a user's are.
+    """
+
+    def fork(command, env, stdout, **options):
+        assert command[:3] == [sys.executable, "-P", "-m"]
+        return start_process([command[0], *command[2:]], env, ROOT, stdout.fileno())
+
+    named = SimpleNamespace(Popen=fork, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(proofs, "subprocess", named)
+    for name in LEFT_BY_IMPORTS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in cpu_environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    return scratch
+
+
 @pytest.mark.slow
-def test_the_selfcheck_passes_and_leaves_nothing_behind(tmp_path):
-    done = run_command(
-        ["python", "-m", "trainer", "selfcheck", "--json", "--device", "cpu"],
-        env={"TMPDIR": str(tmp_path)},
-        timeout=400,
-    )
-    found = {check["name"]: check for check in json.loads(done.stdout)}
+def test_the_selfcheck_passes_and_leaves_nothing_behind(forked, capsys):
+    assert selfcheck.main(["--json", "--device", "cpu"]) == 0
+    found = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
     assert {check["state"] for check in found.values()} == {"passed"}, found
     assert found.keys() == {"processes", "resume", "export", "fp8"}
     assert "the same 96 cells" in found["processes"]["found"] and "emulated" in found["fp8"]["found"]
-    assert not list(tmp_path.glob("cellphase-*"))
+    assert not list(forked.glob("cellphase-*"))
 
 
-def verify(folder, *arguments, expect=0, modules=(), **changes):
-    phases = changes.pop("phases", [{"dataloader_args": SLOW_CELLS}])
-    path = write_config(folder, toy(*phases, global_batch_size=8, **changes))
-    search_path = os.pathsep.join(map(str, [ROOT / "tests", *modules]))
-    scratch = folder / "scratch"
-    scratch.mkdir()
-    done = run_command(
-        ["python", "-m", "trainer", "verify-resume", "--config", path, *arguments],
-        env={"PYTHONPATH": search_path, "TMPDIR": str(scratch)},
-        timeout=300,
-        expect=expect,
-    )
-    assert not (folder / "runs").exists(), "the user's own folder"
-    return done.stdout, scratch
+@pytest.fixture
+def verify(forked, tmp_path, monkeypatch, capsys):
+    """Return what proves the toy run with changes, and returns what it said."""
+
+    def run(*arguments, phases=({"dataloader_args": SLOW_CELLS},), expect=0, **changes):
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(tmp_path)]))
+        path = write_config(tmp_path, toy(*phases, global_batch_size=8, **changes))
+        code = verify_resume.main(["--config", str(path), *arguments])
+        said = capsys.readouterr()
+        assert code == expect, said
+        assert not (tmp_path / "runs").exists(), "the user's own folder"
+        return said.out
+
+    return run
 
 
 @pytest.mark.slow
-def test_a_run_on_two_processes_across_phases_is_equal_and_keeps_its_folders_where_asked(tmp_path):
+def test_a_run_on_two_processes_across_phases_is_equal_and_keeps_its_folders_where_asked(verify, forked):
     dropout = {
         "model_class": "toy.ToyModel",
         "config_class": "toy.ToyConfig",
         "config_args": {"dropout": 0.2},
     }
-    said, scratch = verify(
-        tmp_path,
+    said = verify(
         *("--kill-at", "3", "--steps-after", "4", "--ranks", "2", "--seed", "1", "--keep", "seed=11"),
         phases=[
             {"dataloader_args": SLOW_CELLS, "max_steps": 4},
@@ -365,13 +387,13 @@ def test_a_run_on_two_processes_across_phases_is_equal_and_keeps_its_folders_whe
         model=dropout,
     )
     assert "equal bit for bit up to step 9: 9 records" in said and "2 processes" in said, said
-    [kept] = scratch.glob("cellphase-verify-resume-*")
+    [kept] = forked.glob("cellphase-verify-resume-*")
     assert f"kept: {kept}" in said
     assert yaml.safe_load((kept / "resumed.yaml").read_text())["seed"] == 11
 
 
 @pytest.mark.slow
-def test_a_model_with_random_state_of_its_own_is_caught(tmp_path):
+def test_a_model_with_random_state_of_its_own_is_caught(verify, forked, tmp_path):
     (tmp_path / "forgetful.py").write_text(
         textwrap.dedent(
             """
@@ -389,17 +411,21 @@ def test_a_model_with_random_state_of_its_own_is_caught(tmp_path):
         )
     )
     model = {"model_class": "forgetful.ForgetfulModel", "config_class": "toy.ToyConfig", "config_args": {}}
-    said, scratch = verify(
-        tmp_path, "--kill-at", "2", "--steps-after", "2", expect=1, modules=[tmp_path], model=model
-    )
+    said = verify("--kill-at", "2", "--steps-after", "2", expect=1, model=model)
     assert "DIFFERENT: step 3 (train, phase 'p0')" in said, said
     assert "resumed from step 2" in said and "random state of your own" in said
-    assert not list(scratch.glob("cellphase-*"))
+    assert not list(forked.glob("cellphase-*"))
 
 
 @pytest.mark.slow
 def test_a_step_after_the_runs_end_is_the_users_mistake(tmp_path):
-    quick = [{"dataloader_args": {"num_cells": 16}}]
-    said, scratch = verify(tmp_path, "--kill-at", "2", expect=2, phases=quick)
+    path = write_config(tmp_path, toy({"dataloader_args": {"num_cells": 16}}, global_batch_size=8))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    said = run_command(
+        ["python", "-m", "trainer", "verify-resume", "--config", path, "--kill-at", "2"],
+        env={"PYTHONPATH": str(ROOT / "tests"), "TMPDIR": str(scratch)},
+        expect=2,
+    ).stdout
     assert "--kill-at 2: the run has 2 optimizer steps; choose an earlier step" in said
-    assert not list(scratch.glob("cellphase-*"))
+    assert not list(scratch.glob("cellphase-*")) and not (tmp_path / "runs").exists()
