@@ -1,13 +1,16 @@
 import functools
 import json
-import shutil
+import os
 from pathlib import Path
 
 import pytest
 import torch
-from launching import CPU_CONFIGS, ROOT, run_command
+from accelerate.commands.launch import launch_command, launch_command_parser
+from launching import CPU_CONFIGS, ROOT, launch_ranks, run_command
 from running import (
     comparable_records,
+    copy_until,
+    losses,
     newest_run,
     records,
     strategy_environment,
@@ -50,16 +53,6 @@ def finished(tmp_path_factory):
     return run
 
 
-def copy_until(run_folder, step, folder):
-    """Copy a run as if it had been killed after the checkpoint of a step."""
-    copied = folder / "runs" / run_folder.name
-    shutil.copytree(run_folder, copied)
-    for checkpoint in copied.glob("checkpoint_*"):
-        if int(checkpoint.name.removeprefix("checkpoint_")) > step:
-            shutil.rmtree(checkpoint)
-    return copied
-
-
 def state_of(run_folder, step):
     """Return every tensor of weights and optimizer state by name, and the groups' settings."""
     saved = open_checkpoint(run_folder / f"checkpoint_{step}")
@@ -77,10 +70,6 @@ def assert_close(first, second):
         torch.testing.assert_close(
             first[name], second[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
-
-
-def losses(run_folder, kind="train"):
-    return [record["loss"] for record in records(run_folder, kind)]
 
 
 @pytest.mark.slow
@@ -330,14 +319,30 @@ def test_auto_and_equal_values_are_accepted():
     assert settings["bf16"]["enabled"] and settings["gradient_accumulation_steps"] == 1
 
 
+def handed_on(launch_file, script, monkeypatch):
+    """Return how many ranks `accelerate launch` would start with a file, and the variables that it would give them."""
+    started = []
+    monkeypatch.setattr("torch.distributed.run.run", lambda args: started.append((args, dict(os.environ))))
+    arguments = ["--config_file", str(launch_file), *map(str, script)]
+    launch_command(launch_command_parser().parse_args(arguments))
+    [(launched, environment)] = started
+    assert [launched.training_script, *launched.training_script_args] == [str(part) for part in script]
+    new = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    return int(launched.nproc_per_node), new
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "zero3_offload"])
-def test_the_launch_files_start_the_users_command_from_anywhere(tmp_path, name):
-    path = write_config(tmp_path, CONFIG)
-    command = ["python", "-m", "accelerate.commands.launch", "--config_file", CPU_CONFIGS / f"{name}.yaml"]
-    script = [ROOT / "trainer" / "train.py", "--config", path, "--dry-run"]
-    environment = {"PYTHONPATH": str(ROOT / "tests")}
-    output = run_command([*command, *script], env=environment, cwd=tmp_path).stdout
+def test_the_launch_files_start_the_users_command_from_anywhere(tmp_path, name, monkeypatch):
+    script = [ROOT / "trainer" / "train.py", "--config", write_config(tmp_path, CONFIG), "--dry-run"]
+    launch_file = CPU_CONFIGS / f"{name}.yaml"
+    search_path = {"PYTHONPATH": str(ROOT / "tests")}
+    if name == "zero3_offload":  # one by the real launcher, whose ranks import everything anew
+        command = ["python", "-m", "accelerate.commands.launch", "--config_file", launch_file, *script]
+        output = run_command(command, env=search_path, cwd=tmp_path).stdout
+    else:
+        num_ranks, variables = handed_on(launch_file, script, monkeypatch)
+        output = launch_ranks(num_ranks, script, env=variables | search_path, cwd=tmp_path).stdout
     of_strategy = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2"}.get(name, "ZeRO-3")
     assert f"2 x cpu ({of_strategy})" in output and "dry run: phase 'p1' loss" in output
 
