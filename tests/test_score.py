@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+from launching import ROOT
 from scipy import sparse
 
 from data.simulator import simulate_perturbations
@@ -376,7 +377,7 @@ def test_a_program_that_is_not_installed_is_named_with_its_extra(tmp_path, monke
 
 def test_scoring_imports_no_torch():
     code = "import sys, trainer.scoring.vcc; raise SystemExit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
 
 
 def test_a_program_that_fails_is_said_with_its_output_and_leaves_nothing(tmp_path, monkeypatch):
