@@ -38,7 +38,7 @@ PRELOAD = os.environ.get("CELLPHASE_TEST_PRELOAD", "1") != "0"
 """Whether `python SCRIPT` is a fork of a process that has imported torch, which saves seconds; 0 turns it off."""
 
 READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "TOY_", "WANDB_")
-"""Beginnings of variables that nothing reads while it is imported."""
+"""Beginnings of variables that nothing reads while the one that forks imports it."""
 READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "PYTEST_CURRENT_TEST"})
 
 LEFT_BY_IMPORTS = frozenset({"PYTORCH_NVML_BASED_CUDA_CHECK", "_RJEM_MALLOC_CONF"})
