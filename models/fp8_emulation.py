@@ -54,21 +54,22 @@ class _Fp8Linear(torch.autograd.Function):
         return input_gradient, weight_gradient, bias_gradient, None, None
 
 
-# What delayed scaling remembers is Python state, which a compiler would not keep in order.
-_compute = cast(Callable[..., Tensor], torch.compiler.disable(_Fp8Linear.apply))
-
-
 def fp8_linear(
-    inputs: Tensor, weight: Tensor, bias: Tensor | None = None, scaling: Scaling | None = None
+    inputs: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scaling: Scaling | None = None,
+    product: Callable[..., Tensor] = _Fp8Linear.apply,
 ) -> Tensor:
     """Compute `inputs @ weight.T + bias` as an FP8 layer would; see `F.linear`.
 
     Gradients pass straight through the casts. The result has the autocast type where autocast is on, else that of
-    `inputs`. Without `scaling` each tensor is scaled by its own largest magnitude.
+    `inputs`. Without `scaling` each tensor is scaled by its own largest magnitude. A layer gives the `product` that
+    compilers pass over.
     """
     scaling = CurrentScaling() if scaling is None else scaling
     rows = inputs.reshape(-1, inputs.shape[-1])
-    output = _compute(rows, weight, bias, scaling, torch.is_grad_enabled())
+    output = product(rows, weight, bias, scaling, torch.is_grad_enabled())
     return output.reshape(*inputs.shape[:-1], output.shape[-1])
 
 
@@ -79,13 +80,18 @@ class EmulatedLinear:
         """Take the recipe."""
         self.recipe: Recipe = recipe
         self.scaling = make_scaling(recipe)
+        # What delayed scaling remembers is Python state, which a compiler would not keep in order. This imports the
+        # compiler, a second that layers in other types need not wait.
+        self._product = cast(Callable[..., Tensor], torch.compiler.disable(_Fp8Linear.apply))
 
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute `inputs @ weight.T + bias` on padded rows, as a device would have to."""
         if not switch.is_on:
             return F.linear(inputs, weight, bias)
         return on_aligned_rows(
-            lambda rows: fp8_linear(rows, weight, bias, self.scaling), inputs, alignment(self.recipe)
+            lambda rows: fp8_linear(rows, weight, bias, self.scaling, self._product),
+            inputs,
+            alignment(self.recipe),
         )
 
     def scaling_state(self) -> dict[str, Tensor]:

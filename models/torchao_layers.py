@@ -69,6 +69,8 @@ class TorchaoLinear:
         """Take the choice; the layer that computes is built in the first pass, out of the model."""
         self._is_emulated = is_emulated
         self._layer: nn.Module | None = None
+        # A compiler cannot look into a module that is made while it looks.
+        self._build = cast(Callable[..., nn.Module], torch.compiler.disable(_build))
 
     def __call__(self, inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Compute `inputs @ weight.T + bias` on padded rows."""
@@ -76,7 +78,7 @@ class TorchaoLinear:
             return F.linear(inputs, weight, bias)
         layer, device = self._layer, inputs.device.type
         if layer is None:
-            layer = self._layer = _float8_linear(weight, bias is not None, self._is_emulated)
+            layer = self._layer = self._build(weight, bias is not None, self._is_emulated)
         if torch.is_autocast_enabled(device):
             inputs = inputs.to(torch.get_autocast_dtype(device))
         weights = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -92,7 +94,3 @@ def _build(weight: Tensor, has_bias: bool, is_emulated: bool) -> nn.Module:
         config = dataclasses.replace(config, emulate=True)
     out_features, in_features = weight.shape
     return layer(in_features, out_features, bias=has_bias, device="meta", config=config)
-
-
-# A compiler cannot look into a module that is made while it looks.
-_float8_linear = cast(Callable[..., nn.Module], torch.compiler.disable(_build))

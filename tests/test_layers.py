@@ -3,10 +3,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from launching import run_command
 from torch import nn
 
 from models.fp8_emulation import fp8_linear
 from models.fp8_numerics import quantise
+from models.fp8_state import fp8_state
 from models.layers import MLP, LayerFactory, Linear, Norm, NormLinear, SelfAttention
 from models.transformer import Transformer
 
@@ -223,6 +225,30 @@ def test_fp8_linear_under_autocast_computes_in_fp32_and_returns_bf16():
     assert torch.equal(output, fp8_linear(x, weight).bfloat16())
     output.sum().backward()
     assert weight.grad is not None and weight.grad.dtype == torch.float32
+
+
+def test_layers_without_fp8_import_no_compiler():
+    code = "import sys, models.layers as m; m.LayerFactory().linear('a', 2, 2); print('torch._dynamo' in sys.modules)"
+    assert run_command(["python", "-c", code]).stdout.strip() == "False"
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf"
+)  # the compiler looks at it
+def test_a_compiler_passes_over_what_delayed_scaling_remembers():
+    def trained(compile):
+        torch.manual_seed(0)
+        body = Transformer(
+            16, 1, 2, 32, init_std=0.2, factory=LayerFactory("emulate", recipe="delayed_scaling")
+        )
+        run = torch.compile(body, backend="eager") if compile else body
+        for step in range(3):
+            run((torch.ones(2, 16, 16).cumsum(1) * 10**step).sin()).square().sum().backward()
+        return [p.grad for p in body.parameters()], fp8_state(body)
+
+    (plain, remembered), (compiled, state) = trained(False), trained(True)
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(state, remembered)
 
 
 def test_emulated_layers_differ_from_plain_ones_a_little_and_excluded_ones_not():
