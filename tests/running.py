@@ -125,6 +125,16 @@ def strategy_environment(
     }
 
 
+def copy_until(run_folder: Path, step: int, folder: Path) -> Path:
+    """Copy a run into `folder`/runs as if it had been killed after the checkpoint of a step, and return the copy."""
+    copied = folder / "runs" / run_folder.name
+    shutil.copytree(run_folder, copied)
+    for checkpoint in copied.glob("checkpoint_*"):
+        if int(checkpoint.name.removeprefix("checkpoint_")) > step:
+            shutil.rmtree(checkpoint)
+    return copied
+
+
 def newest_run(folder: Path) -> Path:
     """Return the run folder that was made last."""
     return max((folder / "runs").iterdir(), key=lambda path: (path.stat().st_mtime, path.name))
@@ -143,16 +153,6 @@ def losses(run_folder: Path, kind: str = "train") -> list[float]:
 def comparable_records(run_folder: Path) -> list[dict[str, Any]]:
     """Return all records without what depends on the clock."""
     return [comparable(record) for record in read_metrics(run_folder / "metrics.jsonl")]
-
-
-def copy_until(run_folder: Path, step: int, folder: Path) -> Path:
-    """Copy a run into `folder`/runs as if it had been killed after the checkpoint of a step."""
-    copied = folder / "runs" / run_folder.name
-    shutil.copytree(run_folder, copied)
-    for checkpoint in copied.glob("checkpoint_*"):
-        if int(checkpoint.name.removeprefix("checkpoint_")) > step:
-            shutil.rmtree(checkpoint)
-    return copied
 
 
 def final_weights(run_folder: Path) -> dict[str, torch.Tensor]:

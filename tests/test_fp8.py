@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from cell_batches import make_batch, make_encoder
 from corpora import Cells, write_corpus
 from running import (
     comparable_records,
+    copy_until,
     final_weights,
     newest_run,
     records,
@@ -79,16 +79,6 @@ def losses(folder):
     return [record["loss"] for record in records(folder)]
 
 
-def until(run_folder, step, folder):
-    """Copy a run as if it had been killed after the checkpoint of a step."""
-    copied = folder / "runs" / run_folder.name
-    shutil.copytree(run_folder, copied)
-    for checkpoint in copied.glob("checkpoint_*"):
-        if int(checkpoint.name.removeprefix("checkpoint_")) > step:
-            shutil.rmtree(checkpoint)
-    return copied
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, corpus):
     """Return one run of two epochs by precision or recipe."""
@@ -100,6 +90,23 @@ def finished(tmp_path_factory, corpus):
             changes = {"precision": kind} if kind == "bf16" else {"recipe": kind}
             found[kind] = train(folder, config_of(corpus, phase={"epochs": 2}, **changes))
         return found[kind]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory, corpus):
+    """Return one run of two epochs by two processes, by strategy."""
+    found = {}
+
+    def run(strategy):
+        if strategy not in found:
+            folder = tmp_path_factory.mktemp(strategy)
+            train_ranks(
+                2, folder, config_of(corpus, "delayed_scaling", phase={"epochs": 2}), strategy=strategy
+            )
+            found[strategy] = newest_run(folder)
+        return found[strategy]
 
     return run
 
@@ -161,7 +168,7 @@ def test_accumulated_micro_batches_train_as_one_large_batch(tmp_path, corpus, fi
 
 def test_a_resumed_run_of_delayed_scaling_equals_one_that_was_not_interrupted(tmp_path, corpus, finished):
     reference = finished("delayed_scaling")
-    folder = until(reference, 2, tmp_path)
+    folder = copy_until(reference, 2, tmp_path)
     train(tmp_path, config_of(corpus, "delayed_scaling", phase={"epochs": 2}), resume_from=str(folder))
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
     states = [
@@ -176,7 +183,7 @@ def test_a_resumed_run_of_delayed_scaling_equals_one_that_was_not_interrupted(tm
 def test_a_resume_that_forgot_the_scales_would_be_seen(tmp_path, corpus, finished, monkeypatch):
     monkeypatch.setattr("trainer.run_state.load_fp8_state", lambda module, state: [])
     reference = finished("delayed_scaling")
-    folder = until(reference, 2, tmp_path)
+    folder = copy_until(reference, 2, tmp_path)
     train(tmp_path, config_of(corpus, "delayed_scaling", phase={"epochs": 2}), resume_from=str(folder))
     assert not same_weights(folder, reference)
 
@@ -202,7 +209,7 @@ def test_weights_of_one_precision_start_a_run_in_the_other(tmp_path, corpus, fin
 
 @pytest.mark.parametrize(("before", "after"), [("bf16", "delayed_scaling"), ("delayed_scaling", "bf16")])
 def test_a_run_goes_on_in_the_other_precision(tmp_path, corpus, finished, capsys, before, after):
-    folder = until(finished(before), 4, tmp_path)
+    folder = copy_until(finished(before), 4, tmp_path)
     changes = {"precision": after} if after == "bf16" else {"recipe": after}
     train(tmp_path, config_of(corpus, phase={"epochs": 2}, **changes), resume_from=str(folder))
     assert losses(folder)[:4] == losses(finished(before))[:4]
@@ -226,10 +233,8 @@ def test_an_exported_fp8_run_has_plain_layers_and_its_weights(tmp_path, finished
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-def test_two_processes_train_alike_under_every_strategy(tmp_path, corpus, finished, strategy):
-    config = config_of(corpus, "delayed_scaling", phase={"epochs": 2})
-    train_ranks(2, tmp_path, config, strategy=strategy)
-    folder = newest_run(tmp_path)
+def test_two_processes_train_alike_under_every_strategy(finished, of_two, strategy):
+    folder = of_two(strategy)
     assert losses(folder) == pytest.approx(losses(finished("delayed_scaling")), rel=0.03)
     assert final_weights(folder)[EMBEDDING].shape == (3, 32)
     saved = open_checkpoint(folder / "checkpoint_8")
@@ -240,15 +245,14 @@ def test_two_processes_train_alike_under_every_strategy(tmp_path, corpus, finish
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_two_processes_resume_exactly_and_one_process_goes_on_from_both(tmp_path, corpus, strategy):
+def test_two_processes_resume_exactly_and_one_process_goes_on_from_both(tmp_path, corpus, of_two, strategy):
     config = config_of(corpus, "delayed_scaling", phase={"epochs": 2})
-    train_ranks(2, tmp_path / "a", config, strategy=strategy)
-    reference = newest_run(tmp_path / "a")
-    folder = until(reference, 4, tmp_path / "b")
-    train_ranks(2, tmp_path / "b", config, strategy=strategy, resume_from=str(folder))
+    reference = of_two(strategy)
+    folder = copy_until(reference, 4, tmp_path / "two")
+    train_ranks(2, tmp_path / "two", config, strategy=strategy, resume_from=str(folder))
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
-    alone = until(reference, 4, tmp_path / "c")
-    train(tmp_path / "c", config, resume_from=str(alone))
+    alone = copy_until(reference, 4, tmp_path / "one")
+    train(tmp_path / "one", config, resume_from=str(alone))
     assert losses(alone) == pytest.approx(losses(reference), rel=0.01)
 
 

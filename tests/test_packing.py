@@ -1,6 +1,5 @@
 """Packed and bucketed batches: the same cells, masks, losses and gradients as padded ones."""
 
-import shutil
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from corpora import make_cells, write_corpus
 from running import (
     comparable_records,
+    copy_until,
     final_weights,
     newest_run,
     records,
@@ -353,35 +353,37 @@ def losses(folder):
     return [record["loss"] for record in found]
 
 
-def test_packed_and_bucketed_runs_have_the_losses_of_the_padded_one(tmp_path, corpora):
-    runs = {}
-    for layout in ("padded", "packed", "bucketed"):
-        runs[layout] = train(tmp_path / layout, run_config(phase(corpora / "arrow", layout, epochs=2)))
+@pytest.fixture(scope="module")
+def padded_run(tmp_path_factory, corpora):
+    """Return a run of 8 steps on padded batches, which the other layouts are compared with."""
+    return train(tmp_path_factory.mktemp("padded"), run_config(phase(corpora / "arrow", "padded", epochs=2)))
+
+
+def test_packed_and_bucketed_runs_have_the_losses_of_the_padded_one(tmp_path, corpora, padded_run):
+    runs = {"padded": padded_run}
     for layout in ("packed", "bucketed"):
-        assert losses(runs[layout]) == pytest.approx(losses(runs["padded"]), rel=1e-5)
+        runs[layout] = train(tmp_path / layout, run_config(phase(corpora / "arrow", layout, epochs=2)))
+        assert losses(runs[layout]) == pytest.approx(losses(padded_run), rel=1e-5)
         for name, value in final_weights(runs[layout]).items():
-            torch.testing.assert_close(value, final_weights(runs["padded"])[name], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(value, final_weights(padded_run)[name], rtol=1e-3, atol=1e-4)
     counted = [[record["tokens"] for record in records(folder)] for folder in runs.values()]
     assert counted[0] == counted[1] == counted[2]
 
 
-def test_a_run_goes_on_in_another_layout(tmp_path, corpora):
-    reference = train(tmp_path / "a", run_config(phase(corpora / "arrow", "padded", epochs=2)))
-    folder = train(tmp_path / "b", run_config(phase(corpora / "arrow", "padded", epochs=2)))
-    shutil.rmtree(folder / "checkpoint_8")
+def test_a_run_goes_on_in_another_layout(tmp_path, corpora, padded_run):
+    folder = copy_until(padded_run, 4, tmp_path)
     changed = run_config(phase(corpora / "arrow", "packed", epochs=2), resume_from="latest")
-    assert losses(train(tmp_path / "b", changed)) == pytest.approx(losses(reference), rel=1e-5)
+    assert train(tmp_path, changed) == folder
+    assert losses(folder) == pytest.approx(losses(padded_run), rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["packed", "bucketed"])
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, corpora, layout):
     model = {**ENCODER, "config_args": {**ENCODER["config_args"], "dropout": 0.2, "attention_dropout": 0.1}}
     config = run_config(phase(corpora / "arrow", layout, epochs=2, save_every_steps=3), model=model)
-    reference, folder = train(tmp_path / "a", config), train(tmp_path / "b", config)
-    for checkpoint in folder.glob("checkpoint_*"):
-        if int(checkpoint.name.split("_")[1]) > 3:
-            shutil.rmtree(checkpoint)
-    train(tmp_path / "b", config, resume_from="latest")
+    reference = train(tmp_path / "whole", config)
+    folder = copy_until(reference, 3, tmp_path)
+    train(tmp_path, config, resume_from="latest")
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
 
 
@@ -404,10 +406,9 @@ def test_fp8_in_emulation_trains_on_packed_batches(tmp_path, corpora):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "bucketed"])
-def test_two_ranks_have_the_losses_of_one_padded_run(tmp_path, corpora, layout):
-    reference = train(tmp_path / "one", run_config(phase(corpora / "arrow", "padded", epochs=2)))
-    train_ranks(2, tmp_path / "two", run_config(phase(corpora / "arrow", layout, epochs=2)))
-    assert losses(newest_run(tmp_path / "two")) == pytest.approx(losses(reference), rel=1e-5)
+def test_two_ranks_have_the_losses_of_one_padded_run(tmp_path, corpora, padded_run, layout):
+    train_ranks(2, tmp_path, run_config(phase(corpora / "arrow", layout, epochs=2)))
+    assert losses(newest_run(tmp_path)) == pytest.approx(losses(padded_run), rel=1e-5)
 
 
 @pytest.mark.slow
