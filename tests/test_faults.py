@@ -35,10 +35,12 @@ ENDLESS = {"epochs": 500, "log_every_steps": 1, "dataloader_args": {"seconds_per
 
 
 def start(folder: Path, config: dict[str, Any], *, script=None, env=None, **changes: Any) -> RankGroup:
-    path = write_config(folder, config, **changes)
-    command = [ROOT / "trainer" / "train.py"] if script is None else ["-c", script]
-    environment = {"PYTHONPATH": str(ROOT / "tests"), **(env or {})}
-    return start_ranks(2, [*command, "--config", path], env=environment)
+    path, command = write_config(folder, config, **changes), ROOT / "trainer" / "train.py"
+    if script is not None:  # in a file, since `python -c` would import everything anew in each rank
+        command = folder / "script.py"
+        command.write_text(script)
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)]), **(env or {})}
+    return start_ranks(2, [command, "--config", path], env=environment)
 
 
 def run_as(preparation: str) -> str:
