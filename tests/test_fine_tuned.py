@@ -1,6 +1,5 @@
 """Fine-tuning: the head and its losses, where the backbone's weights come from, and what is held still."""
 
-import shutil
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from finetuning import (
 )
 from running import (
     comparable_records,
+    copy_until,
     final_weights,
     newest_run,
     records,
@@ -308,10 +308,7 @@ def test_gradual_unfreezing_holds_the_backbone_still_and_resumes_exactly(tmp_pat
     assert any(not torch.equal(half[name], after[name]) for name in names)
     for step in (1, 3):
         folder = tmp_path / f"cut_{step}"
-        cut = folder / "runs" / whole.name
-        shutil.copytree(whole, cut)
-        for later in range(step + 1, 5):
-            shutil.rmtree(cut / f"checkpoint_{later}")
+        cut = copy_until(whole, step, folder)
         train(folder, config, resume_from="latest", init_from=None)
         assert comparable_records(cut) == comparable_records(whole) and same_weights(cut, whole)
 
@@ -399,22 +396,28 @@ def test_the_backbones_it_knows_are_those_of_the_documentation():
     assert list(BACKBONES) == [each[0] for each in FAMILIES.values()]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_two_ranks_fine_tune_as_one_does(tmp_path, corpus, pretrained, strategy):
-    sizes = {"dropout": 0.0}
-    config = fine_tuning(
+def without_dropout(corpus, pretrained):
+    """Return a run that is the same on one rank and on two."""
+    return fine_tuning(
         corpus,
         pretrained["encoder"],
         phases=GRADUAL,
-        config_args={"backbone_config": {**backbone_config(), **sizes}, "head_dropout": 0.0},
+        config_args={"backbone_config": {**backbone_config(), "dropout": 0.0}, "head_dropout": 0.0},
         global_batch_size=8,
         micro_batch_size=4,
     )
-    alone = train(tmp_path / "one", config)
-    train_ranks(2, tmp_path / "two", config, strategy=strategy)
-    together = newest_run(tmp_path / "two")
-    one, two = ([record["loss"] for record in records(run)] for run in (alone, together))
+
+
+@pytest.fixture(scope="module")
+def tuned_by_one(home, corpus, pretrained):
+    return train(home / "tuned_by_one", without_dropout(corpus, pretrained))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_two_ranks_fine_tune_as_one_does(tmp_path, corpus, pretrained, tuned_by_one, strategy):
+    train_ranks(2, tmp_path, without_dropout(corpus, pretrained), strategy=strategy)
+    one, two = ([record["loss"] for record in records(run)] for run in (tuned_by_one, newest_run(tmp_path)))
     assert two == pytest.approx(one, abs=1e-5)
 
 

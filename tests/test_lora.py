@@ -2,7 +2,6 @@
 
 import copy
 import re
-import shutil
 
 import fake_te
 import pytest
@@ -10,6 +9,7 @@ import torch
 from finetuning import backbone_config, fine_tuning, pretraining, write_typed_corpus
 from running import (
     comparable_records,
+    copy_until,
     final_weights,
     newest_run,
     records,
@@ -254,10 +254,7 @@ def test_biases_train_beside_where_they_are_asked_for(tmp_path, corpus, pretrain
 
 
 def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, corpus, pretrained, run):
-    cut = tmp_path / "runs" / run.name
-    shutil.copytree(run, cut)
-    for step in (2, 3):
-        shutil.rmtree(cut / f"checkpoint_{step}")
+    cut = copy_until(run, 1, tmp_path)
     train(tmp_path, lora_run(corpus, pretrained), resume_from="latest", init_from=None)
     assert comparable_records(cut) == comparable_records(run) and same_weights(cut, run)
 
@@ -302,18 +299,25 @@ def test_unmerged_corrections_are_no_start_for_another_run(tmp_path, corpus, run
         train(tmp_path, fine_tuning(corpus, run))
 
 
+def without_dropout(corpus, pretrained):
+    """Return a run that is the same on one rank and on two."""
+    quiet = {"backbone_config": {**backbone_config(), "dropout": 0.0}, "head_dropout": 0.0, "lora": LORA}
+    return lora_run(corpus, pretrained, config_args=quiet, global_batch_size=8, micro_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def run_of_one(tmp_path_factory, corpus, pretrained):
+    return train(tmp_path_factory.mktemp("run_of_one"), without_dropout(corpus, pretrained))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
-def test_two_ranks_train_corrections_as_one_does(tmp_path, corpus, pretrained, strategy):
-    quiet = {"backbone_config": {**backbone_config(), "dropout": 0.0}, "head_dropout": 0.0}
-    quiet["lora"] = {"rank": 2, "alpha": 4, "dropout": 0.0}
-    config = lora_run(corpus, pretrained, config_args=quiet, global_batch_size=8, micro_batch_size=4)
-    alone = train(tmp_path / "one", config)
-    train_ranks(2, tmp_path / "two", config, strategy=strategy)
-    together = newest_run(tmp_path / "two")
-    one, two = ([record["loss"] for record in records(run)] for run in (alone, together))
+def test_two_ranks_train_corrections_as_one_does(tmp_path, corpus, pretrained, run_of_one, strategy):
+    train_ranks(2, tmp_path, without_dropout(corpus, pretrained), strategy=strategy)
+    together = newest_run(tmp_path)
+    one, two = ([record["loss"] for record in records(run)] for run in (run_of_one, together))
     assert two == pytest.approx(one, abs=1e-5)
-    weights, same = final_weights(alone), final_weights(together)
+    weights, same = final_weights(run_of_one), final_weights(together)
     for name, tensor in weights.items():
         torch.testing.assert_close(same[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
     export(together, tmp_path / "out")

@@ -1,10 +1,9 @@
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from running import comparable_records, newest_run, records, same_weights, train, train_ranks
+from running import comparable_records, copy_until, newest_run, records, same_weights, train, train_ranks
 
 from data.simulator import write_simulated_h5ad
 from data.value_tokenizers import ValueTokenizer
@@ -99,11 +98,9 @@ def test_a_run_interrupted_in_its_second_phase_goes_on_as_if_it_had_not_been(
     corpus: Path, tmp_path: Path, arguments: dict[str, Any]
 ):
     run = config(corpus, **arguments)
-    reference, folder = train(tmp_path / "a", run), train(tmp_path / "b", run)
-    for checkpoint in folder.glob("checkpoint_*"):
-        if int(checkpoint.name.split("_")[1]) > 7:  # in the middle of the first epoch of the second phase
-            shutil.rmtree(checkpoint)
-    train(tmp_path / "b", run, resume_from="latest")
+    reference = train(tmp_path / "whole", run)
+    folder = copy_until(reference, 7, tmp_path)  # in the middle of the first epoch of the second phase
+    train(tmp_path, run, resume_from="latest")
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
 
 
@@ -111,11 +108,9 @@ def test_a_run_interrupted_in_its_second_phase_goes_on_as_if_it_had_not_been(
 def test_one_and_two_processes_have_the_same_losses_on_sets(corpus: Path, tmp_path: Path):
     run = config(corpus)
     run["model"] = {"model_class": "toy_sets.NoDropout"}
-    losses = []
-    for count in (1, 2):
-        train_ranks(count, tmp_path / str(count), run)
-        folder = newest_run(tmp_path / str(count))
-        losses.append(
-            [record["loss"] for kind in ("train", "validation") for record in records(folder, kind)]
-        )
+    train_ranks(2, tmp_path / "two", run)
+    losses = [
+        [record["loss"] for kind in ("train", "validation") for record in records(folder, kind)]
+        for folder in (train(tmp_path / "one", run), newest_run(tmp_path / "two"))
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -518,14 +518,17 @@ def losses(folder: Any) -> list[float]:
     return [record["loss"] for kind in ("train", "validation") for record in records(folder, kind)]
 
 
+@pytest.fixture(scope="module")
+def losses_of_one(tmp_path_factory):
+    return losses(train(tmp_path_factory.mktemp("one"), run_config()))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_losses_of_one_process_and_of_two_are_the_same(tmp_path, strategy):
-    one = losses(train(tmp_path / "one", run_config()))
-    train_ranks(2, tmp_path / "two", run_config(), strategy=strategy)
-    two = losses(newest_run(tmp_path / "two"))
-    assert len(one) == 3 + 6 + 3
-    assert two == pytest.approx(one, rel=1e-4)
+def test_losses_of_one_process_and_of_two_are_the_same(tmp_path, losses_of_one, strategy):
+    train_ranks(2, tmp_path, run_config(), strategy=strategy)
+    assert len(losses_of_one) == 3 + 6 + 3
+    assert losses(newest_run(tmp_path)) == pytest.approx(losses_of_one, rel=1e-4)
 
 
 @pytest.mark.slow

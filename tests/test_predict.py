@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from launching import ROOT, launch_ranks, start_ranks
-from running import toy, train
+from running import strategy_environment, toy, train, write_config
 
 from data.corpus import open_corpus
 from data.errors import DataError
@@ -586,26 +586,31 @@ raise SystemExit(build.run(load_run_config(sys.argv[1])))
 """
 
 
+def drawn_in_a_run(place, folder, num_ranks, strategy="ddp"):
+    """Return the arrays of the cells that the ranks of a run draw."""
+    path = write_config(folder, config(place), global_batch_size=8)
+    (folder / "script.py").write_text(DRAW_IN_A_RUN)
+    environment = strategy_environment(folder, strategy, num_ranks)
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
+    arguments = [folder / "script.py", path, folder / "drawn.npz"]
+    launch_ranks(num_ranks, arguments, env=environment, cwd=folder)
+    return np.load(folder / "drawn.npz")
+
+
+@pytest.fixture(scope="module")
+def drawn_by_one(place, tmp_path_factory):
+    return drawn_in_a_run(place, tmp_path_factory.mktemp("drawn_by_one"), 1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_a_run_of_two_ranks_draws_the_cells_of_one(place, tmp_path, strategy):
-    from running import strategy_environment, write_config
-
-    (tmp_path / "script.py").write_text(DRAW_IN_A_RUN)
-    files = []
-    for count, launched in ((1, "ddp"), (2, strategy)):
-        path = write_config(tmp_path, config(place), global_batch_size=8)
-        environment = strategy_environment(tmp_path, launched, count)
-        environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"
-        output = tmp_path / f"{count}.npz"
-        launch_ranks(count, [tmp_path / "script.py", path, output], env=environment, cwd=tmp_path)
-        files.append(np.load(output))
-    assert (
-        len(files[0].files) == 3 * 3
-    )  # 12 sets in batches of 5: two rounds of two ranks, one batch too many
-    assert sum(len(files[0][f"arr_{index}"]) - 1 for index in (0, 3, 6)) == 36
-    for name in files[0].files:
-        assert np.array_equal(files[0][name], files[1][name])
+def test_a_run_of_two_ranks_draws_the_cells_of_one(place, tmp_path, drawn_by_one, strategy):
+    drawn_by_two = drawn_in_a_run(place, tmp_path, 2, strategy)
+    # 12 sets in batches of 5: two rounds of two ranks, one batch too many
+    assert len(drawn_by_one.files) == len(drawn_by_two.files) == 3 * 3
+    assert sum(len(drawn_by_one[f"arr_{index}"]) - 1 for index in (0, 3, 6)) == 36
+    for name in drawn_by_one.files:
+        assert np.array_equal(drawn_by_one[name], drawn_by_two[name])
 
 
 def test_an_export_of_a_run_with_a_split_file_asks_for_targets(place, tmp_path, capsys):

@@ -1,14 +1,13 @@
 """Training on h5ad files as they are: what a run saves of its cells, and what resuming and exporting do with it."""
 
 import json
-import shutil
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 from h5ad_files import random_counts, write_h5ad
-from running import comparable_records, records, same_weights, toy, train, train_ranks
+from running import comparable_records, copy_until, records, same_weights, toy, train, train_ranks
 
 from data.exported import load_tokenizer
 from data.hashing import DrawKey
@@ -83,13 +82,6 @@ def test_an_export_tokenizes_new_cells_with_the_fitted_edges_and_names_the_class
     assert (mine["bins"] == theirs["bins"]).all() and (mine["tokens"] == theirs["tokens"]).all()
 
 
-def cut_off(run, after_step):
-    """Take a run back to a checkpoint."""
-    for checkpoint in run.glob("checkpoint_*"):
-        if int(checkpoint.name.split("_")[1]) > after_step:
-            shutil.rmtree(checkpoint)
-
-
 @pytest.mark.parametrize(
     "other, message",
     [
@@ -100,8 +92,7 @@ def cut_off(run, after_step):
 def test_a_run_goes_on_with_the_same_classes_and_bins_only(tmp_path, other, message):
     file = write_cells(tmp_path / "cells.h5ad")
     config = run_config({**phase(tmp_path, file), "epochs": 2})
-    run = train(tmp_path, config)
-    cut_off(run, 4)
+    run = copy_until(train(tmp_path / "whole", config), 4, tmp_path)
     write_cells(file, **other)
     with pytest.raises(CheckpointError, match=message):
         train(tmp_path, config, resume_from=str(run))
@@ -112,9 +103,9 @@ def test_a_run_on_files_resumes_bit_for_bit_with_balanced_sampling(tmp_path):
     sampling = {"column": "kind", "warmup_epochs": 2}
     settings = {**phase(tmp_path, file, sampling=sampling), "epochs": 3, "save_every_steps": 7}
     config = run_config(settings, global_batch_size=8)
-    whole, part = (train(tmp_path / name, config) for name in "ab")
-    cut_off(part, 14)
-    assert train(tmp_path / "b", config, resume_from="latest") == part
+    whole = train(tmp_path / "whole", config)
+    part = copy_until(whole, 14, tmp_path)
+    assert train(tmp_path, config, resume_from="latest") == part
     assert comparable_records(part) == comparable_records(whole) and same_weights(part, whole)
 
 
