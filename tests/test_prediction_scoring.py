@@ -161,21 +161,30 @@ end_process(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
-def test_ranks_draw_the_cells_that_one_process_draws(place: Path, tmp_path: Path, strategy: str):
+def drawn_by(num_ranks: int, place: Path, folder: Path, strategy: str = "ddp") -> anndata.AnnData:
+    """Return the cells that the ranks of a run draw to be scored."""
     # 4 perturbations in 2 technical batches and sets of 8 make 16 sets; of 3 in a batch the last rank has none.
     run = config(place, epochs=1, batch_size=3)
     run["datasets"][0] |= {"lr": 0.0}
-    script, found = tmp_path / "train.py", []
+    path, script = write_config(folder, run), folder / "without_worker.py"
     script.write_text(WITHOUT_WORKER)
-    for count in (1, 2):
-        folder = tmp_path / str(count)
-        env = strategy_environment(folder, strategy if count == 2 else "ddp", count)
-        env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        launch_ranks(count, [script, "--config", write_config(folder, run)], env=env)
-        found.append(anndata.read_h5ad(next(newest_run(folder).glob("benchmarks/*.h5ad"))))
-    one, two = found
+    env = strategy_environment(folder, strategy, num_ranks)
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    launch_ranks(num_ranks, [script, "--config", path], env=env)
+    return anndata.read_h5ad(next(newest_run(folder).glob("benchmarks/*.h5ad")))
+
+
+@pytest.fixture(scope="module")
+def drawn_by_one(place: Path, tmp_path_factory: pytest.TempPathFactory) -> anndata.AnnData:
+    return drawn_by(1, place, tmp_path_factory.mktemp("drawn_by_one"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+def test_ranks_draw_the_cells_that_one_process_draws(
+    place: Path, tmp_path: Path, drawn_by_one: anndata.AnnData, strategy: str
+):
+    one, two = drawn_by_one, drawn_by(2, place, tmp_path, strategy)
     assert one.obs.equals(two.obs) and len(one) == 4 * 24 and (one.X != two.X).nnz == 0
 
 
