@@ -402,7 +402,7 @@ def test_thousands_of_genes_fit_and_their_plan_grows_in_proportion(num_genes):
     assert other.batch_activation_bytes(batch, is_mixed=True).total < 2 * one
 
 
-NUM_TARGETS = 6
+NUM_TARGETS, NUM_STEPS = 6, 250
 
 
 def conditional_batch(num_sets: int, seed: int, set_size: int = 4) -> dict[str, Tensor]:
@@ -438,9 +438,9 @@ def trained() -> PerturbationTransformer:
     """Train on the conditional distribution of `conditional_batch`."""
     model = make_model(init_std=0.05, num_layers=1).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for step in range(400):
+    for step in range(NUM_STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(1.0, (step + 1) / 20) * (1 - step / 400)
+            group["lr"] = 1e-2 * min(1.0, (step + 1) / 20) * (1 - step / NUM_STEPS)
         optimizer.zero_grad()
         loss_of(model, conditional_batch(16, 1000 + step)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -137,7 +137,7 @@ def test_processes_that_ask_at_once_convert_once(cells, cache, capfd):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     arguments = (str(cells), cache, results)
-    processes = [context.Process(target=_load_in_process, args=arguments) for _ in range(4)]
+    processes = [context.Process(target=_load_in_process, args=arguments) for _ in range(2)]
     for process in processes:
         process.start()
     fingerprints = {results.get(timeout=120)[1] for _ in processes}
