@@ -233,6 +233,14 @@ def test_an_entry_that_names_nothing_is_refused(folder, entry):
         composed(folder(main=f"defaults: [{entry}]\n"))
 
 
+@pytest.mark.parametrize("key", ["''", "' '", "/"])
+def test_an_entry_with_an_empty_key_is_refused(folder, key):
+    with pytest.raises(
+        ConfigError, match=r"main\.yml: defaults: '.?' is not understood; write `- group: name`"
+    ):
+        composed(folder(main=f"defaults: [{{{key}: base}}]\n", base="a: 1\n"))
+
+
 def test_entries_for_hydra_do_nothing(folder):
     files = folder(
         main="defaults:\n  - override hydra/job_logging: disabled\n  - _self_\nhydra: {run: {dir: .}}\na: 1\n"

@@ -97,7 +97,7 @@ class _Files:
             if isinstance(entry, dict) and len(entry) == 1:
                 key, choice = next(iter(entry.items()))
                 words = str(key).split()
-                if words[0] == "override" and len(words) == 2:
+                if words[:1] == ["override"] and len(words) == 2:
                     self.choices.setdefault(_join(group, words[1]), choice)
 
     def _merge_entry(self, entry: Any, path: Path, package: tuple[str, ...], group: str) -> None:
@@ -114,12 +114,12 @@ class _Files:
         elif isinstance(entry, dict) and len(entry) == 1:
             (key, choice), is_optional = next(iter(entry.items())), False
             words = str(key).split()
-            if words[0] == "override" or words[-1].startswith("hydra"):
+            if words[:1] == ["override"] or (words and words[-1].startswith("hydra")):
                 return
-            if words[0] == "optional" and len(words) == 2:
+            if words[:1] == ["optional"] and len(words) == 2:
                 words, is_optional = words[1:], True
-            key = words[0]
-            if len(words) != 1 or "@" in key:
+            key = words[0] if len(words) == 1 else ""
+            if not key.strip("/") or "@" in key:
                 raise ConfigError(f"{source}: '{' '.join(words)}' is not understood; write `- group: name`")
         else:
             raise ConfigError(
