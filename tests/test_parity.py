@@ -82,6 +82,15 @@ def test_rates_follow_each_phases_own_steps_and_limits(config, monkeypatch):
     assert told == 2 * [(name, 0), (name, 1), ("second", 0), ("second", 1)]
 
 
+def test_parameters_that_a_phase_starts_anew_are_drawn_anew_on_both_sides(config):
+    plain, anew = (
+        compare(load_run_config(config, [f"datasets.0.reinitialise=[{patterns}]"]), 1)
+        for patterns in ("", "linear1")
+    )
+    assert plain.bf16.losses != anew.bf16.losses and plain.fp8.losses != anew.fp8.losses
+    assert anew.loss_difference < 0.01
+
+
 def test_the_command_prints_the_comparison_and_the_advice(config, capsys):
     assert main(["--config", str(config), "--fp8-parity", "3"]) == 0
     output = capsys.readouterr().out

@@ -30,6 +30,12 @@ def test_a_run_ends_with_its_folder_and_what_shows_it(tmp_path, capsys):
     assert last == f"done at step {len(losses(folder))}: {folder} (python -m trainer report {folder})"
 
 
+def test_a_dry_run_leaves_out_phases_that_the_run_skips(tmp_path, capsys):
+    train(tmp_path, toy({"epochs": 1}, {"epochs": 0}, {"epochs": 1}), dry_run=True)
+    said = capsys.readouterr().out
+    assert [name for name in ("p0", "p1", "p2") if f"dry run: phase '{name}'" in said] == ["p0", "p2"]
+
+
 def test_the_same_seed_gives_identical_runs_and_another_seed_does_not(tmp_path):
     first, second = (train(tmp_path / name, toy({"epochs": 2}), model=DROPOUT) for name in "ab")
     other = train(tmp_path / "c", toy({"epochs": 2}), model=DROPOUT, seed=4)

@@ -173,6 +173,9 @@ def _train(
     seed_dropout(config.seed, 0, 0)
     for phase, phase_step, micro_batches in _steps(phases, num_steps):
         if phase_step == 0:
+            if phase.config.reinitialise:
+                where = f"datasets.{phase.index}.reinitialise"
+                strategy.start_anew(phase.config.reinitialise, config.seed + 1 + phase.index, where)
             strategy.hold_still(phase.config.freeze)
             set_objective_options(module, config.datasets, phase.index)
         phase.set_rates(strategy.optimizer.param_groups, phase_step)

@@ -1,4 +1,4 @@
-"""A dry run's step: each phase's first batch through forward and backward, without an update."""
+"""A dry run's step: the first batch of each phase that trains through forward and backward, without an update."""
 
 import contextlib
 
@@ -11,6 +11,8 @@ from trainer.run import Run, add_up
 def rehearse(run: Run) -> None:
     """Take the first step's batch through forward and backward without updating anything, and say what came out."""
     for phase in run.phases:
+        if phase.config.epochs == 0:
+            continue
         set_objective_options(run.module, run.config.datasets, phase.index)
         with contextlib.closing(phase.loader.steps(0, 0, 1)) as steps:
             micro_batches = next(iter(steps))
