@@ -335,10 +335,11 @@ class AutoregressiveModel(CellModel):
                 "a cls token or a gene"
             )
         is_token = tokens != PAD
-        if bool((is_token[:, 1:] & ~is_token[:, :-1]).any()) or int(tokens.max()) >= self.config.vocab_size:
+        is_broken = bool((is_token[:, 1:] & ~is_token[:, :-1]).any())
+        if is_broken or int(tokens.min()) < 0 or int(tokens.max()) >= self.config.vocab_size:
             raise ModelError(
-                "prompt_tokens must have its padding at the end of rows, and token ids below vocab_size "
-                f"{self.config.vocab_size}"
+                "prompt_tokens must have its padding at the end of rows, and token ids of at least 0 and below "
+                f"vocab_size {self.config.vocab_size}"
             )
         if expression is not None and expression.shape != tokens.shape:
             raise ModelError(

@@ -310,6 +310,7 @@ def test_a_trained_model_draws_the_cells_that_it_saw():
         ({}, {"prompt": torch.tensor([[0, 3]])}, "beginning with a cls token or a gene"),
         ({}, {"prompt": torch.zeros(0, 3, dtype=torch.long)}, r"of shape \[0, 3\]"),
         ({}, {"prompt": torch.tensor([[3, 0, 5]])}, "padding at the end of rows"),
+        ({}, {"prompt": torch.tensor([[3, -5]])}, "at least 0 and below vocab_size 34"),
         ({}, {"prompt": torch.tensor([[5, 6]])}, "give prompt_expression"),
         ({}, {"num_genes": 29}, "only 28 genes are not in the longest prompt"),
         ({"max_seq_len": 8}, {}, "make 9 tokens; max_seq_len is 8"),
