@@ -121,8 +121,14 @@ class ExportedTokenizer:
             min_match: least share of the columns, or of the model's genes if these are fewer, that must match.
 
         Raises:
-            DataError: names and columns differ in number, too few names match, or a value is of the wrong kind.
+            DataError: the values are no matrix, names and columns differ in number, too few names match, or a value is
+                of the wrong kind.
         """
+        if np.ndim(values) != 2:
+            raise DataError(
+                f"values: expected a matrix [cells, genes], got {np.ndim(values)} dimensions; one cell is a matrix of "
+                "one row, as values[None]"
+            )
         matrix: Any = sparse.csr_array(values, copy=True)  # duplicates are summed below, in place
         num_columns = matrix.shape[1]
         if num_columns != len(genes):

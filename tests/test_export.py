@@ -675,6 +675,9 @@ def test_cells_that_the_model_cannot_know_are_refused(exported, new_cells, home)
     tokenizer = load_tokenizer(exported)
     with pytest.raises(DataError, match="values: [0-9.]+5 is fractional; the model was trained on counts"):
         tokenizer.tokenize(matrix * 0.5, genes)
+    for values, dimensions in ((matrix.toarray()[0], 1), (matrix.toarray()[None], 3)):
+        with pytest.raises(DataError, match=rf"expected a matrix \[cells, genes\], got {dimensions} dim"):
+            tokenizer.tokenize(values, genes)
     with pytest.raises(DataError, match="39 names were given for a matrix of 40 columns"):
         tokenizer.tokenize(matrix, genes[1:])
     with pytest.raises(DataError, match="genes: 4 of 40 names are among the model's 40 genes"):
