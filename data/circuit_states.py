@@ -108,7 +108,12 @@ def as_unitary(parts: NDArray[np.floating], where: str) -> NDArray[np.complex128
 def srv_of_prompt(prompt: str) -> list[int] | None:
     """Return the Schmidt-rank vector that a prompt asks for; None: it asks for none."""
     found = _SRV_PROMPT.match(prompt.strip())
-    return [int(rank) for rank in re.findall(r"\d+", found[1])] if found else None
+    if not found:
+        return None
+    try:
+        return [int(rank) for rank in re.findall(r"\d+", found[1])]
+    except ValueError:  # Python reads no number of thousands of digits
+        return None
 
 
 def gates_of_prompt(prompt: str) -> list[str] | None:

@@ -132,9 +132,8 @@ class CircuitSource:
         place = {prompt: index for index, prompt in enumerate(prompts)}
         missing = [prompt for prompt in self.table.prompts if prompt not in place]
         if missing:
-            raise DataError(
-                f"the run's prompts lack {missing[0]!r} and {len(missing) - 1} more of the data's"
-            )
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise DataError(f"the run's prompts lack {missing[0]!r}{more} of the data's")
         self.prompts = list(prompts)
         self._prompt_index = np.array([place[prompt] for prompt in self.table.prompts], np.int64)
 

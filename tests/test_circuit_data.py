@@ -171,6 +171,15 @@ def test_labels_and_circuits_must_be_equally_many(tmp_path: Path):
         circuit_loader(tmp_path)
 
 
+def test_prompts_that_a_run_lacks_are_counted(tmp_path: Path):
+    tokens = random_circuits(8, 2, 5, seed=1)
+    source = circuit_loader(write_set(tmp_path, tokens, ["a", "b"] * 4))
+    with pytest.raises(DataError, match="^the run's prompts lack 'b' of the data's$"):
+        source.set_prompts(["a"])
+    with pytest.raises(DataError, match="^the run's prompts lack 'a' and 1 more of the data's$"):
+        source.set_prompts(["c"])
+
+
 def test_prompts_that_are_stored_as_numbers_are_their_lists(tmp_path: Path):
     tokens = random_circuits(4, 2, 4, 0)
     write_set(tmp_path, tokens, ["unused"] * 4, store_dict={"x": "tensor", "y": "tensor"})
