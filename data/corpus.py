@@ -114,7 +114,7 @@ def find_location(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a path or an fsspec URL, and the path inside it."""
     try:
         return fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError) as error:
         raise DataError(f"{path}: {error}") from error
 
 
@@ -132,7 +132,11 @@ class CorpusFolder(NamedTuple):
         """Find the folder of a path or an fsspec URL."""
         filesystem, root = find_location(str(path))
         folder = cls(str(path), filesystem, root.rstrip("/"))
-        if folder.is_local and not Path(folder.root).is_dir():
+        try:
+            is_missing = folder.is_local and not Path(folder.root).is_dir()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened ({error.strerror or error})") from error
+        if is_missing:
             raise DataError(
                 f"{path}: no such folder; `python -m trainer.convert_h5ad` makes a corpus from h5ad files"
             )
@@ -145,7 +149,18 @@ class CorpusFolder(NamedTuple):
         return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
 
     def read(self, name: str) -> bytes | None:
-        """Return the content of a file of the folder, None where there is none."""
+        """Return the content of a file of the folder, None where there is none.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            return self.read_or_raise(name)
+        except OSError as error:
+            raise DataError(f"{self.path}: {name} cannot be read ({error.strerror or error})") from error
+
+    def read_or_raise(self, name: str) -> bytes | None:
+        """Do the same, with the file system's own OSError."""
         try:
             content: Any = self.filesystem.cat_file(f"{self.root}/{name}")
         except FileNotFoundError:

@@ -108,7 +108,7 @@ def _described(manifest: Manifest, manifest_text: bytes) -> dict[str, Callable[[
 
 def _read_described(folder: CorpusFolder, name: str, is_as_written: Callable[[bytes], bool]) -> _Reading:
     try:
-        content = folder.read(name)
+        content = folder.read_or_raise(name)
     except OSError as error:
         return _Reading(0, Difference(name, f"cannot be read ({error.strerror or error})"))
     if content is None:

@@ -1,3 +1,4 @@
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 from corpora import file_server
+from fsspec.implementations.local import LocalFileSystem
 
 from data.corpus import ROWS_PER_BATCH, CorpusWriter, open_corpus
 from data.corpus_check import check_corpus
@@ -117,6 +119,27 @@ def test_a_corpus_without_its_last_files_is_not_finished(tmp_path, name):
 def test_a_missing_folder_names_the_converter(tmp_path):
     with pytest.raises(DataError, match=r"no such folder.*convert_h5ad"):
         open_corpus(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("where", ["cat_file", "is_dir"])
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch, where):
+    folder = write_small(tmp_path / "c")
+
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(LocalFileSystem if where == "cat_file" else Path, where, refuse)
+    with pytest.raises(DataError, match=r"/c: .*cannot be (read|opened) \(Permission denied\)"):
+        open_corpus(folder)
+    with pytest.raises(DataError, match=r"/c: .*cannot be (read|opened) \(Permission denied\)"):
+        check_corpus(folder)
+
+
+def test_a_host_that_cannot_be_reached_is_named(tmp_path):
+    with file_server(tmp_path) as url:
+        pass
+    with pytest.raises(DataError, match=rf"{url}/c: manifest.json cannot be read \(.*[Cc]onnect"):
+        open_corpus(f"{url}/c")
 
 
 def test_a_shard_of_the_wrong_size_is_refused(tmp_path):
