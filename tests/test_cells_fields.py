@@ -694,6 +694,13 @@ def test_what_is_said_not_to_act_does_not_act(lower):
         "not used by this run: data.preprocessing.hvg_selection, data.preprocessing.hvg_flavor "
         "(the backbone says so)",
     )
+    bins = lower([*BASES["finetune"], "tokenizer.strategy=continuous_projection", "tokenizer.n_bins=7"])
+    own = lower([*BASES["finetune"], "tokenizer.n_bins=7"])
+    for run in (bins, own):
+        assert run.notes == (
+            "not used by this run: tokenizer.n_bins "
+            "(the backbone's tokenizer.strategy is continuous_projection)",
+        )
 
 
 def test_the_table_of_the_page_is_what_the_rows_say():

@@ -106,7 +106,7 @@ def run_config(
             "strategy": "any" if training.strategy == "auto" else "ddp",
             "starts_processes": training.strategy == "ddp_spawn",
         },
-        "notes": notes(config, command),
+        "notes": notes(config, command, phases[0]["dataloader_args"]["tokenizer"]),
         **settings,
     }
     if training.precision == "fp8":
@@ -328,32 +328,41 @@ def run_name_of(text: str) -> str:
 # What does not act
 
 
-def notes(config: ScModelForgeConfig, command: str) -> list[str]:
-    """Return the lines of the start-up account that name what was written and does not act in this run."""
+def notes(config: ScModelForgeConfig, command: str, tokenizer: dict[str, Any]) -> list[str]:
+    """Return the lines of the start-up account that name what was written and does not act in this run.
+
+    `tokenizer` holds the options that its loader has, which in fine-tuning are the backbone's.
+    """
     unused: dict[str, list[str]] = {}
-    for path, reason in unused_fields(config, command):
+    for path, reason in unused_fields(config, command, tokenizer):
         unused.setdefault(reason, []).append(path)
     return [f"not used by this run: {', '.join(paths)} ({reason})" for reason, paths in unused.items()]
 
 
-def unused_fields(config: ScModelForgeConfig, command: str) -> Iterator[tuple[str, str]]:
+def unused_fields(
+    config: ScModelForgeConfig, command: str, tokenizer: dict[str, Any]
+) -> Iterator[tuple[str, str]]:
     """Yield each field or section that was written and does not act in this run, with the reason."""
     if command == "train" and config.finetune is not None:
         yield "finetune", "the command is train"
     told: set[str] = set()
-    for paths, acts, reason in _conditions(config, command):
+    for paths, acts, reason in _conditions(config, command, tokenizer):
         for path in paths:
             if not acts and path not in told and is_written(config, path):
                 told.add(path)
                 yield path, reason
 
 
-def _conditions(config: ScModelForgeConfig, command: str) -> list[tuple[tuple[str, ...], bool, str]]:
+def _conditions(
+    config: ScModelForgeConfig, command: str, tokenizer: dict[str, Any]
+) -> list[tuple[tuple[str, ...], bool, str]]:
     """Return fields, whether they act, and why they would not."""
-    data, tokenizer, model, training = config.data, config.tokenizer, config.model, config.training
+    data, model, training = config.data, config.model, config.training
     steps = data.preprocessing
     is_census = data.source == "cellxgene_census"
-    strategy = f"tokenizer.strategy is {tokenizer.strategy}"
+    has_bins = tokenizer.get("n_bins") is not None
+    whose = "" if command == "train" else "the backbone's "
+    strategy = f"{whose}tokenizer.strategy is {tokenizer['strategy']}"
     architecture = f"model.architecture is {model.architecture}"
     conditions = [
         (_fields("data.census"), is_census, f"data.source is {data.source}"),
@@ -381,14 +390,14 @@ def _conditions(config: ScModelForgeConfig, command: str) -> list[tuple[tuple[st
             steps.hvg_selection is not None,
             "data.preprocessing.hvg_selection is null",
         ),
-        (("tokenizer.n_bins", "tokenizer.binning_method"), uses_bins(config), strategy),
-        (("model.n_bins",), uses_bins(config), f"{strategy}, and {architecture}"),
+        (("tokenizer.n_bins", "tokenizer.binning_method"), has_bins, strategy),
+        (("model.n_bins",), has_bins, f"{strategy}, and {architecture}" if command == "train" else strategy),
         (
             ("tokenizer.embedding_path", "tokenizer.embedding_dim"),
-            tokenizer.strategy == "gene_embedding",
+            tokenizer["strategy"] == "gene_embedding",
             strategy,
         ),
-        (("tokenizer.gene_medians",), tokenizer.strategy == "rank_value", strategy),
+        (("tokenizer.gene_medians",), tokenizer["strategy"] == "rank_value", strategy),
         *((fields, name == model.architecture, architecture) for name, fields in _fields_of_families()),
         (
             ("eval.every_n_epochs", "eval.batch_size"),
