@@ -278,6 +278,20 @@ def test_wandb_is_a_tracker_where_it_is_enabled():
         ),
         ({"training": {"min_lr_ratio": 0.1}}, r"without lr_scheduler: cosine or linear"),
         (
+            {
+                "training": {"one_cycle": {}, "lr_scheduler": "one_cycle"},
+                "stages": [{"lr_scheduler": "cosine"}, {"lr_scheduler": "linear"}],
+            },
+            r"training\.one_cycle: has no effect with lr_scheduler: cosine, linear;",
+        ),
+        (
+            {
+                "training": {"warmup_steps": 5, "lr_scheduler": "cosine"},
+                "stages": [{"lr_scheduler": "one_cycle"}],
+            },
+            r"which rises over one_cycle\.pct_start",
+        ),
+        (
             {"training": {"global_batch_size": 100, "batch_size": 64}},
             r"100 is not a multiple of batch_size 64",
         ),

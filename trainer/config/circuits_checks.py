@@ -244,13 +244,14 @@ def _text_encoder(config: CircuitsConfig) -> Iterator[Problem]:
 
 def _schedule(config: CircuitsConfig) -> Iterator[Problem]:
     training = config.training
-    kinds = {training.lr_scheduler, *(stage.lr_scheduler for stage in config.stages if stage.lr_scheduler)}
+    own = training.lr_scheduler
+    kinds = {stage.lr_scheduler or own for stage in config.stages} or {own}
     cycles = kinds & {"OneCycleLR", "one_cycle"}
+    named = ", ".join(sorted(kind or "null" for kind in kinds))
     if training.one_cycle is not None and not cycles:
         yield Problem(
             "training.one_cycle",
-            f"has no effect with lr_scheduler: {training.lr_scheduler or 'null'}; set lr_scheduler: one_cycle, or "
-            "remove it",
+            f"has no effect with lr_scheduler: {named}; set lr_scheduler: one_cycle, or remove it",
             ("training.lr_scheduler",),
         )
     if training.warmup_steps and kinds == cycles:
