@@ -17,7 +17,9 @@ from models.circuit_unet import CircuitUNet, UnitaryEncoder
 from models.errors import ModelError
 from models.outputs import LossOutput
 from models.prompts import EncodedPrompts
+from trainer.circuit_weights import load_circuit_weights
 from trainer.costs import batch_flops
+from trainer.errors import CheckpointError
 
 COMPILES = "models.circuit_unet.CircuitCompilationUNet"
 PAD = 3
@@ -435,6 +437,19 @@ def test_a_network_of_genqc_is_told_the_unitary(genqc: None, tmp_path: Path) -> 
 def test_genqc_that_is_not_installed_is_named() -> None:
     with pytest.raises(ModelError, match=r"genQC.models.unet_qc cannot be imported .*cellphase\[genqc\]"):
         make_model(unet_class="genQC.models.unet_qc.QC_Cond_UNet")
+
+
+@pytest.mark.parametrize("num_rows", [0, 2, 4])
+def test_weights_without_a_row_for_each_prompt_are_damaged(num_rows: int) -> None:
+    model, arguments = make_model(), {"gate_pool": ["h", "cx"], "prompts": ["all h", "all cx"]}
+    arguments["scheduler"] = model.config.scheduler
+    weights = dict(make_model(seed=1).state_dict())
+    assert not load_circuit_weights(weights, arguments, model, "export")
+    weights["prompts.table.weight"] = weights["prompts.table.weight"][:1].repeat(num_rows, 1)
+    with pytest.raises(
+        CheckpointError, match=r"export: prompts.table.weight .* each of its 3 prompts .* damaged"
+    ):
+        load_circuit_weights(weights, arguments, model, "export")
 
 
 def test_prompts_of_a_text_encoder_are_encoded_once_and_kept(tmp_path: Path) -> None:

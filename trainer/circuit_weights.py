@@ -32,7 +32,7 @@ def load_circuit_weights(
     Prompts are matched by their text; those that the other model does not know start fresh.
 
     Raises:
-        CheckpointError: its gates are others, or it is another kind of model.
+        CheckpointError: its gates are others, it is another kind of model, or its prompts are damaged.
     """
     _check_kind(config_args, model, where)
     taken = {name: tensor for name, tensor in weights.items() if name not in _PROMPTS}
@@ -47,6 +47,11 @@ def load_circuit_weights(
     with gathered_where_divided([own[name]]):
         table = own[name].detach().cpu().clone()
     if rows is not None:
+        if rows.ndim == 0 or len(rows) != len(known):
+            raise CheckpointError(
+                f"{where}: {name} is of shape {list(rows.shape)}, which is not a row for each of its {len(known)} "
+                "prompts (the empty one is the last); it is damaged: save or export it again"
+            )
         if rows.shape[1:] != table.shape[1:]:
             raise CheckpointError(
                 f"{where}: its prompts are {list(rows.shape[1:])} numbers each, this model's {list(table.shape[1:])}; "
