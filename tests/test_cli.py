@@ -304,6 +304,15 @@ def test_checking_imports_torch_only_for_the_users_paths(user_folder):
     assert result.returncode == 0, result.stderr
 
 
+def test_a_mistake_in_the_numbers_of_sample_is_told_without_torch(user_folder):
+    program = (
+        "import sys; from trainer.sample import main; "
+        "assert main(['--model', 'm', '--output', 'o', '--num', '0']) == 2; assert 'torch' not in sys.modules"
+    )
+    result = run_python("-c", program, cwd=user_folder, PYTHONPATH=str(ROOT))
+    assert result.returncode == 0 and "--num 0: it must be at least 1" in result.stderr
+
+
 @pytest.mark.slow
 def test_under_a_launcher_with_two_processes_one_of_them_tells_the_mistake(user_folder):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *SCRIPT]

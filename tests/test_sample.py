@@ -188,6 +188,11 @@ def test_gates_multiply_as_they_should(names, other):
     assert np.allclose(unitary(first), unitary(second))
 
 
+def test_a_prompt_with_a_number_that_python_does_not_read_asks_for_nothing_known():
+    task = Task(f"Generate SRV: [1, {'9' * 5000}]")
+    assert (task.srv, task.num_qubits) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("gates", "srv"),
     [

@@ -26,7 +26,6 @@ from data.known_circuits import KnownCircuits, read_known_circuits
 from trainer.atomicfile import sync_folder
 from trainer.console import notice, table
 from trainer.dotted import look_in_current_folder
-from trainer.embedding import join_ranks
 from trainer.errors import UserError
 from trainer.exits import run_command
 
@@ -131,6 +130,7 @@ def _sample(arguments: argparse.Namespace) -> int:
     _check_output(output, arguments.overwrite)
     # Torch and what builds models take seconds to import, and a mistake above needs neither.
     from trainer.circuit_sampling import check_guidance, check_prompts, open_circuit_model
+    from trainer.embedding import join_ranks
 
     look_in_current_folder()
     _, device = join_ranks(arguments.device)
