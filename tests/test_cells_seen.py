@@ -14,7 +14,7 @@ from data.loader import StepLoader
 from data.order import GlobalOrder
 from data.weighted_order import WeightedOrder
 from trainer import run_state
-from trainer.cells_index import FILE, CellsIndex, EpochCells, Stretch, describe, lines, read_index
+from trainer.cells_index import FILE, CellsIndex, EpochCells, Stretch, describe, lines, read_index, unit_of
 from trainer.cells_seen import CellsSeen
 from trainer.distributed import Ranks
 from trainer.progress import Progress
@@ -50,7 +50,7 @@ def phase_of(source, order=None, drop_last=False, **config):
         drop_last=drop_last,
     )
     limits = {"max_steps": None, "max_steps_per_epoch": None, **config}
-    return SimpleNamespace(index=0, name="one", loader=loader, config=SimpleNamespace(**limits))
+    return SimpleNamespace(index=0, name="one", unit="cells", loader=loader, config=SimpleNamespace(**limits))
 
 
 def account_of_an_epoch(phase, last_step=None):
@@ -264,6 +264,18 @@ def test_epochs_of_which_the_same_is_to_be_said_share_a_line():
     common = {"phase": "one", "phase_index": 0, "num_cells": 9, "is_over": True, "stretches": [stretch]}
     epochs = [EpochCells(**common, epoch=number, drawn=9, seen=9) for number in (1, 2, 3)]
     assert lines(epochs) == ["cells of 'one' epochs 1 to 3, each: 9 seen once, 0 repeated, 0 skipped"]
+
+
+def test_what_is_counted_is_named():
+    stretch = Stretch(num_ranks=1, first_step=1, last_step=9, begins_with="start")
+    common = {"phase": "one", "phase_index": 0, "epoch": 1, "is_over": True, "stretches": [stretch]}
+    sets = EpochCells(**common, unit="sets", num_cells=9, drawn=9, seen=8, outside=1)
+    stream = EpochCells(**common, unit="documents", num_cells=None, drawn=9)
+    assert lines([sets, stream]) == [
+        "warning: sets of 'one' epoch 1: 8 of 9 seen once, 0 repeated, 1 skipped, 1 not of its training sets",
+        "documents of 'one' epoch 1: 9 given; its loader has no row numbers, so documents cannot be told apart",
+    ]
+    assert (unit_of([]), unit_of([sets]), unit_of([sets, stream])) == ("cells", "sets", "samples")
 
 
 def alike_loader(num_cells):

@@ -3,11 +3,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from running import comparable_records, copy_until, newest_run, records, same_weights, train, train_ranks
+from running import (
+    comparable_records,
+    copy_until,
+    newest_run,
+    records,
+    same_weights,
+    train,
+    train_ranks,
+    write_config,
+)
 
 from data.simulator import write_simulated_h5ad
 from data.value_tokenizers import ValueTokenizer
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
+from trainer.config import load_run_config
+from trainer.costs import find_gpu
+from trainer.plan import make_plan, render
 from trainer.report_page import write_page
 from trainer.run_facts import read_run
 
@@ -74,12 +86,22 @@ def test_a_run_trains_on_cells_and_then_on_their_perturbations(corpus: Path, tmp
     assert re.search("^cells +[0-9]+ cells ", printed, re.MULTILINE)
     assert re.search("^response +24 sets ", printed, re.MULTILINE)
     assert list(dict.fromkeys(re.findall("[0-9] ([a-z]+)/s  data wait", printed))) == ["cells", "sets"]
+    assert "sets of 'response' epoch 1: 24 seen once" in printed and "cells of 'response'" not in printed
     page = write_page([read_run(folder)])
     assert "cells and sets trained on" in page and "samples/s" in page
     assert "training: 24 sets of 4 in an epoch" in " ".join(printed.split())
     assert "what their controls share with them: technical batch and cell type 96" in " ".join(
         printed.split()
     )
+
+
+def test_a_plan_names_what_its_phases_count(corpus: Path, tmp_path: Path):
+    run = load_run_config(write_config(tmp_path, config(corpus)))
+    both = render(make_plan(run, find_gpu("H100"), world_sizes=[1], mfu=0.5, sample_cells=16))
+    assert "loader samples/s" in both and re.search("^response .* [0-9]+ sets ", both, re.MULTILINE)
+    run = run.model_copy(update={"datasets": run.datasets[1:]})
+    sets = render(make_plan(run, find_gpu("H100"), world_sizes=[1], mfu=0.5, sample_cells=16))
+    assert "Each sample (the first" in sets and "loader sets/s" in sets and "cells" not in sets
 
 
 def test_a_checkpoint_keeps_what_turns_tokens_into_values(corpus: Path, tmp_path: Path):

@@ -293,6 +293,19 @@ def test_the_cells_of_each_epoch_are_laid_out_with_what_interrupted_it(tmp_path)
     assert 'class="bad"' not in sections(page)["Cells seen"]
 
 
+def test_the_account_names_what_each_phase_counts(tmp_path):
+    start = {**START, "units": {"first": "sets", "second": "sets"}}
+    folder = made_up_run(tmp_path / "sets", events=(start, DONE))
+    with_cells(folder, {"unit": "sets", "seen": 624}, steps_computed_again=3, cells_computed_again=48)
+    found = sections(page_of(folder))
+    assert rows(found["Sets seen"])[0][3] == "sets"
+    assert "48 sets of 3 steps were lost" in words(found["Sets seen"])
+    assert "sets of phase 'first', epoch 1: 16 repeated" in words(found["Faults"])
+    with_cells(folder, {}, {"phase": "second", "unit": "sets"})
+    table = rows(sections(page_of(folder))["Sets seen"])
+    assert table[0][3:5] == ["samples", "of"] and [row[4] for row in table[1:]] == ["cells", "sets"]
+
+
 def test_cells_that_are_repeated_or_skipped_stand_out_and_are_faults(tmp_path):
     page = page_of(with_cells(made_up_run(tmp_path / "made"), {"seen": 624}))
     found = sections(page)

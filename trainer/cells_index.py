@@ -38,6 +38,8 @@ class EpochCells(BaseModel):
     phase_index: int
     epoch: int
     """From 1."""
+    unit: str = "cells"
+    """What is counted, where the data names it: sets of cells, circuits."""
     num_cells: int | None
     """Cells of the phase's training data; None: its loader has no row numbers, and cells cannot be told apart."""
     is_with_replacement: bool = False
@@ -78,7 +80,7 @@ class EpochCells(BaseModel):
         counts = [
             (repeated, "repeated"),
             (self.skipped, "skipped"),
-            (self.outside, "not of its training cells"),
+            (self.outside, f"not of its training {self.unit}"),
         ]
         return [f"{count:,} {what}" for count, what in counts if count]
 
@@ -115,10 +117,16 @@ class CellsIndex(BaseModel):
         return self.epochs[0].stretches[0].first_step - 1 if self.epochs else 0
 
 
+def unit_of(epochs: Sequence[EpochCells]) -> str:
+    """Return what all of these epochs count, in one word: samples where they count different things."""
+    units = {epoch.unit for epoch in epochs} or {"cells"}
+    return units.pop() if len(units) == 1 else "samples"
+
+
 def describe(epoch: EpochCells) -> str:
     """Say an epoch's counts in words."""
     if epoch.num_cells is None:
-        said = f"{epoch.drawn:,} given; its loader has no row numbers, so cells cannot be told apart"
+        said = f"{epoch.drawn:,} given; its loader has no row numbers, so {epoch.unit} cannot be told apart"
     else:
         once = " once" if not epoch.repeated else ""
         of_all = "" if epoch.seen == epoch.num_cells else f" of {epoch.num_cells:,}"
@@ -130,7 +138,7 @@ def describe(epoch: EpochCells) -> str:
         if epoch.left_out and not epoch.is_with_replacement:
             said += f", {epoch.left_out:,} not reached: {epoch.left_out_by}"
     if epoch.outside:
-        said += f", {epoch.outside:,} not of its training cells"
+        said += f", {epoch.outside:,} not of its training {epoch.unit}"
     if epoch.in_skipped_steps:
         said += f", {epoch.in_skipped_steps:,} in skipped steps"
     if epoch.unknown_until_step is not None:
@@ -142,12 +150,12 @@ def describe(epoch: EpochCells) -> str:
 def lines(epochs: Sequence[EpochCells]) -> list[str]:
     """Return a line for each epoch; neighbours of which the same is to be said share one."""
     said = []
-    for (phase, words, is_faulty), group in groupby(
-        epochs, key=lambda each: (each.phase, describe(each), bool(each.faults))
+    for (unit, phase, words, is_faulty), group in groupby(
+        epochs, key=lambda each: (each.unit, each.phase, describe(each), bool(each.faults))
     ):
         numbers = [each.epoch for each in group]
         which = f"epoch {numbers[0]}" if len(numbers) == 1 else f"epochs {numbers[0]} to {numbers[-1]}, each"
-        said.append(f"{'warning: ' if is_faulty else ''}cells of '{phase}' {which}: {words}")
+        said.append(f"{'warning: ' if is_faulty else ''}{unit} of '{phase}' {which}: {words}")
     return said
 
 

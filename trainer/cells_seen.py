@@ -151,6 +151,7 @@ class CellsSeen:
                 phase=phase.name,
                 phase_index=phase.index,
                 epoch=progress.epoch + 1,
+                unit=phase.unit,
                 num_cells=None if source is None else _num_training_cells(source),
                 is_with_replacement=getattr(order, "is_with_replacement", False),
                 unknown_until_step=None if progress.epoch_step == 1 else progress.global_step - 1,

@@ -78,6 +78,8 @@ class PhasePlan:
     cells_per_epoch: int | None
     sample: Sample
     on_ranks: list[PhaseOnRanks]
+    unit: str = "cells"
+    """What its data counts, which is meant wherever these figures say cells."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ def make_plan(
                 phase.loader.num_cells,
                 sample,
                 [phase_on_ranks(config, phase, sample, number, peak, mfu) for number in world_sizes],
+                phase.unit,
             )
             for phase, sample in zip(running, samples, strict=True)
         ],
@@ -323,7 +326,7 @@ def sample_phase(
         if len(lengths) >= sample_cells:
             break
     if not lengths:
-        raise ConfigError(f"datasets.{phase.index}: phase '{phase.name}' has no training cells")
+        raise ConfigError(f"datasets.{phase.index}: phase '{phase.name}' has no training {phase.unit}")
     most = max(activations, key=sum) if activations else (None, None)
     return Sample(
         num_cells=len(lengths),
@@ -447,7 +450,7 @@ def render(plan: Plan) -> str:
         f"assumed       MFU {plan.mfu:g}, {costs.RESERVED_BYTES / 1e9:g} GB of the GPU left free",
         *(f"note          {note}" for note in plan.notes),
         "",
-        "Each cell (the first of each phase's order)",
+        f"Each {'cell' if _unit(plan) == 'cells' else 'sample'} (the first of each phase's order)",
         _cells_table(plan),
         "",
         "Each phase",
@@ -469,6 +472,12 @@ def render(plan: Plan) -> str:
         *([f"  {misfit}" for misfit in plan.fp8_misfits] or ["  none"]),
     ]
     return "\n".join(lines)
+
+
+def _unit(plan: Plan) -> str:
+    """Name what all phases count, in one word: samples where they count different things."""
+    units = {phase.unit for phase in plan.phases} or {"cells"}
+    return units.pop() if len(units) == 1 else "samples"
 
 
 def _cells_table(plan: Plan) -> str:
@@ -503,7 +512,8 @@ def _cells_table(plan: Plan) -> str:
 
 
 def _phases_table(plan: Plan) -> str:
-    headers = ["phase", "GPUs", "batch", "steps", "cells", "hours", "loader cells/s"]
+    unit = _unit(plan)
+    headers = ["phase", "GPUs", "batch", "steps", unit, "hours", f"loader {unit}/s"]
     rows = []
     for phase in plan.phases:
         for on in phase.on_ranks:
@@ -516,7 +526,7 @@ def _phases_table(plan: Plan) -> str:
                     on.world_size,
                     f"{on.micro_batch_size} x {on.accumulation} x {on.world_size} = {on.global_batch_size}",
                     f"{on.steps:,}",
-                    f"{on.cells:,}",
+                    f"{on.cells:,}" if phase.unit == unit else f"{on.cells:,} {phase.unit}",
                     None if on.hours is None else f"{on.hours:,.3g}",
                     None if on.cells_per_second is None else f"{on.cells_per_second:,.0f}",
                 ]

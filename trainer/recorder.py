@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.cells_index import FILE as CELLS_FILE
-from trainer.cells_index import CellsIndex, EpochCells, lines, read_index, write_index
+from trainer.cells_index import CellsIndex, EpochCells, lines, read_index, unit_of, write_index
 from trainer.config.schema import RunConfig
 from trainer.console import ProgressLine, checkpoint_line, evaluation_line, notice
 from trainer.errors import UserError
@@ -113,10 +113,11 @@ class Recorder:
         """Put the account of cells back to the checkpoint that the run goes on from, and say what it computes again."""
         if self._folder is None or self._metrics is None:
             return
+        unit = unit_of([*self._cells.epochs, *epochs])
         self._cells.step, self._cells.epochs = step, [epoch.model_copy() for epoch in epochs]
         if self._metrics.num_dropped_steps:
             notice(
-                f"{self._metrics.num_dropped_cells:,} cells of {self._metrics.num_dropped_steps:,} steps after step "
+                f"{self._metrics.num_dropped_cells:,} {unit} of {self._metrics.num_dropped_steps:,} steps after step "
                 f"{step} are computed again: they were lost, and count once"
             )
         self._write_cells()

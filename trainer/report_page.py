@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.cells_index import EpochCells
-from trainer.console import printable
+from trainer.cells_index import EpochCells, unit_of
+from trainer.console import counted, printable
 from trainer.exits import INTERRUPTED, PREEMPTED
 from trainer.report_charts import NUM_COLOURS, Series, Span, chart, running_mean
 from trainer.run_facts import RunFacts, as_number
@@ -89,7 +89,7 @@ def _sections(run: RunFacts) -> list[str]:
     return [
         _section("Missing from this report", _list(run.gaps)) if run.gaps else "",
         _section("Training", *_training(run)),
-        _section("Cells seen", *_cells_seen(run)),
+        _section(f"{_unit(run).capitalize()} seen", *_cells_seen(run)),
         _section("Evaluations", *_evaluations(run)),
         _section("Starts and ends", _attempts(run)),
         _section("Faults", _list(_faults(run)) if _faults(run) else _line("None.")),
@@ -256,7 +256,7 @@ def _cells_seen(run: RunFacts) -> list[str]:
     def judged(count: int | None, is_fault: bool) -> Any:
         return Html(f'<b class="bad">{count:,}</b>') if count and is_fault else _count(count)
 
-    rows = []
+    unit, rows = unit_of(index.epochs), []
     for each in index.epochs:
         first, last = each.stretches[0], each.stretches[-1]
         rows.append(
@@ -265,6 +265,7 @@ def _cells_seen(run: RunFacts) -> list[str]:
                 f"{each.epoch}" if each.is_over else f"{each.epoch} (so far)",
                 f"{first.first_step:,} to {last.last_step:,}",
                 _count(each.num_cells),
+                each.unit if each.unit != unit else None,
                 f"{each.drawn:,}" if each.num_cells is None else f"{each.seen:,}",
                 judged(each.repeated, not each.is_with_replacement),
                 judged(each.skipped, True),
@@ -279,30 +280,29 @@ def _cells_seen(run: RunFacts) -> list[str]:
         "phase",
         "epoch",
         "steps",
-        "cells",
+        unit,
+        "of",
         "seen",
         "repeated",
         "skipped",
-        "not of its training cells",
+        f"not of its training {unit}",
         "not reached",
         "in skipped steps",
         "ranks and breaks",
         "remark",
     ]
-    said = [f"As of step {index.step:,}, from the cells that every process trained on."]
+    said = [f"As of step {index.step:,}, from the {unit} that every process trained on."]
     if index.unknown_until_step:
         said.append(f"What was seen up to step {index.unknown_until_step:,} is not known.")
     if index.steps_computed_again:
-        lost = (
-            f"{index.cells_computed_again:,} cells of {_counted(index.steps_computed_again, 'step', 'steps')}"
-        )
+        lost = f"{index.cells_computed_again:,} {unit} of {counted(index.steps_computed_again, 'step')}"
         said.append(f"{lost} were lost by a kill or a rollback and computed again; they count once.")
     return [_line(" ".join(said)), _table(*_without_empty(headers, rows))]
 
 
 def _remark(epoch: EpochCells) -> str | None:
     if epoch.num_cells is None:
-        return "its loader has no row numbers: cells are counted and cannot be told apart"
+        return f"its loader has no row numbers: {epoch.unit} are counted and cannot be told apart"
     if epoch.unknown_until_step is not None:
         return f"unknown up to step {epoch.unknown_until_step:,}"
     return "drawn with replacement" if epoch.is_with_replacement else None
@@ -452,19 +452,17 @@ def _faults(run: RunFacts) -> list[str]:
     if len(skipped):
         shown = ", ".join(f"{step:,}" for step in skipped[:_MOST_STEPS])
         more = f" and {len(skipped) - _MOST_STEPS:,} more" if len(skipped) > _MOST_STEPS else ""
-        faults.append(
-            f"{_counted(len(skipped), 'skipped step', 'skipped steps')}, whose update was left out: {shown}{more}"
-        )
+        faults.append(f"{counted(len(skipped), 'skipped step')}, whose update was left out: {shown}{more}")
     strange = steps.step[np.isinf(steps["loss"])]
     if len(strange):
         faults.append(
-            f"{_counted(len(strange), 'step', 'steps')} with an infinite loss, the first at step {strange[0]:,}"
+            f"{counted(len(strange), 'step')} with an infinite loss, the first at step {strange[0]:,}"
         )
     rollbacks = progress.get("rollbacks") if isinstance(progress, dict) else None
     if rollbacks:
         faults.append(f"rollbacks of FP8 to a checkpoint: {rollbacks}")
     faults += [
-        f"cells of phase '{each.phase}', epoch {each.epoch}: {', '.join(each.faults)}"
+        f"{each.unit} of phase '{each.phase}', epoch {each.epoch}: {', '.join(each.faults)}"
         for each in (run.cells.epochs if run.cells else [])
         if each.faults
     ]
@@ -482,7 +480,7 @@ def _faults(run: RunFacts) -> list[str]:
     killed = sum(attempt.end is None for attempt in run.attempts[:-1])
     if killed:
         faults.append(
-            f"{_counted(killed, 'start', 'starts')} of the run without an end: killed, or its machine was lost"
+            f"{counted(killed, 'start')} of the run without an end: killed, or its machine was lost"
         )
     return faults
 
@@ -514,7 +512,7 @@ def _data(run: RunFacts) -> list[str]:
     batches = run.state.get("technical_batches")
     if isinstance(batches, dict) and batches:
         padded = run.state.get("n_technical_batches")
-        count = _counted(len(batches), "technical batch", "technical batches") + (
+        count = counted(len(batches), "technical batch", "technical batches") + (
             f", padded to {padded:,}" if padded != len(batches) and isinstance(padded, int) else ""
         )
         parts.append(_line(f"{count}: {_names(map(str, batches))}"))
@@ -527,7 +525,7 @@ def _data(run: RunFacts) -> list[str]:
         )
     labels = run.state.get("label_names")
     if isinstance(labels, list) and labels:
-        parts.append(_line(f"{_counted(len(labels), 'label', 'labels')}: {_names(map(str, labels))}"))
+        parts.append(_line(f"{counted(len(labels), 'label')}: {_names(map(str, labels))}"))
     return parts or [_line("Not known.")]
 
 
@@ -681,10 +679,6 @@ def _names(names: Iterable[str]) -> str:
     every = list(names)
     more = f" and {len(every) - _MOST_NAMES:,} more" if len(every) > _MOST_NAMES else ""
     return ", ".join(every[:_MOST_NAMES]) + more
-
-
-def _counted(count: int, one: str, many: str) -> str:
-    return f"{count:,} {one if count == 1 else many}"
 
 
 def _or_inf(value: float) -> float:

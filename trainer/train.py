@@ -23,7 +23,7 @@ from typing import Literal
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 from trainer.config import dump_yaml, load_run_config
-from trainer.console import is_main_process
+from trainer.console import counted, is_main_process
 from trainer.dotted import check_dotted_paths, look_in_current_folder
 from trainer.errors import ConfigError
 from trainer.exits import end_process, run_command
@@ -55,7 +55,7 @@ def _train(argv: list[str] | None, command: Command) -> int:
         _say(dump_yaml(config).rstrip())
         return 0
     if arguments.check:
-        phases = f"{len(config.datasets)} {'phase' if len(config.datasets) == 1 else 'phases'}"
+        phases = counted(len(config.datasets), "phase")
         _say(f"stage 1, configuration: ok ({phases})")
     try:
         paths = check_dotted_paths(config)

@@ -19,7 +19,7 @@ from trainer.cells_index import FILE as CELLS_FILE
 from trainer.cells_index import EpochCells, decode_epochs
 from trainer.config import load_run_config
 from trainer.config.schema import LaunchConfig, RunConfig, TrackerConfig
-from trainer.console import notice
+from trainer.console import counted, notice
 from trainer.dotted import look_in_current_folder
 from trainer.errors import ConfigError, UserError
 from trainer.exits import run_command
@@ -243,7 +243,7 @@ def compare_cells(expected: Sequence[EpochCells], got: Sequence[EpochCells]) -> 
     for one, other in zip_longest(expected, got):
         named = other if one is None else one
         assert named is not None
-        place = f"cells of phase '{named.phase}', epoch {named.epoch}"
+        place = f"{named.unit} of phase '{named.phase}', epoch {named.epoch}"
         for name in ("drawn", "seen", "outside", "in_skipped_steps", "is_over"):
             values = [getattr(each, name, None) for each in (one, other)]
             if values[0] != values[1]:
@@ -313,7 +313,7 @@ def kill(run: Processes, output_dir: Path, step: int, timeout: float, delay: flo
 
 def render(proof: Proof, num_ranks: int) -> str:
     """Return the outcome as text."""
-    processes = "1 process" if num_ranks == 1 else f"{num_ranks} processes"
+    processes = counted(num_ranks, "process", "processes")
     end = ", where the run ends" if proof.is_at_end else ""
     how = f"killed after step {proof.killed_at}, resumed from step {proof.resumed_from}, {processes}"
     if proof.is_equal:
