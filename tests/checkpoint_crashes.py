@@ -23,7 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from trainer import checkpoint, statefile
-from trainer.checkpoint import CheckpointWriter, Retention, find_newest, list_checkpoints, open_checkpoint
+from trainer.checkpoint import CheckpointWriter
+from trainer.checkpoint_folder import find_newest, list_checkpoints, open_checkpoint
+from trainer.retention import Retention
 
 NUM_NUMBERS = 200_000
 

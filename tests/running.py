@@ -15,7 +15,7 @@ from launching import ROOT, free_port, launch_ranks
 
 from trainer import report
 from trainer.build import run
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.config import load_run_config
 from trainer.metrics_file import comparable, read_metrics
 from trainer.shards import full_weights

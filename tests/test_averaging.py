@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from trainer.averaging import AVERAGE, averaged, drop_average, keep_average, swap
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.config.schema import EmaConfig
 from trainer.errors import ConfigError, UserError
 from trainer.export import export

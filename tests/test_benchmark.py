@@ -16,7 +16,7 @@ from data.synthetic import make_synthetic_counts
 from trainer import benchmark as benchmark_module
 from trainer import benchmarking, scoring_queue
 from trainer.benchmark import main, read_benchmarks
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.errors import ConfigError, UserError
 from trainer.scoring.cells import load_cells
 from trainer.scoring.specs import EmbeddingQualitySpec, LinearProbeSpec

@@ -20,15 +20,10 @@ import pytest
 import torch
 
 from trainer import atomicfile, checkpoint, checkpoint_folder
-from trainer.checkpoint import (
-    CheckpointWriter,
-    Retention,
-    find_newest,
-    list_checkpoints,
-    open_checkpoint,
-    verify_checkpoint,
-)
+from trainer.checkpoint import CheckpointWriter
+from trainer.checkpoint_folder import find_newest, list_checkpoints, open_checkpoint, verify_checkpoint
 from trainer.errors import CheckpointError, UserError
+from trainer.retention import Retention
 
 
 def make_writer(folder: Path, rank: int = 0, world_size: int = 1, attempt: str = "a1", **options: Any) -> Any:

@@ -22,7 +22,7 @@ from running import (
 )
 from toy_circuits import CircuitToyConfig
 
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.checkpoint_model import load_trained
 from trainer.config import load_run_config
 from trainer.distributed import Ranks

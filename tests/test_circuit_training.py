@@ -19,7 +19,7 @@ import trainer.train
 from models.circuit_diffusion import CircuitDiffusion
 from models.pretrained import from_pretrained
 from trainer import registry, saved_run
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.errors import UserError
 from trainer.shards import full_weights
 

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from running import comparable_records, newest_run, records, same_weights, toy, train, train_ranks
 
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.errors import CheckpointError, ConfigError
 from trainer.progress import Progress
 

@@ -24,7 +24,7 @@ from running import (
 )
 
 from trainer.activity import Activity
-from trainer.checkpoint import list_checkpoints, verify_checkpoint
+from trainer.checkpoint_folder import list_checkpoints, verify_checkpoint
 from trainer.distributed import Ranks
 from trainer.journal import read_events
 from trainer.watch import Watch, clear, is_collective_failure

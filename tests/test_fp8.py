@@ -26,7 +26,7 @@ from models.encoder import EncoderConfig, MaskedCellEncoder
 from models.errors import ModelError
 from models.fp8_state import fp8_state
 from models.pretrained import from_pretrained
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.config.schema import RunConfig
 from trainer.errors import ConfigError
 from trainer.export import export

@@ -24,7 +24,7 @@ from models.errors import ModelError
 from models.fine_tuned import FineTunedModel
 from models.layers import NormLinear
 from models.lora import DEFAULT_TARGETS, LoraSettings, frozen_patterns, is_corrected
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.checkpoint_model import load_trained
 from trainer.errors import CheckpointError, UserError
 from trainer.export import export

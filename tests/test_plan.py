@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.encoder import EncoderConfig, MaskedCellEncoder
 from models.layers import LayerFactory
 from trainer import costs
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.config import load_run_config
 from trainer.costs import Gpu, ModelSizes, checkpoint_bytes, find_gpu, state_bytes
 from trainer.errors import ConfigError

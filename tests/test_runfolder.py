@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from trainer.checkpoint import CheckpointWriter, list_checkpoints
+from trainer.checkpoint import CheckpointWriter
+from trainer.checkpoint_folder import list_checkpoints
 from trainer.errors import CheckpointError, UserError
 from trainer.reference_checkpoint import load_reference_checkpoint
 from trainer.runfolder import (

@@ -11,8 +11,7 @@ import pytest
 import yaml
 from running import records, train
 
-from trainer.checkpoint import open_checkpoint
-from trainer.checkpoint_folder import FORMAT, read_manifest
+from trainer.checkpoint_folder import FORMAT, open_checkpoint, read_manifest
 from trainer.shards import full_weights
 
 STORED = Path(__file__).parent / "stored_checkpoints"

@@ -19,7 +19,7 @@ from running import (
     write_config,
 )
 
-from trainer.checkpoint import open_checkpoint
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.errors import CheckpointError, ConfigError
 from trainer.shards import full_weights, open_tensors
 from trainer.zero import check_elementwise

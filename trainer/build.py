@@ -23,7 +23,8 @@ from trainer.agreement import check_agreement, check_same_data
 from trainer.atomicfile import replace_text
 from trainer.averaging import keep_average
 from trainer.benchmarking import check_benchmarks
-from trainer.checkpoint import CheckpointWriter, Retention, open_checkpoint
+from trainer.checkpoint import CheckpointWriter
+from trainer.checkpoint_folder import open_checkpoint
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.console import notice
@@ -47,6 +48,7 @@ from trainer.random_state import seed_dropout, seed_everything
 from trainer.recorder import Recorder
 from trainer.rehearsal import rehearse
 from trainer.report import report_at_end
+from trainer.retention import Retention
 from trainer.rollback import roll_back
 from trainer.run import Run, TrainingStopped
 from trainer.run_state import Saver, restore

@@ -30,36 +30,17 @@ from typing import Any, NamedTuple, Self, TypeVar
 from trainer.atomicfile import replace_text, sync_folder
 from trainer.checkpoint_folder import (
     MANIFEST,
-    Newest,
-    SavedCheckpoint,
     checkpoint_name,
-    checkpoint_step,
     encode_manifest,
-    find_newest,
     is_file_name,
     list_checkpoints,
-    open_checkpoint,
     rank_file_name,
     read_manifest,
     set_aside,
-    verify_checkpoint,
 )
 from trainer.errors import CheckpointError, UserError
 from trainer.retention import Retention, delete_expired
 from trainer.statefile import BinarySink, FileFacts, HashingSink, Tree, to_host, write_tree
-
-__all__ = [
-    "CheckpointWriter",
-    "Newest",
-    "Retention",
-    "SavedCheckpoint",
-    "WriteFacts",
-    "checkpoint_step",
-    "find_newest",
-    "list_checkpoints",
-    "open_checkpoint",
-    "verify_checkpoint",
-]
 
 _Found = TypeVar("_Found")
 _TEMPORARY = re.compile(r"\.checkpoint_[0-9]+\.(?P<attempt>[A-Za-z0-9]+)-(?P<number>[0-9]+)(\.deleted)?\.tmp")

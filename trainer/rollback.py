@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from models.fp8_switch import switch
-from trainer.checkpoint import CheckpointWriter, list_checkpoints, open_checkpoint
+from trainer.checkpoint import CheckpointWriter
+from trainer.checkpoint_folder import list_checkpoints, open_checkpoint
 from trainer.console import notice
 from trainer.phases import DataFacts
 from trainer.recorder import Recorder

@@ -11,8 +11,8 @@ from data.genes import GeneSpace
 from data.tokenizer_options import FITTED_OPTIONS
 from models.fp8_state import fp8_state, load_fp8_state, merged_fp8_state
 from trainer.averaging import drop_average
-from trainer.checkpoint import CheckpointWriter, SavedCheckpoint
-from trainer.checkpoint_folder import MODEL, RUN_STATE
+from trainer.checkpoint import CheckpointWriter
+from trainer.checkpoint_folder import MODEL, RUN_STATE, SavedCheckpoint
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError

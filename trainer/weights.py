@@ -21,8 +21,7 @@ from models.fine_tuned import BACKBONES
 from models.lora import plain_name
 from models.pretrained import CONFIG_FILE as EXPORTED_CONFIG
 from models.pretrained import read_folder
-from trainer.checkpoint import find_newest, open_checkpoint
-from trainer.checkpoint_folder import MANIFEST
+from trainer.checkpoint_folder import MANIFEST, find_newest, open_checkpoint
 from trainer.circuit_weights import is_genqc_pipeline, load_circuit_weights, read_genqc_pipeline
 from trainer.config.load import load_saved_config
 from trainer.config.schema import RunConfig
