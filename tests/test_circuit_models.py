@@ -441,8 +441,12 @@ def test_genqc_that_is_not_installed_is_named() -> None:
 
 @pytest.mark.parametrize("num_rows", [0, 2, 4])
 def test_weights_without_a_row_for_each_prompt_are_damaged(num_rows: int) -> None:
-    model, arguments = make_model(), {"gate_pool": ["h", "cx"], "prompts": ["all h", "all cx"]}
-    arguments["scheduler"] = model.config.scheduler
+    model = make_model()
+    arguments = {
+        "gate_pool": ["h", "cx"],
+        "prompts": ["all h", "all cx"],
+        "scheduler": model.config.scheduler,
+    }
     weights = dict(make_model(seed=1).state_dict())
     assert not load_circuit_weights(weights, arguments, model, "export")
     weights["prompts.table.weight"] = weights["prompts.table.weight"][:1].repeat(num_rows, 1)
