@@ -7,6 +7,7 @@ other side, and what may not be forked, is in launching.py.
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -46,6 +47,8 @@ def main(descriptor: int, more: Sequence[str]) -> None:
     for name in (*IMPORTED, *OWN, *more):
         importlib.import_module(name)
     del sys.path[0]
+    gc.collect()
+    gc.freeze()  # each fork would look at, and so copy, all that has been imported when it collects and when it ends
     with socket.socket(fileno=descriptor) as channel:
         command = serve(channel)
     if command is not None:
