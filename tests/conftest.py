@@ -51,6 +51,18 @@ def fixed_seeds():
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def forked_verification():
+    """Let forks verify what a module's tests export: a fresh process would import torch again for each."""
+    from types import SimpleNamespace
+
+    from launching import run_as_fork
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.export.subprocess", SimpleNamespace(run=run_as_fork))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     connect = socket.socket.connect

@@ -387,3 +387,15 @@ def fork(command: Sequence[str], environment: Mapping[str, str], cwd: Path | str
     answer = channel.recv(8)
     assert answer, "the process that forks ranks could not be started"
     return Fork(command, int.from_bytes(answer, "little"), report)
+
+
+def run_as_fork(
+    command: Sequence[str], *, env: Mapping[str, str], **_: object
+) -> subprocess.CompletedProcess[str]:
+    """Stand for `subprocess.run` where a program starts `python -P -m MODULE`, as a fork that has imported torch."""
+    with tempfile.TemporaryFile() as output:
+        process = fork([part for part in command if part != "-P"], env, os.getcwd(), output.fileno())
+        code = process.wait(120)
+        output.seek(0)
+        said = output.read().decode(errors="replace")
+    return subprocess.CompletedProcess(command, code, stdout=said, stderr=said)

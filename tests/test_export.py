@@ -7,6 +7,8 @@ import os
 import pickle
 import shutil
 import stat
+import subprocess
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import anndata
@@ -16,6 +18,7 @@ import torch
 import yaml
 from corpora import gene_space, make_cells, write_corpus
 from hostile_checkpoints import changed_checkpoint
+from launching import run_command
 from running import newest_run, toy, train, train_ranks
 from safetensors.torch import load_file, save_file
 from scipy import sparse
@@ -43,6 +46,8 @@ from trainer.errors import CheckpointError, ConfigError, UserError
 from trainer.export import export
 from trainer.shards import SHARD, full_weights
 from trainer.statefile import load_tree
+
+pytestmark = pytest.mark.usefixtures("forked_verification")
 
 NUM_GENES = 40
 TOKENIZER = {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": 5, "max_genes": 24}
@@ -119,6 +124,26 @@ def left_over(folder):
 
 
 # What an export computes
+
+
+def test_an_export_is_verified_in_a_fresh_process(run, home, monkeypatch):
+    started, starts = [], subprocess.run
+    monkeypatch.setattr(
+        export_module, "subprocess", SimpleNamespace(run=lambda *a, **k: started.append(a) or starts(*a, **k))
+    )
+    said = export(run, home / "verified_afresh")
+    assert len(started) == 1 and "a fresh process loads all" in said[-1]
+
+
+def test_loading_an_export_imports_no_compiler(exported):
+    """Importing it would take as long as the rest."""
+    script = f"""
+import sys
+from models.encoder import MaskedCellEncoder
+MaskedCellEncoder.from_pretrained({str(exported)!r})
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    run_command(["python", "-c", script])
 
 
 def test_an_export_computes_what_the_trained_model_computes(run, exported):
