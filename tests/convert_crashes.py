@@ -5,6 +5,7 @@ starts no thread, so that forking is safe.
 """
 
 import contextlib
+import gc
 import os
 import shutil
 import sys
@@ -114,9 +115,10 @@ def crash_everywhere(work: Path, arguments: list[str], old: Path | None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # no child looks at, and so copies, all that has been imported
     os.fsync = lambda descriptor: None  # a kill needs none, and it would take most of the time
     work, arguments = Path(sys.argv[1]), sys.argv[2:]
     fresh = crash_everywhere(work / "fresh", arguments, None)
     old = work / "old"
-    assert in_child(lambda: main([*arguments, "--rows-per-shard", "7", "--output", str(old)])) == 0
+    assert in_child(lambda: main([*arguments, "--rows-per-shard", "15", "--output", str(old)])) == 0
     print(fresh, crash_everywhere(work / "overwrite", arguments, old))
