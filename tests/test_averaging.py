@@ -11,6 +11,8 @@ from trainer.errors import ConfigError, UserError
 from trainer.export import export
 from trainer.shards import full_weights, has_averages, open_tensors
 
+pytestmark = pytest.mark.usefixtures("forked_verification")
+
 EMA = {"decay": 0.5}
 VALIDATED = {
     "validation": {"dataloader_factory": "toy.map_loader", "dataloader_args": {"shuffle": False, "seed": 9}},

@@ -13,6 +13,8 @@ from trainer.embed import main
 from trainer.export import export
 from trainer.saved_model import open_model
 
+pytestmark = pytest.mark.usefixtures("forked_verification")
+
 NUM_CELLS, NUM_GENES = 60, 40
 GENES = [f"GENE{index}" for index in range(NUM_GENES)]
 TOKENIZER = {
