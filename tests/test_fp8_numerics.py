@@ -264,6 +264,18 @@ def test_no_tokens_give_no_outputs_and_no_gradient():
         assert output.shape == (0, 32) and not weight.grad.any()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_what_scaling_remembers_stays_out_of_compiled_layers():
+    layers = [LayerFactory("emulate", recipe="delayed_scaling").linear("layer", 32, 64) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    compiled = []
+    layers[1].compile(backend=lambda graph, _: compiled.append(str(graph.graph)) or graph.forward)
+    for size in (1.0, 3.0):
+        one, two = (layer(size * drawn(16, 32)) for layer in layers)
+        assert torch.equal(one, two)
+    assert compiled and not any("Fp8" in graph or "float8" in graph for graph in compiled)
+
+
 def test_mxfp8_needs_multiples_of_32():
     with pytest.raises(ModelError, match="has 48 inputs; FP8 needs a multiple of 32, such as 32 or 64"):
         LayerFactory("emulate", recipe="mxfp8").linear("layer", 48, 32)
