@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from data.circuit_folder import open_circuit_sets
+from data.circuit_folder import CircuitSet, open_circuit_sets
 from models.circuit_diffusion import CircuitDiffusion, CircuitDiffusionConfig, Draws
 from models.prompts import EncodedPrompts, TextEncoderConfig, encode_prompts
 from trainer.build import run
@@ -134,39 +134,10 @@ def import_genqc() -> types.SimpleNamespace:
 def fit_by_genqc(genqc: Any, folder: Path, num_epochs: int) -> list[float]:
     """Let genQC train, note down what it drew, and return the loss of every step."""
     (circuits,), *_ = open_circuit_sets(folder)
-    rows = np.arange(len(circuits))
-    tokens = torch.from_numpy(circuits.tokens.rows(rows)).long()
-    prompt_idx = torch.from_numpy(circuits.prompt_idx.astype(np.int64))
     compiles = circuits.unitaries is not None
-    tensors = [tokens, prompt_idx]
-    if circuits.unitaries is not None:
-        tensors.append(torch.from_numpy(circuits.unitaries.rows(rows)).float())
-
     torch.manual_seed(SEED)
-    sizes = {**UNET, "clr_dim": 8, "num_clrs": circuits.pad_token + 1, "cond_emb_size": 512}
-    make = genqc.QC_Cond_UNet
-    if compiles:
-        make, sizes = genqc.QC_Compilation_UNet, {**sizes, "unitary_encoder_config": dict(UNITARY_ENCODER)}
-    encoder = genqc.CachedFrozenOpenCLIPEmbedder(version=None, enable_cache_token_limit=False)
-    texts = [*circuits.prompts, ""]
-    encoder.generate_cache(texts, cached_empty_token_index=torch.tensor(len(circuits.prompts)))
-    # The encoder computes in inference mode, whose tensors cannot take part in a backward pass.
-    encoder.cached_embeddings = encoder.cached_embeddings.clone()
-    model, embedder = make(**sizes), make(**sizes)
-    for parameter in embedder.parameters():
-        parameter.requires_grad_(False)
+    model, embedder, encoder = _networks_of_genqc(genqc, circuits)
     base = genqc.DiffusionPipeline_Compilation if compiles else genqc.DiffusionPipeline
-    recorded.update(
-        batches=[],
-        weights={name: tensor.clone() for name, tensor in model.state_dict().items()},
-        table=embedder.emb_clr.weight.detach().clone(),
-        prompts=encoder.cached_embeddings.float(),
-        texts=circuits.prompts,
-        sizes=sizes,
-        gate_pool=circuits.gate_pool,
-        num_qubits=circuits.max_qubits,
-        compiles=compiles,
-    )
 
     class Recorded(base):
         """genQC's pipeline, which notes down what its steps draw."""
@@ -186,9 +157,50 @@ def fit_by_genqc(genqc: Any, folder: Path, num_epochs: int) -> list[float]:
     recorded["alpha_bar"] = scheduler.alphas_cumprod.double().numpy()
     pipeline = Recorded(scheduler, model, encoder, embedder, device)
     pipeline.compile(torch.optim.Adam, nn.MSELoss)
-    loader = DataLoader(TensorDataset(*tensors), batch_size=BATCH_SIZE, shuffle=True)
+    loader = DataLoader(_tensors_of(circuits), batch_size=BATCH_SIZE, shuffle=True)
     pipeline.fit(num_epochs, genqc.DataLoaders(loader, None), lr=LEARNING_RATE)
     return pipeline.fit_losses
+
+
+def _networks_of_genqc(genqc: Any, circuits: CircuitSet) -> tuple[Any, Any, Any]:
+    """Build genQC's UNet, the frozen one that embeds its tokens and its text encoder; note down how they start."""
+    compiles = circuits.unitaries is not None
+    sizes = {**UNET, "clr_dim": 8, "num_clrs": circuits.pad_token + 1, "cond_emb_size": 512}
+    make = genqc.QC_Cond_UNet
+    if compiles:
+        make, sizes = genqc.QC_Compilation_UNet, {**sizes, "unitary_encoder_config": dict(UNITARY_ENCODER)}
+    encoder = genqc.CachedFrozenOpenCLIPEmbedder(version=None, enable_cache_token_limit=False)
+    texts = [*circuits.prompts, ""]
+    encoder.generate_cache(texts, cached_empty_token_index=torch.tensor(len(circuits.prompts)))
+    # The encoder computes in inference mode, whose tensors cannot take part in a backward pass.
+    encoder.cached_embeddings = encoder.cached_embeddings.clone()
+    model, embedder = make(**sizes), make(**sizes)
+    for parameter in embedder.parameters():
+        parameter.requires_grad_(False)
+    recorded.update(
+        batches=[],
+        weights={name: tensor.clone() for name, tensor in model.state_dict().items()},
+        table=embedder.emb_clr.weight.detach().clone(),
+        prompts=encoder.cached_embeddings.float(),
+        texts=circuits.prompts,
+        sizes=sizes,
+        gate_pool=circuits.gate_pool,
+        num_qubits=circuits.max_qubits,
+        compiles=compiles,
+    )
+    return model, embedder, encoder
+
+
+def _tensors_of(circuits: CircuitSet) -> TensorDataset:
+    """Return tokens and prompt indices as genQC trains on them, and unitaries where there are any."""
+    rows = np.arange(len(circuits))
+    tensors = [
+        torch.from_numpy(circuits.tokens.rows(rows)).long(),
+        torch.from_numpy(circuits.prompt_idx.astype(np.int64)),
+    ]
+    if circuits.unitaries is not None:
+        tensors.append(torch.from_numpy(circuits.unitaries.rows(rows)).float())
+    return TensorDataset(*tensors)
 
 
 def _drawn(pipeline: Any, data: Any) -> dict[str, Any]:
