@@ -37,6 +37,8 @@ def linear_cross_entropy(
         logits = F.linear(x, weight, bias)
         total = F.cross_entropy(logits.float(), labels, reduction="sum", ignore_index=ignore_index)
         return total, (logits.detach().argmax(dim=-1) == labels).sum()
+    if not torch.is_grad_enabled():  # which `needs_input_grad` does not tell: it is what the tensors require
+        x, weight, bias = x.detach(), weight.detach(), bias.detach()
     total, correct = _ChunkedCrossEntropy.apply(x, weight, bias, labels, ignore_index, rows)  # pyright: ignore
     return total, correct
 

@@ -1,10 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cell_batches import make_batch, make_encoder
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import cross_entropy
 from models.cross_entropy import linear_cross_entropy, rows_at_once
-from models.encoder import EncoderConfig, MaskedCellEncoder
 
 IGNORED = -100
 
@@ -58,9 +59,10 @@ def test_nothing_as_large_as_the_logits_is_kept():
 
 def test_without_gradients_none_are_computed():
     tensors, labels = inputs()
-    with torch.no_grad():
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         loss, _ = linear_cross_entropy(*tensors, labels, ignore_index=IGNORED, rows=5)
     torch.testing.assert_close(loss, whole(*tensors, labels)[0], rtol=1e-5, atol=1e-5)
+    assert counter.get_total_flops() == 2 * 37 * 8 * 11  # of the logits
 
 
 def test_rows_at_once_fit_the_limit():
@@ -70,27 +72,8 @@ def test_rows_at_once_fit_the_limit():
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_the_encoder_trains_alike_with_chunked_logits(monkeypatch, is_tied):
-    torch.manual_seed(0)
-    config = EncoderConfig(
-        vocab_size=50, n_bins=4, hidden_dim=16, num_layers=1, num_heads=2, tie_gene_head=is_tied
-    )
-    model = MaskedCellEncoder(config).eval()
-    tokens = torch.randint(4, 50, (6, 9))
-    tokens[:, 0] = 3
-    masked = torch.tensor([2, 4, 11, 12, 20, 30, 40])
-    labels = torch.full((6, 9), IGNORED)
-    labels.view(-1)[masked] = tokens.view(-1)[masked]
-    batch = {
-        "tokens": tokens,
-        "bins": torch.randint(0, 4, (6, 9)),
-        "values": torch.rand(6, 9),
-        "attention_mask": torch.ones(6, 9, dtype=torch.bool),
-        "num_tokens": 54,
-        "depth": torch.rand(6),
-        "labels": labels,
-        "value_labels": torch.where(labels == IGNORED, IGNORED, 1),
-        "masked_index": masked,
-    }
+    model = make_encoder(tie_gene_head=is_tied)
+    batch = make_batch(target="gene")
     results = []
     for limit in (cross_entropy.MAX_LOGITS, 100):
         monkeypatch.setattr(cross_entropy, "MAX_LOGITS", limit)
