@@ -1,5 +1,7 @@
 """Embedding new cells: genes by name, one answer from run, checkpoint and export, an output that is whole or absent."""
 
+import shutil
+
 import anndata
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ from launching import ROOT, launch_ranks
 from running import toy, train
 
 from data.errors import DataError
+from models.pretrained import config_fields
 from trainer import embedding
 from trainer.embed import main
+from trainer.errors import UserError
 from trainer.export import export
 from trainer.saved_model import open_model
 
@@ -54,6 +58,30 @@ def place(tmp_path_factory, cells):
     run = train(folder, toy(phase, model=ENCODER, micro_batch_size=8, global_batch_size=8))
     (folder / "run").symlink_to(run)
     return folder
+
+
+@pytest.fixture(scope="module")
+def exported(place, tmp_path_factory, forked_verification):
+    folder = tmp_path_factory.mktemp("exported") / "export"
+    export(place / "run", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(place, tmp_path_factory):
+    """Return a run that learned the type of each cell, beginning with the weights of the other."""
+    arguments = {"path": str(place / "corpus"), "tokenizer": TOKENIZER, "label": "cell_type"}
+    phase = {"dataloader_factory": "data.loader.cell_loader", "dataloader_args": arguments, "max_steps": 2}
+    model = {
+        "model_class": "models.fine_tuned.FineTunedModel",
+        "config_class": "models.fine_tuned.FineTunedConfig",
+        "config_args": {
+            "backbone_class": "models.encoder.MaskedCellEncoder",
+            "backbone_config": config_fields(open_model(place / "run").model.config),
+        },
+    }
+    config = toy(phase, model=model, micro_batch_size=8, global_batch_size=8, init_from=str(place / "run"))
+    return train(tmp_path_factory.mktemp("fine_tuned"), config)
 
 
 def embed(place, data, output, *options):
@@ -146,23 +174,22 @@ def test_the_matrix_of_the_models_kind_is_found(place, tmp_path, cells, expected
     assert "no matrix of counts, which the model was trained on" in capsys.readouterr().err
 
 
-def test_run_checkpoint_and_export_open_the_same_model(place, tmp_path, expected):
-    export(place / "run", tmp_path / "export")
+def test_run_checkpoint_and_export_open_the_same_model(place, exported, tmp_path, expected):
     newest = (place / "run" / "latest").read_text().strip()
-    for path in (place / "run" / newest, tmp_path / "export"):
+    for path in (place / "run" / newest, exported):
         options = ["--model", path, "--data", place / "cells.h5ad", "--output", tmp_path / "out.h5ad"]
         assert main([str(part) for part in [*options, "--overwrite"]]) == 0
         assert np.array_equal(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_cellphase"], expected)
 
 
 def test_an_export_of_a_model_of_ones_own_is_opened_where_its_module_is_trusted(
-    place, tmp_path, monkeypatch, expected, capsys
+    place, exported, tmp_path, monkeypatch, expected, capsys
 ):
     (tmp_path / "own_encoder.py").write_text(
         "from models.encoder import MaskedCellEncoder\nclass Own(MaskedCellEncoder): ...\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    export(place / "run", tmp_path / "export")
+    shutil.copytree(exported, tmp_path / "export")
     config = tmp_path / "export" / "config.json"
     config.write_text(config.read_text().replace("models.encoder.MaskedCellEncoder", "own_encoder.Own"))
     output = tmp_path / "out.h5ad"
@@ -173,9 +200,8 @@ def test_an_export_of_a_model_of_ones_own_is_opened_where_its_module_is_trusted(
     assert np.array_equal(anndata.read_h5ad(output).obsm["X_cellphase"], expected)
 
 
-def test_an_untrained_network_has_the_same_shape_and_other_weights(place, tmp_path):
-    export(place / "run", tmp_path / "export")
-    for path in (place / "run", tmp_path / "export"):
+def test_an_untrained_network_has_the_same_shape_and_other_weights(place, exported):
+    for path in (place / "run", exported):
         opened = open_model(path)
         one, two, three = (opened.untrained(seed).state_dict() for seed in (0, 0, 1))
         trained = opened.model.state_dict()
@@ -191,13 +217,24 @@ def test_an_existing_output_is_kept_unless_it_is_to_be_replaced(place, tmp_path,
     assert "exists; name another file, or give --overwrite" in capsys.readouterr().err
     assert output.read_text() == "precious"
     assert embed(place, place / "cells.h5ad", output, "--overwrite") == 0
-    assert embed(place, output, output, "--overwrite") == 2
+    assert anndata.read_h5ad(output).obsm["X_cellphase"].shape == (NUM_CELLS, 16)
+
+
+def test_an_output_in_the_place_of_the_input_is_refused(place, tmp_path, cells, capsys):
+    path = write_h5ad(tmp_path / "cells.h5ad", cells)
+    assert embed(place, path, path, "--overwrite") == 2
     assert "is the input file itself" in capsys.readouterr().err
-    assert embed(place, output, tmp_path / "next.h5ad") == 2
+
+
+def test_embeddings_that_the_input_has_already_are_not_replaced(place, tmp_path, capsys):
+    data = anndata.read_h5ad(place / "cells.h5ad")
+    data.obsm["X_cellphase"] = np.zeros((NUM_CELLS, 2))
+    data.write_h5ad(tmp_path / "embedded.h5ad")
+    assert embed(place, tmp_path / "embedded.h5ad", tmp_path / "next.h5ad") == 2
     assert "obsm has 'X_cellphase' already; choose another --key" in capsys.readouterr().err
 
 
-def test_a_failure_on_the_way_leaves_nothing_behind(place, tmp_path, cells, capsys):
+def test_a_failure_on_the_way_leaves_nothing_behind(place, tmp_path, cells):
     spoiled = cells.astype(float)
     spoiled[-2, 3] = 2.5
     # Not in the sample by which the matrix is chosen: whole numbers before, so it is met on the way.
@@ -209,12 +246,12 @@ def test_a_failure_on_the_way_leaves_nothing_behind(place, tmp_path, cells, caps
 def test_a_model_whose_cells_this_program_did_not_tokenize_is_refused(tmp_path):
     run = train(tmp_path, toy({}))
     with pytest.raises(
-        Exception, match="its cells were read by toy.map_loader, so nothing says how new cells"
+        UserError, match="its cells were read by toy.map_loader, so nothing says how new cells"
     ):
         open_model(run, trusted_modules=("toy",))
 
 
-def test_phases_that_differ_need_a_name(place, tmp_path, capsys):
+def test_phases_that_differ_need_a_name(place, tmp_path):
     arguments = {"path": str(place / "corpus"), "masking": {"mask_ratio": 0.3}}
     loader = {"dataloader_factory": "data.loader.cell_loader", "max_steps": 1}
     phases = [
@@ -227,40 +264,30 @@ def test_phases_that_differ_need_a_name(place, tmp_path, capsys):
     assert open_model(run, "p1").tokenizer.options["max_genes"] == 8
 
 
-def test_a_fine_tuned_model_answers_by_name(place, tmp_path, monkeypatch, capsys):
-    arguments = {"path": str(place / "corpus"), "tokenizer": TOKENIZER, "label": "cell_type"}
-    phase = {"dataloader_factory": "data.loader.cell_loader", "dataloader_args": arguments, "max_steps": 2}
-    opened = open_model(place / "run")
-    from models.pretrained import config_fields
-
-    model = {
-        "model_class": "models.fine_tuned.FineTunedModel",
-        "config_class": "models.fine_tuned.FineTunedConfig",
-        "config_args": {
-            "backbone_class": "models.encoder.MaskedCellEncoder",
-            "backbone_config": config_fields(opened.model.config),
-        },
-    }
-    config = toy(phase, model=model, micro_batch_size=8, global_batch_size=8, init_from=str(place / "run"))
-    run = train(tmp_path, config)
-    options = ["--model", run, "--data", place / "cells.h5ad", "--output", tmp_path / "out.h5ad"]
+def test_a_fine_tuned_model_answers_by_name(place, fine_tuned, tmp_path):
+    options = ["--model", fine_tuned, "--data", place / "cells.h5ad", "--output", tmp_path / "out.h5ad"]
     assert main([str(part) for part in options]) == 0
     written = anndata.read_h5ad(tmp_path / "out.h5ad")
     assert list(written.obs["cellphase_label"].cat.categories) == ["kind0", "kind1", "kind2"]
     assert written.obs["cellphase_probability"].between(1 / 3 - 1e-6, 1).all()
     assert list(written.obs.columns[:2]) == ["cell_type", "age"]
-    taken = tmp_path / "taken.h5ad"
-    write_h5ad(
-        taken, random_counts(NUM_CELLS, NUM_GENES, seed=1, high=9), obs={"cellphase_label": ["x"] * NUM_CELLS}
-    )
+
+
+def test_a_column_of_answers_that_is_there_is_found_before_the_rest_is_computed(
+    fine_tuned, tmp_path, cells, monkeypatch, capsys
+):
+    path = write_h5ad(tmp_path / "taken.h5ad", cells, obs={"cellphase_label": ["x"] * NUM_CELLS})
     rounds = []
     gathered = embedding._gathered
     monkeypatch.setattr(embedding, "_gathered", lambda *given: rounds.append(1) or gathered(*given))
-    options = ["--model", run, "--data", taken, "--output", tmp_path / "next.h5ad", "--batch-size", "1"]
+    options = ["--model", fine_tuned, "--data", path, "--output", tmp_path / "next.h5ad", "--batch-size", "1"]
     assert main([str(part) for part in options]) == 2
     assert "obs has cellphase_label already; choose another --key" in capsys.readouterr().err
-    assert len(rounds) == 1  # found before the rest is computed
-    assert open_model(run).task == "classification" and open_model(place / "run").task is None
+    assert len(rounds) == 1
+
+
+def test_a_model_that_is_opened_knows_what_it_was_fine_tuned_for(place, fine_tuned):
+    assert open_model(fine_tuned).task == "classification" and open_model(place / "run").task is None
 
 
 @pytest.mark.slow
