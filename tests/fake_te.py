@@ -222,7 +222,9 @@ def checkpoint(function, *args, use_reentrant=True):
         finally:
             _active.pop()
 
-    contexts = lambda: (contextlib.nullcontext(), recompute() if recipe else contextlib.nullcontext())  # noqa: E731
+    def contexts():
+        return contextlib.nullcontext(), recompute() if recipe else contextlib.nullcontext()
+
     return torch_checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 

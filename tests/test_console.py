@@ -176,7 +176,7 @@ def test_a_warning_is_given_once(capsys):
 
 
 def test_names_out_of_files_do_not_act_on_the_terminal(capsys):
-    console.notice("gene \x1b]0;title\x07\x1b[2J\x9b\u202e\ud800\r of\ta file\nnext µ→✓")
+    notice("gene \x1b]0;title\x07\x1b[2J\x9b\u202e\ud800\r of\ta file\nnext µ→✓")
     assert capsys.readouterr().out == (
         "gene \\x1b]0;title\\x07\\x1b[2J\\x9b\\u202e\\ud800\\r of\ta file\nnext µ→✓\n"
     )

@@ -366,7 +366,11 @@ def test_a_folder_that_is_no_corpus_is_a_mistake_before_anything_is_read(tmp_pat
     assert command_line.main(["verify-corpus", str(folder), str(tmp_path)]) == 2
     printed = capsys.readouterr()
     assert "no manifest.json" in printed.err and printed.out == ""
+
+
+def test_the_command_that_compares_corpora_needs_one(capsys):
     assert command_line.main(["verify-corpus"]) == 2
+    assert "required: " in capsys.readouterr().err
 
 
 def test_a_remote_corpus_is_compared_too(tmp_path):

@@ -134,9 +134,7 @@ def test_auxiliary_losses_are_on_in_the_phases_that_say_so(tmp_path: Path):
     sets = {"dataloader_factory": "toy_perturbations.set_loader", "max_steps": 2}
     run = toy(*({**sets, "objective_options": each} for each in options), model=model, micro_batch_size=2)
     folder = train(tmp_path, {**run, "global_batch_size": 4})
-    assert [["direction_loss" in record for record in records(folder)][i] for i in range(6)] == [
-        False, False, True, True, True, True,
-    ]  # fmt: skip
+    assert ["direction_loss" in record for record in records(folder)] == [False] * 2 + [True] * 4
 
 
 # Muon and Adam

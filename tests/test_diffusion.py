@@ -67,18 +67,17 @@ class Marginal(Exact):
 class Table(nn.Module):
     """Predict from a table of everything that can be shown; auxiliary outputs are parameters."""
 
-    def __init__(self, num_genes: int = NUM_GENES, num_tokens: int = K, has_auxiliary: bool = False) -> None:
+    def __init__(self, has_auxiliary: bool = False) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
-        self.logits = nn.Embedding((num_tokens + 1) ** num_genes, num_genes * num_tokens)
+        self.logits = nn.Embedding((K + 1) ** NUM_GENES, NUM_GENES * K)
         nn.init.zeros_(self.logits.weight)
-        self.auxiliary = nn.Parameter(torch.zeros(num_genes, 3)) if has_auxiliary else None
+        self.auxiliary = nn.Parameter(torch.zeros(NUM_GENES, 3)) if has_auxiliary else None
 
     def encode_conditions(self, **conditions: Tensor | None) -> None: ...
 
     def forward(self, tokens: Tensor, time: Tensor, conditions: Any) -> DenoiserOutput:
-        place = (self.num_tokens + 1) ** torch.arange(tokens.shape[-1])
-        logits = self.logits((tokens * place).sum(dim=-1)).view(*tokens.shape, self.num_tokens)
+        place = (K + 1) ** torch.arange(NUM_GENES)
+        logits = self.logits((tokens * place).sum(dim=-1)).view(*tokens.shape, K)
         auxiliary = None if self.auxiliary is None else self.auxiliary.expand(*tokens.shape, 3)
         return DenoiserOutput(logits, auxiliary)
 
@@ -86,15 +85,14 @@ class Table(nn.Module):
 class Fixed(nn.Module):
     """Predict the same logits for every cell."""
 
-    def __init__(self, logits: Tensor, auxiliary: Tensor | None = None) -> None:
+    def __init__(self, logits: Tensor) -> None:
         super().__init__()
-        self.logits, self.auxiliary = logits, auxiliary
+        self.logits = logits
 
     def encode_conditions(self, **conditions: Tensor | None) -> None: ...
 
     def forward(self, tokens: Tensor, time: Tensor, conditions: Any) -> DenoiserOutput:
-        auxiliary = None if self.auxiliary is None else self.auxiliary.expand(*tokens.shape, 3)
-        return DenoiserOutput(self.logits.expand(*tokens.shape, -1), auxiliary)
+        return DenoiserOutput(self.logits.expand(*tokens.shape, -1))
 
 
 def cells(number: int, seed: int = 0) -> Tensor:
@@ -200,7 +198,6 @@ def test_steps_of_a_sampler_unmask_what_the_schedule_says():
 def test_the_loss_at_full_masking_is_the_categorical_negative_log_likelihood(schedule):
     logits = torch.randn(NUM_GENES, K)
     tokens = cells(11)
-    output = absorbing(schedule=schedule).compute_loss(Fixed(logits), tokens, noise_seed=seeds(11))
     expected = F.cross_entropy(logits.expand(11, -1, -1).flatten(end_dim=1), tokens.flatten())
     # At time_min close to 1 nearly all times are put to it: everything is masked.
     whole = absorbing(schedule=schedule, time_min=1 - 1e-9)

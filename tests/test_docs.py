@@ -70,7 +70,7 @@ def blocks(page, language):
 def render_tables():
     """Return the generated part of docs/configuration.md."""
     schema = json_schema()
-    sections = [("The run", "", schema)]
+    sections = [("The run", schema)]
     where = {
         "ModelConfig": "model",
         "OptimizerConfig": "optimizer",
@@ -91,8 +91,8 @@ def render_tables():
         "LaunchConfig": "launch",
     }
     assert where.keys() == schema["$defs"].keys(), "a section of the schema has no place in the documentation"
-    sections += [(f"`{path}`", path, schema["$defs"][name]) for name, path in where.items()]
-    parts = [_schema_table(title, section, where) for title, _, section in sections]
+    sections += [(f"`{path}`", schema["$defs"][name]) for name, path in where.items()]
+    parts = [_schema_table(title, section, where) for title, section in sections]
     shared = inspect.signature(cell_loader).parameters.keys()
     for title, target, heading, told in (
         ("`dataloader_args` of `data.loader.cell_loader`", cell_loader, "Args:", ()),
@@ -187,16 +187,6 @@ def _kind(field, where):
 def _annotation(hint):
     """Say in words what a Python annotation allows."""
     text = hint if isinstance(hint, str) else inspect.formatannotation(hint)
-    aliases = {
-        "Pooling": "`cls`, `mean`",
-        "PositionEmbedding": "`none`, `learned`",
-        "Activation": "`gelu`, `relu`, `silu`, `swiglu`",
-        "Normalization": "`LayerNorm`, `RMSNorm`",
-        "Backend": "`torch`, `emulate`",
-    }
-    for name, choices in aliases.items():
-        if text.endswith(name):
-            return choices
     literal = re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", text)
     if literal:
         return ", ".join(f"`{word.strip().strip(chr(39))}`" for word in literal[1].split(","))

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from running import comparable_records, newest_run, records, same_weights, toy, train, train_ranks
+from running import comparable_records, copy_until, newest_run, records, same_weights, toy, train, train_ranks
 
 from trainer.checkpoint_folder import open_checkpoint
 from trainer.errors import CheckpointError, ConfigError
@@ -63,12 +63,7 @@ def test_an_evaluation_in_the_middle_of_an_epoch_ends_the_phase_at_its_step(tmp_
 def test_a_resumed_run_stops_at_the_same_evaluation(tmp_path, checkpoint):
     config = toy({"epochs": 9}, optimizer=STILL, early_stopping=stopping())
     whole = train(tmp_path / "whole", config)
-    cut = tmp_path / "cut" / "runs" / "toy_20200101_000000"
-    shutil.copytree(whole, cut)
-    for later in (6, 4):
-        if later > checkpoint:
-            shutil.rmtree(cut / f"checkpoint_{later}")
-    (cut / "latest").write_text(f"checkpoint_{checkpoint}\n")
+    cut = copy_until(whole, checkpoint, tmp_path / "cut")
     resumed = train(tmp_path / "cut", config, resume_from=str(cut))
     assert comparable_records(resumed) == comparable_records(whole) and same_weights(resumed, whole)
 

@@ -4,6 +4,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corpora import make_cells, write_corpus
+from h5ad_files import write_h5ad
 
 from data.errors import DataError
 from data.expression import ExpressionSource, expression_loader
@@ -12,8 +14,6 @@ from data.loader import StepLoader
 from data.order import GlobalOrder
 from data.perturbation import perturbation_loader
 from data.readers import open_reader
-from tests.corpora import make_cells, write_corpus
-from tests.h5ad_files import write_h5ad
 
 NUM_GENES = 50
 TOKENIZER = {"strategy": "log_bins", "n_bins": 12}
