@@ -15,7 +15,7 @@ from launching import ROOT, free_port, launch_ranks
 
 from trainer import report
 from trainer.build import run
-from trainer.checkpoint_folder import open_checkpoint
+from trainer.checkpoint_folder import SavedCheckpoint, open_checkpoint
 from trainer.config import load_run_config
 from trainer.metrics_file import comparable, read_metrics
 from trainer.shards import full_weights
@@ -155,10 +155,14 @@ def comparable_records(run_folder: Path) -> list[dict[str, Any]]:
     return [comparable(record) for record in read_metrics(run_folder / "metrics.jsonl")]
 
 
+def newest_checkpoint(run_folder: Path) -> SavedCheckpoint:
+    """Open the checkpoint that `latest` names."""
+    return open_checkpoint(run_folder / (run_folder / "latest").read_text().strip())
+
+
 def final_weights(run_folder: Path) -> dict[str, torch.Tensor]:
     """Return the weights of the newest checkpoint."""
-    newest = (run_folder / "latest").read_text().strip()
-    return full_weights(open_checkpoint(run_folder / newest))
+    return full_weights(newest_checkpoint(run_folder))
 
 
 def same_weights(first: Path, second: Path) -> bool:

@@ -1,11 +1,12 @@
+"""Moving averages of the weights: how they are kept, saved, evaluated, exported and resumed."""
+
 import pytest
 import torch
-from running import final_weights, records, toy, train
+from running import copy_until, final_weights, newest_checkpoint, records, toy, train
 from safetensors.torch import load_file
 from torch import nn
 
 from trainer.averaging import AVERAGE, averaged, drop_average, keep_average, swap
-from trainer.checkpoint_folder import open_checkpoint
 from trainer.config.schema import EmaConfig
 from trainer.errors import ConfigError, UserError
 from trainer.export import export
@@ -18,10 +19,6 @@ VALIDATED = {
     "validation": {"dataloader_factory": "toy.map_loader", "dataloader_args": {"shuffle": False, "seed": 9}},
     "eval_every_steps": 1,
 }
-
-
-def newest(run_folder):
-    return open_checkpoint(run_folder / (run_folder / "latest").read_text().strip())
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
@@ -88,7 +85,7 @@ def test_training_is_the_same_with_an_average_and_evaluations_are_of_it(tmp_path
     )
     ours, theirs = ([{k: r[k] for k in ("loss", "grad_norm")} for r in records(f)] for f in (plain, kept))
     assert ours == theirs
-    saved = newest(kept)
+    saved = newest_checkpoint(kept)
     trained = full_weights(saved, averaged=False)
     assert all(torch.equal(trained[name], weight) for name, weight in final_weights(plain).items())
     # The first evaluation is of weights that equal their average, every later one is not.
@@ -99,7 +96,7 @@ def test_training_is_the_same_with_an_average_and_evaluations_are_of_it(tmp_path
 
 def test_a_checkpoint_holds_both_and_an_export_takes_the_average(tmp_path):
     folder = train(tmp_path, toy({"epochs": 2}, ema=EMA))
-    saved = newest(folder)
+    saved = newest_checkpoint(folder)
     tensors = open_tensors(saved)
     average = tensors.optimizer_state("model.head.weight")[AVERAGE]
     assert has_averages(tensors)
@@ -126,17 +123,12 @@ def test_a_new_run_starts_from_the_averages(tmp_path, capsys):
     first = train(tmp_path / "first", toy({"epochs": 2}, ema=EMA))
     second = train(tmp_path / "second", toy({"epochs": 1, "lr": 1e-30}, init_from=str(first)))
     assert "averages of the weights taken from" in capsys.readouterr().out
-    ours, theirs = (full_weights(newest(folder)) for folder in (first, second))
+    ours, theirs = (full_weights(newest_checkpoint(folder)) for folder in (first, second))
     torch.testing.assert_close(ours["body.0.weight"], theirs["body.0.weight"])
 
 
 def test_a_run_without_an_average_resumes_from_one_that_kept_it(tmp_path):
     phase = {"epochs": 2, "save_every_steps": 1}
-    folder = train(tmp_path, toy(phase, ema=EMA))
-    for checkpoint in folder.glob("checkpoint_*"):
-        if int(checkpoint.name.removeprefix("checkpoint_")) > 2:
-            for file in checkpoint.iterdir():
-                file.unlink()
-            checkpoint.rmdir()
+    folder = copy_until(train(tmp_path / "kept", toy(phase, ema=EMA)), 2, tmp_path)
     resumed = train(tmp_path, toy(phase), resume_from="latest")
-    assert resumed == folder and not has_averages(open_tensors(newest(resumed)))
+    assert resumed == folder and not has_averages(open_tensors(newest_checkpoint(resumed)))

@@ -5,12 +5,11 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from running import records, toy, train
+from running import newest_checkpoint, records, toy, train
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from data.errors import DataError
-from trainer.checkpoint_folder import open_checkpoint
 
 seen: list[dict] = []
 """What the model was given, of the test that runs."""
@@ -98,7 +97,7 @@ def run(folder, *phases):
 
 
 def technical_batches(folder):
-    saved = open_checkpoint(folder / (folder / "latest").read_text().strip())
+    saved = newest_checkpoint(folder)
     return saved.shared("run_state.safetensors")["technical_batches"]
 
 

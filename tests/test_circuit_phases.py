@@ -13,6 +13,7 @@ from circuit_folders import SAMPLES, random_circuits, write_set
 from running import (
     comparable_records,
     final_weights,
+    newest_checkpoint,
     newest_run,
     records,
     same_weights,
@@ -155,7 +156,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_checkpoint_says_what_tokens_and_prompts_stand_for(run: Path):
     """A sampler needs no data: the model is built from the checkpoint alone."""
-    saved = open_checkpoint(run / (run / "latest").read_text().strip())
+    saved = newest_checkpoint(run)
     trained = load_trained(saved, trusted_modules=("toy_circuits",))
     assert list(trained.facts.gate_pool) == POOL and trained.facts.has_unitary is False
     assert "Generate SRV: [1, 2, 2]" in trained.facts.prompts and len(trained.facts.prompts) == 17

@@ -6,6 +6,7 @@ import pytest
 from running import (
     comparable_records,
     copy_until,
+    newest_checkpoint,
     newest_run,
     records,
     same_weights,
@@ -16,7 +17,6 @@ from running import (
 
 from data.simulator import write_simulated_h5ad
 from data.value_tokenizers import ValueTokenizer
-from trainer.checkpoint_folder import open_checkpoint
 from trainer.config import load_run_config
 from trainer.costs import find_gpu
 from trainer.plan import make_plan, render
@@ -106,7 +106,7 @@ def test_a_plan_names_what_its_phases_count(corpus: Path, tmp_path: Path):
 
 def test_a_checkpoint_keeps_what_turns_tokens_into_values(corpus: Path, tmp_path: Path):
     folder = train(tmp_path, config(corpus, targets="corpus"))
-    state = open_checkpoint(folder / (folder / "latest").read_text().strip()).shared("run_state.safetensors")
+    state = newest_checkpoint(folder).shared("run_state.safetensors")
     kept = state["tokenizer_options"]["response"]
     tokenizer = ValueTokenizer.from_dict(kept["tokenizer"])
     assert tokenizer.num_tokens == 8 and (kept["target_sum"], kept["log1p"]) == (1e4, True)
