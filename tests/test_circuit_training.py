@@ -1,25 +1,31 @@
 """Circuit models from the command to the saved pipeline: trained, resumed, gone on from, listed and deleted."""
 
 import json
+import os
 import re
 import shutil
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from circuit_folders import SAMPLES, random_circuits, write_set
 from launching import ROOT, launch_ranks, run_command, start_ranks
-from running import comparable_records, records, reset_accelerate, strategy_environment
+from running import (
+    comparable_records,
+    newest_checkpoint,
+    newest_run,
+    records,
+    reset_accelerate,
+    strategy_environment,
+)
 from safetensors.torch import load_file
 
 import trainer.train
 from models.circuit_diffusion import CircuitDiffusion
 from models.pretrained import from_pretrained
 from trainer import registry, saved_run
-from trainer.checkpoint_folder import open_checkpoint
 from trainer.errors import UserError
 from trainer.shards import full_weights
 
@@ -53,15 +59,14 @@ def overrides(output, *more, data=SAMPLES / "srv_3q"):
 
 
 def train(output, *more, data=SAMPLES / "srv_3q", code=0):
-    """Train in this process, and return the run folder."""
+    """Train in this process, and return the newest run folder, None where there is none."""
     reset_accelerate()
     assert trainer.train.main(["--config", str(CONFIG), *overrides(output, *more, data=data)]) == code
     return newest(output)
 
 
 def newest(output):
-    found = sorted((Path(output) / "runs").glob("*"), key=lambda path: (path.stat().st_mtime, path.name))
-    return found[-1] if found else None
+    return newest_run(output) if (output / "runs").is_dir() else None
 
 
 def files(folder):
@@ -70,7 +75,7 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Return the folder of a run, which nobody changes."""
+    """Return the folder of a trained model, which nobody changes."""
     output = tmp_path_factory.mktemp("trained") / "out"
     train(output)
     return output
@@ -94,8 +99,7 @@ def test_a_run_saves_a_pipeline_that_loads(trained):
     model = from_pretrained(trained)
     assert isinstance(model, CircuitDiffusion)
     assert model.config.gate_pool == ("h", "cx", "z", "x", "ccx", "swap") and model.config.vocab_size == 8
-    checkpoint = open_checkpoint(newest(trained) / (newest(trained) / "latest").read_text().strip())
-    saved, state = full_weights(checkpoint), model.state_dict()
+    saved, state = full_weights(newest_checkpoint(newest(trained))), model.state_dict()
     assert saved.keys() == state.keys()
     assert all(torch.equal(saved[name], state[name]) for name in saved)
     table = load_file(trained / "embedder.safetensors")["emb_clr.weight"]
@@ -136,14 +140,10 @@ def test_the_run_says_when_it_began_how_it_ended_and_how_long_it_took(trained):
     assert status["started"] < status["time"] and status["duration_seconds"] > 0
 
 
-def test_a_failure_is_recorded_and_handed_on(tmp_path, capsys):
+def test_a_file_in_the_place_of_the_model_is_refused_before_anything_is_trained(tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    # Its place is taken between the start, where it is looked at, and the end of the run.
-    folder = train(tmp_path / "out", "training.training.num_epochs=1", "training.general.model_name=x")
-    assert folder is not None
-    shutil.rmtree(tmp_path / "out" / "x")
     (tmp_path / "out" / "x").write_text("in the way")
-    train(tmp_path / "out", "training.general.model_name=x", code=2)
+    assert train(tmp_path / "out", "training.general.model_name=x", code=2) is None
     assert "x is a file; name a folder" in capsys.readouterr().err
 
 
@@ -153,11 +153,10 @@ def test_a_learning_rate_that_is_too_high_ends_the_run_with_an_account(tmp_path)
         "training.training.optimizer=SGD",
         "training.training.learning_rate=1e30",
         "training.training.lr_scheduler=null",
+        "training.training.max_grad_norm=null",
+        "training.training.num_epochs=20",
     ]
-    reset_accelerate()
-    more += ["training.training.max_grad_norm=null", "training.training.num_epochs=20"]
-    assert trainer.train.main(["--config", str(CONFIG), *overrides(output, *more)]) != 0
-    status = json.loads((newest(output) / "exit_status.json").read_text())
+    status = json.loads((train(output, *more, code=1) / "exit_status.json").read_text())
     assert status["exit_code"] == 1 and "had no finite loss or gradient" in status["reason"]
     assert files(output) == set()
 
@@ -202,7 +201,7 @@ def test_stages_train_one_after_the_other_over_all_prompts(tmp_path):
 
 def test_the_average_of_the_weights_is_what_is_saved(tmp_path):
     folder = train(tmp_path / "out", "training.training.ema={decay: 0.9}", "training.training.num_epochs=1")
-    saved = open_checkpoint(folder / (folder / "latest").read_text().strip())
+    saved = newest_checkpoint(folder)
     state = from_pretrained(tmp_path / "out").state_dict()
     averages, weights = full_weights(saved, averaged=True), full_weights(saved, averaged=False)
     assert all(torch.equal(averages[name], state[name]) for name in state)
@@ -249,9 +248,7 @@ def test_a_pipeline_that_cannot_be_written_whole_is_not_there(tmp_path):
     assert (tmp_path / "old" / "config.json").read_text() == "old"
 
 
-def test_what_says_how_a_model_is_loaded_comes_last(tmp_path, monkeypatch):
-    import os
-
+def test_what_says_how_a_model_is_loaded_goes_first_and_comes_last(tmp_path, monkeypatch):
     def write(folder):
         for name in ("config.json", "config.yaml", "model.safetensors"):
             (folder / name).write_text("new")
@@ -260,11 +257,12 @@ def test_what_says_how_a_model_is_loaded_comes_last(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("old")
     (tmp_path / "model" / "notes.txt").write_text("mine")
-    seen, rename = [], os.rename
-    monkeypatch.setattr(os, "rename", lambda a, b: (seen.append(Path(b).name), rename(a, b))[1])
+    there, rename = [], os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (there.append(files(b.parent)), rename(a, b))[1])
     saved_run.place(tmp_path / "model", write, {"run": "r"})
-    assert seen == ["metadata.yaml", "model.safetensors", "config.json", "config.yaml"]
-    assert files(tmp_path / "model") == {*seen, "notes.txt"}
+    names = ["notes.txt", "metadata.yaml", "model.safetensors", "config.json", "config.yaml"]
+    assert there == [set(names[:count]) for count in range(1, 5)]
+    assert files(tmp_path / "model") == set(names)
 
 
 # Weights to start from
@@ -272,12 +270,9 @@ def test_what_says_how_a_model_is_loaded_comes_last(tmp_path, monkeypatch):
 
 def test_training_goes_on_from_a_saved_pipeline(trained, tmp_path):
     start = f"training.general.init_from_pipeline_dir={trained}"
-    folder = train(
-        tmp_path / "out", start, "training.training.learning_rate=1e-9", "training.training.num_epochs=1"
-    )
+    train(tmp_path / "out", start, "training.training.learning_rate=1e-9", "training.training.num_epochs=1")
     old, new = (from_pretrained(path).state_dict() for path in (trained, tmp_path / "out"))
     assert all(torch.allclose(old[name], new[name], atol=1e-6) for name in old)
-    assert folder.parent.parent == tmp_path / "out"
 
 
 def test_the_gates_of_a_saved_pipeline_must_be_the_datas(trained, tmp_path, capsys):
@@ -494,7 +489,7 @@ def test_two_ranks_under_zero_2_in_bf16_save_the_whole_model(tmp_path):
         env=strategy_environment(tmp_path, "zero2", 2),
     )
     folder = newest(output)
-    weights = full_weights(open_checkpoint(folder / (folder / "latest").read_text().strip()))
+    weights = full_weights(newest_checkpoint(folder))
     state = from_pretrained(output).state_dict()
     assert all(torch.equal(weights[name].float(), state[name].float()) for name in state)
     assert all(record["loss"] < 2 for record in records(folder))
