@@ -184,12 +184,15 @@ def test_resume_true_is_the_newest_checkpoint():
         assert run.resume_from == expected
 
 
-def test_places_and_names():
+def test_a_run_and_its_model_go_below_the_output_path_under_their_names():
     run = run_of(general={**GENERAL["general"], "model_name": "m", "experiment_name": "my run"})
     assert run.export_to is not None
     assert (run.run_name, run.output_dir, run.export_to.folder) == ("my_run", "out/runs", "out/m")
-    assert run_of(training={"ckpt_path": "elsewhere", "ckpt_interval": 5}).output_dir == "elsewhere"
-    assert run_of(training={"ckpt_interval": 5}).datasets[0].save_every_epochs == 5
+
+
+def test_checkpoints_are_saved_where_and_as_often_as_is_said():
+    run = run_of(training={"ckpt_path": "elsewhere", "ckpt_interval": 5})
+    assert run.output_dir == "elsewhere" and run.datasets[0].save_every_epochs == 5
 
 
 def test_only_a_ddim_scheduler_has_eta():
