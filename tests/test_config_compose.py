@@ -1,3 +1,7 @@
+"""How files, presets and the command line become one configuration, and what is said where they cannot."""
+
+import re
+
 import pytest
 import yaml
 
@@ -362,8 +366,6 @@ def test_later_values_replace_earlier_ones(folder):
     ],
 )
 def test_an_override_that_reaches_nothing_is_told(folder, override, message):
-    import re
-
     _, problems = compose(folder(main="a: [1, 2]\nb: 3\n") / "main.yml", [override])
     assert len(problems) == 1 and re.search(message, problems[0].line())
 
@@ -389,6 +391,11 @@ def test_environment_variables_are_read(folder, monkeypatch):
     assert composed(files) == {"a": "/data/x y/z", "b": "default"}
 
 
+def test_config_dir_is_the_folder_of_the_file_that_was_named(folder):
+    where = folder(sub__run="path: ${config_dir:}/data\n")
+    assert composed(where / "sub", name="run.yml")["path"] == f"{(where / 'sub').resolve()}/data"
+
+
 def test_an_override_may_interpolate(folder):
     assert composed(folder(main="a: 1\nb: 2\n"), "b=${a}") == {"a": 1, "b": 1}
 
@@ -406,8 +413,6 @@ def test_an_override_may_interpolate(folder):
     ],
 )
 def test_an_interpolation_that_gives_nothing_is_told_with_its_place(folder, text, message):
-    import re
-
     _, problems = compose(folder(main=text) / "main.yml", [])
     assert re.search(message, "\n".join(problem.line() for problem in problems))
 
@@ -456,8 +461,3 @@ def test_sections_interpolated_into_each_other_are_told(folder):
 def test_the_kind_of_a_config_is_told_from_its_keys(folder, text, message):
     with pytest.raises(ConfigError, match=message):
         load_run_config(folder(main=text) / "main.yml", [])
-
-
-def test_config_dir_is_the_folder_of_the_file_that_was_named(folder):
-    where = folder(sub__run="path: ${config_dir:}/data\n")
-    assert composed(where / "sub", name="run.yml")["path"] == f"{(where / 'sub').resolve()}/data"
