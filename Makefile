@@ -35,7 +35,7 @@ quickstart: $(INSTALLED)  ## Convert the sample data, train two phases, and comp
 	$(BIN)/python -m trainer.quickstart
 
 test: $(INSTALLED)  ## Run the tests (PYTEST_ARGS='-k resume -x' and the like; TEST_WORKERS=0: in one process)
-	$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 check: $(INSTALLED)  ## Lint, check the formatting and the types
 	$(BIN)/ruff check .

@@ -27,10 +27,29 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, handler)
 
+START_FIRST = (
+    "test_two_hosts.py",
+    "test_benchmark.py",
+    "test_prediction_scoring.py",
+    "test_fp8.py",
+    "test_faults.py",
+    "test_zero.py",
+    "test_preemption.py",
+    "test_launch_script.py",
+    "test_recipe.py",
+    "test_leakage.py",
+    "test_curriculum.py",
+    "test_ranks.py",
+    "test_cells_training.py",
+)
+"""The files that take longest, so that no worker is left alone with one at the end."""
+
 _LOOPBACK = ("127.", "::1", "localhost")
 
 
 def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(START_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from launching import ROOT, RankGroup, cpu_environment, free_port
-from running import comparable_records, newest_run, records, same_weights, toy, write_config
+from running import comparable_records, newest_run, records, same_weights, toy, train_ranks, write_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -100,14 +100,21 @@ def kill_a_host(hosts: list[Host], groups: list[RankGroup]) -> None:
     groups[1].kill()
 
 
-def run_config(folder: Path) -> Path:
-    phase = {
-        "epochs": 2,
-        "save_every_steps": 4,
-        "log_every_steps": 1,
-        "dataloader_args": {"num_cells": 96, "seconds_per_cell": 0.02},
-    }
-    return write_config(folder, toy(phase, global_batch_size=8), distributed_timeout_seconds=TIMEOUT_SECONDS)
+PHASE = {
+    "epochs": 2,
+    "save_every_steps": 4,
+    "log_every_steps": 1,
+    "dataloader_args": {"num_cells": 96, "seconds_per_cell": 0.02},
+}
+CONFIG = toy(PHASE, global_batch_size=8, distributed_timeout_seconds=TIMEOUT_SECONDS)
+
+
+@pytest.fixture(scope="module", params=["ddp", "zero2"])
+def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Return what launches two hosts, and a run of two processes of one host that was left alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    train_ranks(2, folder, CONFIG, strategy=request.param)
+    return {"ddp": "multi_node_ddp", "zero2": "multi_node_zero"}[request.param], newest_run(folder)
 
 
 def run_to_the_end(hosts: list[Host], accelerate_config: str, config: Path) -> None:
@@ -120,30 +127,27 @@ def wait_for_step(group: RankGroup, step: int) -> None:
     group.wait_for(f"step {step}  ")
 
 
-@pytest.mark.parametrize("accelerate_config", ["multi_node_ddp", "multi_node_zero"])
 @pytest.mark.parametrize("disaster", [cut_the_cable, kill_a_host])
-def test_a_run_on_two_hosts_survives_the_loss_of_one(hosts, tmp_path, accelerate_config, disaster):
-    reference, config = run_config(tmp_path / "reference"), run_config(tmp_path / "run")
-    run_to_the_end(hosts, accelerate_config, reference)
+def test_a_run_on_two_hosts_survives_the_loss_of_one(hosts, tmp_path, whole, disaster):
+    accelerate_config, reference = whole
+    config = write_config(tmp_path, CONFIG)
     with launched(hosts, accelerate_config, config) as groups:
         wait_for_step(groups[0], 6)
         disaster(hosts, groups)
         # The ranks notice in at most the timeout, and the launcher leaves them 30 seconds to end.
         assert groups[0].wait(TIMEOUT_SECONDS + 45, expect=None).returncode == 1
         groups[1].wait(TIMEOUT_SECONDS + 45, expect=None)
-    folder = newest_run(tmp_path / "run")
+    folder = newest_run(tmp_path)
     assert 4 <= len(records(folder)) < 24
     mend_the_cable(hosts)
     run_to_the_end(hosts, accelerate_config, config)
-    assert len(list((tmp_path / "run" / "runs").iterdir())) == 1, "the second start began another run"
-    whole = newest_run(tmp_path / "reference")
-    assert comparable_records(folder) == comparable_records(whole) and len(records(folder)) == 24
-    if accelerate_config == "multi_node_ddp":  # ZeRO saves weights in shards
-        assert same_weights(folder, whole)
+    assert len(list((tmp_path / "runs").iterdir())) == 1, "the second start began another run"
+    assert comparable_records(folder) == comparable_records(reference) and len(records(folder)) == 24
+    assert same_weights(folder, reference)
 
 
 def test_a_signal_to_one_host_ends_both_with_a_checkpoint(hosts, tmp_path):
-    config = run_config(tmp_path)
+    config = write_config(tmp_path, CONFIG)
     with launched(hosts, "multi_node_ddp", config) as groups:
         wait_for_step(groups[0], 3)
         groups[1].processes[0].send_signal(signal.SIGTERM)
