@@ -20,6 +20,8 @@ from typing import Any
 
 import h5py
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from data.gene_tables import TABLES_FOLDER, previous_symbols, read_table
 from data.gene_vocabulary import VOCABULARIES, shipped_vocabulary
 

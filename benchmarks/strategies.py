@@ -23,9 +23,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 import torch
 from corpora import make_cells, write_corpus
 from kill_resume import run_trials
-from running import comparable_records, newest_run, records, toy, train_ranks
+from running import comparable_records, copy_until, losses, newest_run, records, toy, train_ranks
 from test_export import ENCODER, NUM_GENES, TOKENIZER
-from test_zero import CONFIG, copy_until, losses, state_of
+from test_zero import CONFIG, state_of
 
 from trainer.console import table
 

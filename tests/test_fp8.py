@@ -11,8 +11,8 @@ from running import (
     comparable_records,
     copy_until,
     final_weights,
+    losses,
     newest_run,
-    records,
     same_weights,
     toy,
     train,
@@ -73,10 +73,6 @@ def config_of(corpus, recipe=None, **changes):
     }
     fp8 = {} if recipe is None else {"precision": "fp8", "fp8": {"backend": "emulate", "recipe": recipe}}
     return toy(phase, **{"model": MODEL, "micro_batch_size": 4, **fp8, **changes})
-
-
-def losses(folder):
-    return [record["loss"] for record in records(folder)]
 
 
 @pytest.fixture(scope="module")

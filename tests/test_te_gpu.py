@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cell_batches import make_batch, make_encoder
-from running import comparable_records, same_weights, train
-from test_fp8 import config_of, corpus, losses, until  # noqa: F401
+from running import comparable_records, copy_until, losses, same_weights, train
+from test_fp8 import config_of, corpus  # noqa: F401
 
 from models.errors import ModelError
 from models.fp8_state import fp8_state
@@ -72,6 +72,6 @@ def test_a_resumed_run_of_delayed_scaling_equals_one_that_was_not_interrupted(tm
     config = config_of(corpus, phase={"epochs": 2}, precision="fp8", fp8=fp8, device="cuda")
     reference = train(tmp_path / "a", config)
     assert losses(reference)[-1] < losses(reference)[0]
-    folder = until(reference, 2, tmp_path / "b")
+    folder = copy_until(reference, 2, tmp_path / "b")
     train(tmp_path / "b", config, resume_from=str(folder))
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
