@@ -15,7 +15,6 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import scipy.sparse
-import torch
 from numpy.typing import NDArray
 
 from data.cell_rows import sort_rows
@@ -30,6 +29,7 @@ from data.order import choose_rows
 from data.ragged import offsets_of
 from data.readers import RaggedBatch, open_reader
 from data.tokenizers import ExpressionTransform
+from data.torch_threads import keep_torch_threads
 
 Flavor = Literal["seurat_v3", "seurat_v3_paper", "seurat", "cell_ranger"]
 _COUNT_FLAVORS = ("seurat_v3", "seurat_v3_paper")
@@ -264,9 +264,8 @@ def _ranked(info: CorpusInfo, options: HvgOptions, flavor: Flavor, say: Say) -> 
             else ""
         )
     )
-    num_threads = torch.get_num_threads()
     try:
-        with warnings.catch_warnings():
+        with keep_torch_threads(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             table = scanpy.pp.highly_variable_genes(
                 cells,
@@ -281,9 +280,6 @@ def _ranked(info: CorpusInfo, options: HvgOptions, flavor: Flavor, say: Say) -> 
             f"perhaps ({num_cells} cells); raise hvg_max_cells, choose another hvg_batch_key, or set hvg_flavor: "
             "seurat"
         ) from error
-    finally:
-        # scanpy's numba sets as many as there are cores, with which a run would not equal its own resume.
-        torch.set_num_threads(num_threads)
     return _best_first(table.reindex(cells.var_names), flavor)
 
 

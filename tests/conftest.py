@@ -70,6 +70,14 @@ def fixed_seeds():
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Give torch its one thread back after tests that compute with scanpy or scikit-learn themselves."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def forked_verification():
     """Let forks verify what a module's tests export: a fresh process would import torch again for each."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from h5ad_files import write_h5ad
 from running import newest_run, records, toy, train, train_ranks
@@ -270,6 +271,7 @@ def test_the_command_writes_every_figure_beside_its_baselines(tmp_path, place, r
         },
     }
     assert benchmark(tmp_path, place, run, settings) == 0
+    assert torch.get_num_threads() == 1
     written = json.loads((tmp_path / "results" / "results.json").read_text())
     with open(tmp_path / "results" / "results.csv") as file:
         lines = list(csv.DictReader(file))

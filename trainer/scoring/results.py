@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import PCA
 from sklearn.preprocessing import StandardScaler
 
+from data.torch_threads import keep_torch_threads
 from trainer.atomicfile import replace_text
 from trainer.scoring.benchmarks import Results
 
@@ -87,7 +88,7 @@ def draw_embedding(
 def _two_dimensions(embedding: NDArray[np.floating], seed: int) -> tuple[NDArray[np.floating], str]:
     """Return a layout [n, 2]: UMAP where umap-learn is installed, else the first two principal components."""
     if importlib.util.find_spec("umap") is not None and len(embedding) > 3:
-        with warnings.catch_warnings():
+        with keep_torch_threads(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that Tensorflow is not there, and that a seed means one thread
             import umap  # pyright: ignore[reportMissingImports]
 
