@@ -41,8 +41,16 @@ READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "TOY_", "WANDB_")
 """Beginnings of variables that nothing reads while the one that forks imports it."""
 READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "PYTEST_CURRENT_TEST"})
 
-LEFT_BY_IMPORTS = frozenset({"PYTORCH_NVML_BASED_CUDA_CHECK", "_RJEM_MALLOC_CONF"})
-"""Variables that Accelerate and Polars set in this process, for themselves."""
+LEFT_BY_IMPORTS = frozenset(
+    {
+        "KMP_DUPLICATE_LIB_OK",
+        "KMP_INIT_AT_FORK",
+        "PYTORCH_NVML_BASED_CUDA_CHECK",
+        "TORCHINDUCTOR_CACHE_DIR",
+        "_RJEM_MALLOC_CONF",
+    }
+)
+"""Variables that scikit-learn, DeepSpeed, torch's compiler and Polars set in this process, for themselves."""
 
 DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers")
 """What every rank under DeepSpeed imports: its Muon, to compare with it, brings the compiler along."""

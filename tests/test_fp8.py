@@ -252,6 +252,14 @@ def test_two_processes_resume_exactly_and_one_process_goes_on_from_both(tmp_path
     assert losses(alone) == pytest.approx(losses(reference), rel=0.01)
 
 
+@pytest.mark.slow
+def test_a_fresh_process_builds_fp8_layers_in_shards(tmp_path, corpus):
+    config = config_of(corpus, "current_scaling", phase={"max_steps": 1})
+    is_no_fork = {"ANY_VARIABLE": "1"}  # which would have imported torch's compiler
+    train_ranks(1, tmp_path, config, strategy="zero3", env=is_no_fork)
+    assert len(losses(newest_run(tmp_path))) == 1
+
+
 def test_the_technical_batch_product_is_a_look_up_with_rounded_rows():
     plain = make_encoder(n_technical_batches=16, num_technical_batches=2).technical_batch_embedding
     ours = make_encoder(

@@ -1,6 +1,7 @@
 """Models built in shards under ZeRO-3, and access to parameters that are divided over the ranks."""
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ def building(accelerator: Accelerator) -> Iterator[None]:
         return
     from deepspeed import zero
 
+    # FP8 layers import it when they are built, and it cannot be imported while DeepSpeed replaces torch's functions.
+    importlib.import_module("torch._dynamo")
     with zero.Init(config_dict_or_path=settings_of(accelerator)), _gathering_init(), _NoLostWrites():
         yield
 
