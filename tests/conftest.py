@@ -83,10 +83,11 @@ def forked_verification():
     """Let forks verify what a module's tests export: a fresh process would import torch again for each."""
     from types import SimpleNamespace
 
-    from launching import run_as_fork
+    from launching import PRELOAD, run_as_fork
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainer.export.subprocess", SimpleNamespace(run=run_as_fork))
+        if PRELOAD:
+            patch.setattr("trainer.export.subprocess", SimpleNamespace(run=run_as_fork))
         yield
 
 
