@@ -5,8 +5,9 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12)
 VENV ?= .venv
 EXTRAS ?= dev,preprocess,census,vcc
 PYTEST_ARGS ?=
-# Files of tests that run at a time: tests with several processes wait for each other much of their time.
-TEST_WORKERS ?= 2
+# Files of tests that run at a time, of which two keep two cores busy no more than three quarters: tests with several
+# processes wait for each other much of their time.
+TEST_WORKERS ?= 3
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
