@@ -25,6 +25,7 @@ from toy_circuits import CircuitToyConfig
 
 from trainer.checkpoint_folder import open_checkpoint
 from trainer.checkpoint_model import load_trained
+from trainer.circuit_facts import CircuitFacts
 from trainer.config import load_run_config
 from trainer.distributed import Ranks
 from trainer.errors import CheckpointError, ConfigError
@@ -67,8 +68,8 @@ def test_a_model_gets_gates_prompts_and_sizes_from_the_data(tmp_path: Path):
     model = build_model(config, facts)
     assert isinstance(model.config, CircuitToyConfig) and model.config.vocab_size == 8
     assert list(model.config.gate_pool) == POOL and model.config.has_unitary is True
-    assert list(model.config.prompts) == list(facts.prompts) and model.config.num_prompts == len(
-        facts.prompts
+    assert list(model.config.prompts) == list(facts.circuits.prompts) and model.config.num_prompts == len(
+        facts.circuits.prompts
     )
     assert model.config.num_qubits == 3
 
@@ -78,13 +79,13 @@ def test_prompts_are_merged_over_phases_and_batches_count_the_merged_ones(tmp_pa
     phases, facts, _ = opened(tmp_path, circuits(SAMPLES / "srv_3q", SAMPLES / "srv_mixed" / "4q"))
     folders = (SAMPLES / "srv_3q" / "dataset", SAMPLES / "srv_mixed" / "4q" / "dataset")
     texts = [torch.load(folder / "ds_y.pt", weights_only=False)["0"] for folder in folders]
-    assert list(facts.prompts) == sorted({*texts[0].tolist(), *texts[1].tolist()})
-    assert facts.sizes["num_prompts"] == len(facts.prompts) and facts.sizes["num_qubits"] == 4
+    assert list(facts.circuits.prompts) == sorted({*texts[0].tolist(), *texts[1].tolist()})
+    assert facts.sizes["num_prompts"] == len(facts.circuits.prompts) and facts.sizes["num_qubits"] == 4
     for phase, expected in zip(phases, texts, strict=True):
         for loader in (phase.loader, phase.validation):
             for step in loader.evaluation_steps(3):
                 for part in step:
-                    found = [facts.prompts[index] for index in part.batch["prompt_idx"]]
+                    found = [facts.circuits.prompts[index] for index in part.batch["prompt_idx"]]
                     assert found == expected[part.rows].tolist()
         phase.close()
 
@@ -101,7 +102,7 @@ def test_phases_with_different_gate_pools_are_refused_by_their_names(tmp_path: P
 def test_unitaries_in_some_phases_are_none_for_the_model(tmp_path: Path):
     """R10: a model that needs unitaries could not train all phases."""
     _, facts, _ = opened(tmp_path, circuits(SAMPLES / "srv_3q", SAMPLES / "unitary_3q"))
-    assert facts.has_unitary is False
+    assert facts.circuits.has_unitary is False
 
 
 def constructor(vocab_size: int = 0, gate_pool: Any = None, prompts: Any = None) -> None:
@@ -118,7 +119,7 @@ def constructor(vocab_size: int = 0, gate_pool: Any = None, prompts: Any = None)
 )
 def test_what_the_user_gives_must_be_what_the_data_has(given: dict[str, Any], why: str):
     """R9: a vocabulary that is too small is an error, not an index out of range."""
-    facts = DataFacts({}, 0, sizes={"vocab_size": 4}, gate_pool=("h", "cx"), prompts=("a", "b"))
+    facts = DataFacts({}, 0, sizes={"vocab_size": 4}, circuits=CircuitFacts(("h", "cx"), ("a", "b"), False))
     with pytest.raises(ConfigError, match=why):
         with_data_sizes(constructor, given, facts, "here")
     expected = {"vocab_size": 4, "gate_pool": ["h", "cx"], "prompts": ["a", "b"]}
@@ -158,11 +159,14 @@ def test_a_checkpoint_says_what_tokens_and_prompts_stand_for(run: Path):
     """A sampler needs no data: the model is built from the checkpoint alone."""
     saved = newest_checkpoint(run)
     trained = load_trained(saved, trusted_modules=("toy_circuits",))
-    assert list(trained.facts.gate_pool) == POOL and trained.facts.has_unitary is False
-    assert "Generate SRV: [1, 2, 2]" in trained.facts.prompts and len(trained.facts.prompts) == 17
+    assert list(trained.facts.circuits.gate_pool) == POOL and trained.facts.circuits.has_unitary is False
+    assert (
+        "Generate SRV: [1, 2, 2]" in trained.facts.circuits.prompts
+        and len(trained.facts.circuits.prompts) == 17
+    )
     options = saved.shared("run_state.safetensors")["tokenizer_options"]
     assert options["p1"] == {
-        "gate_pool": POOL, "prompts": list(trained.facts.prompts), "num_qubits": 4, "max_length": 12,
+        "gate_pool": POOL, "prompts": list(trained.facts.circuits.prompts), "num_qubits": 4, "max_length": 12,
         "has_unitary": False,
     }  # fmt: skip
     assert options["p0"]["prompts"] == options["p1"]["prompts"] and options["p0"]["max_length"] == 8

@@ -79,17 +79,13 @@ def describe_schedule(phase: PhaseConfig, scheduled_steps: int | None, has_sched
 
 def _data_notes(facts: DataFacts) -> list[str]:
     """Return what is to be said of the data: circuits have gates and prompts in place of technical batches."""
-    notes = [_circuits_note(facts) if facts.gate_pool else _technical_batches_note(facts)]
+    if facts.circuits is not None:
+        notes = [facts.circuits.describe(facts.sizes["num_qubits"])]
+    else:
+        notes = [_technical_batches_note(facts)]
     if facts.gene_space is not None:
         notes.append(f"gene space of {len(facts.gene_space):,} genes, {facts.gene_space.sha256[:12]}")
     return notes
-
-
-def _circuits_note(facts: DataFacts) -> str:
-    return (
-        f"circuits of up to {facts.sizes['num_qubits']} qubits over {len(facts.gate_pool)} gates, "
-        f"{len(facts.prompts):,} prompts, {'with' if facts.has_unitary else 'without'} unitaries"
-    )
 
 
 def _technical_batches_note(facts: DataFacts) -> str:

@@ -25,11 +25,12 @@ from models.pretrained import (
 )
 from trainer import export_probe
 from trainer.checkpoint_folder import MANIFEST, SavedCheckpoint, checkpoint_step, find_newest, open_checkpoint
+from trainer.circuit_facts import saved_circuits
 from trainer.config.load import load_saved_config
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
 from trainer.model_building import build_model, complete_arguments
-from trainer.phases import DataFacts, saved_circuits
+from trainer.phases import DataFacts
 from trainer.run_state import load_weights
 from trainer.shards import has_averages, open_tensors, whole_weights
 
@@ -130,7 +131,7 @@ def saved_facts(saved: SavedCheckpoint) -> DataFacts:
         state["sizes"],
         tuple(state.get("label_names", ())),
         options,
-        **saved_circuits(options),
+        saved_circuits(options),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from trainer.circuit_facts import CIRCUIT_ARGUMENTS
 from trainer.config.messages import Problem, config_error, unknown_name
 from trainer.config.replaced import advice_on_path
 from trainer.config.schema import RunConfig
@@ -26,9 +27,7 @@ FROM_DATA = (
     *SIZES,
     "n_technical_batches",
     "num_technical_batches",
-    "gate_pool",
-    "prompts",
-    "has_unitary",
+    *CIRCUIT_ARGUMENTS,
 )
 """Arguments of a model or its config class that follow from the data where they are left out."""
 

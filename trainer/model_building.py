@@ -70,7 +70,8 @@ def with_data_sizes(factory: Any, given: dict[str, Any], facts: DataFacts, where
             raise ConfigError(
                 f"{where}.{name}: {given[name]} was given, but the data needs {size}; leave it out to take the data's"
             )
-    arguments |= _circuit_arguments(parameters.keys(), given, facts, where)
+    if facts.circuits is not None:
+        arguments |= _exact_arguments(facts.circuits.arguments(), parameters.keys(), given, where)
     for name in FROM_DATA:
         is_required = name in parameters and parameters[name].default is inspect.Parameter.empty
         if is_required and name not in arguments:
@@ -78,21 +79,14 @@ def with_data_sizes(factory: Any, given: dict[str, Any], facts: DataFacts, where
     return arguments
 
 
-def _circuit_arguments(
-    named: Collection[str], given: dict[str, Any], facts: DataFacts, where: str
+def _exact_arguments(
+    of_data: dict[str, Any], named: Collection[str], given: dict[str, Any], where: str
 ) -> dict[str, Any]:
-    """Return what a constructor that names it is to know of circuits: gates, prompts, and whether there are unitaries.
+    """Return those that a constructor names of the arguments that only the data may tell.
 
     Raises:
         ConfigError: the user gave something else than the data has.
     """
-    if not facts.gate_pool:
-        return {}
-    of_data = {
-        "gate_pool": list(facts.gate_pool),
-        "prompts": list(facts.prompts),
-        "has_unitary": facts.has_unitary,
-    }
     for name, value in of_data.items():
         own = given.get(name)
         if own is not None and (list(own) if isinstance(own, tuple) else own) != value:

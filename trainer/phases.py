@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from data.loader import MicroBatch, StepLoader
 from data.order import GlobalOrder, Order
 from data.stream import StreamLoader
 from data.technical_batches import BatchIndexer, IndexedSource
+from trainer.circuit_facts import CircuitFacts, common_circuits
 from trainer.config.schema import BatchPlan, PhaseConfig, RunConfig
 from trainer.distributed import Ranks
 from trainer.dotted import SIZES
@@ -46,12 +47,8 @@ class DataFacts:
     tokenizer_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """By phase the complete options of our tokenizer, with what was fitted to the training cells; of circuits what
     their tokens and prompts stand for."""
-    gate_pool: tuple[str, ...] = ()
-    """Gates that the tokens of circuits stand for, the same in every phase; empty without circuits."""
-    prompts: tuple[str, ...] = ()
-    """Prompts of circuits by their index in batches, sorted, over all phases."""
-    has_unitary: bool = False
-    """Whether the circuits of every phase come with their unitaries."""
+    circuits: CircuitFacts | None = None
+    """What tokens and prompt indices of circuits stand for; None for cells."""
 
 
 @dataclass
@@ -158,7 +155,8 @@ def open_phases(config: RunConfig, ranks: Ranks, *, pin_memory: bool) -> tuple[l
     for data in opened:
         for cells in data.parts:
             technical_batches.attach_mapping(mapping, *cells.objects)
-    circuits = _common_circuits(config, opened)
+    named = {phase.name: data.parts for phase, data in zip(config.datasets, opened, strict=True)}
+    circuits = common_circuits(named)  # first, since the options of tokenizers hold the run's prompts
     multiple = FP8_MULTIPLE if config.precision == "fp8" else 1
     facts = DataFacts(
         technical_batches=mapping,
@@ -171,7 +169,7 @@ def open_phases(config: RunConfig, ranks: Ranks, *, pin_memory: bool) -> tuple[l
             for phase, data in zip(config.datasets, opened, strict=True)
             if (options := data.training.facts().get("tokenizer_options")) is not None
         },
-        **circuits,
+        circuits=circuits,
     )
     phases = [
         _build_phase(
@@ -358,50 +356,6 @@ def _common_label_names(config: RunConfig, opened: list[PhaseData]) -> tuple[str
             if found:
                 names, owner = found, phase.name
     return names
-
-
-def _common_circuits(config: RunConfig, opened: list[PhaseData]) -> dict[str, Any]:
-    """Return what `DataFacts` holds of circuits, and let every phase count the run's prompts.
-
-    Raises:
-        ConfigError: two phases have different gate pools.
-    """
-    pool, owner, prompts, has_unitary = None, "", set(), []
-    for phase, data in zip(config.datasets, opened, strict=True):
-        facts = data.training.facts()
-        found = facts.get("gate_pool")
-        if found is None:
-            continue
-        if pool is not None and found != pool:
-            raise ConfigError(
-                f"datasets '{owner}' and '{phase.name}' have different gate pools ({', '.join(pool)} and "
-                f"{', '.join(found)}), so one token would mean two gates; give them data with the same gates in the "
-                "same order"
-            )
-        pool, owner = found, phase.name
-        for cells in data.parts:
-            prompts.update(cells.facts()["prompts"])
-        has_unitary.append(bool(facts["has_unitary"]))
-    if pool is None:
-        return {}
-    merged = tuple(sorted(prompts))
-    for data in opened:
-        for cells in data.parts:
-            if hasattr(cells.rows, "set_prompts"):
-                cells.rows.set_prompts(merged)
-    return {"gate_pool": tuple(pool), "prompts": merged, "has_unitary": all(has_unitary)}
-
-
-def saved_circuits(tokenizer_options: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what `DataFacts` holds of circuits, out of the tokenizer options that a checkpoint keeps."""
-    kept = [options for options in tokenizer_options.values() if "gate_pool" in options]
-    if not kept:
-        return {}
-    return {
-        "gate_pool": tuple(kept[0]["gate_pool"]),
-        "prompts": tuple(kept[0]["prompts"]),  # the run's, the same in every phase
-        "has_unitary": all(options["has_unitary"] for options in kept),
-    }
 
 
 def _largest_sizes(opened: list[PhaseData]) -> dict[str, int]:

@@ -13,10 +13,11 @@ from models.fp8_state import fp8_state, load_fp8_state, merged_fp8_state
 from trainer.averaging import drop_average
 from trainer.checkpoint import CheckpointWriter
 from trainer.checkpoint_folder import MODEL, RUN_STATE, SavedCheckpoint
+from trainer.circuit_facts import check_same_circuits, saved_circuits
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
-from trainer.phases import DataFacts, Phase, saved_circuits
+from trainer.phases import DataFacts, Phase
 from trainer.progress import Progress
 from trainer.random_state import random_state, seed_dropout, set_random_state
 from trainer.run import Run
@@ -250,20 +251,9 @@ def check_facts(state: dict[str, Any], saved: SavedCheckpoint, facts: DataFacts)
             f"{saved.folder}: its labels have {len(names)} classes, the data's {len(facts.label_names)}, not in both: "
             f"{', '.join(different[:6]) or 'none, but in another order'}; an index would mean another class"
         )
-    check_circuits(state, facts, str(saved.folder))
+    theirs = saved_circuits(state.get("tokenizer_options", {}))
+    check_same_circuits(theirs, facts.circuits, str(saved.folder))
     check_fitted(state, facts, str(saved.folder))
-
-
-def check_circuits(state: dict[str, Any], facts: DataFacts, where: str) -> None:
-    """Compare the gates and prompts of a checkpoint with the data's: an index is to mean the same."""
-    then = saved_circuits(state.get("tokenizer_options", {}))
-    for name, noun, now in (("gate_pool", "gates", facts.gate_pool), ("prompts", "prompts", facts.prompts)):
-        if then and then[name] != now:
-            different = sorted(set(then[name]) ^ set(now))
-            raise CheckpointError(
-                f"{where}: it has {len(then[name])} {noun}, the data {len(now)}, not in both: "
-                f"{', '.join(different[:6]) or 'none, but in another order'}; an index would mean another one"
-            )
 
 
 def check_fitted(state: dict[str, Any], facts: DataFacts, where: str) -> None:

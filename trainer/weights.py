@@ -22,11 +22,12 @@ from models.lora import plain_name
 from models.pretrained import CONFIG_FILE as EXPORTED_CONFIG
 from models.pretrained import read_folder
 from trainer.checkpoint_folder import MANIFEST, find_newest, open_checkpoint
+from trainer.circuit_facts import saved_circuits
 from trainer.circuit_weights import is_genqc_pipeline, load_circuit_weights, read_genqc_pipeline
 from trainer.config.load import load_saved_config
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError, ConfigError
-from trainer.phases import DataFacts, Phase, saved_circuits
+from trainer.phases import DataFacts, Phase
 from trainer.reference_checkpoint import load_reference_checkpoint
 from trainer.run import Run
 from trainer.run_state import check_gene_space, check_names_and_shapes, load_weights
@@ -174,7 +175,8 @@ def read_source(path: Path) -> Source:
         saved = open_checkpoint(folder, verify=not is_run)
         genes = saved.text("genes.json") if saved.has("genes.json") else None
         settings = load_saved_config(saved.folder / "config.yaml").model
-        args = {**settings.config_args, **saved_circuits(saved.state.get("tokenizer_options", {}))}
+        circuits = saved_circuits(saved.state.get("tokenizer_options", {}))
+        args = settings.config_args | (circuits.arguments() if circuits else {})
         tensors = open_tensors(saved)
         weights, is_averaged = whole_weights(tensors), has_averages(tensors)
         return Source(weights, genes, settings.model_class, args, is_averaged=is_averaged)
