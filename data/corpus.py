@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data import remote
 from data.errors import DataError
 from data.genes import GeneSpace
 from data.manifest import (
@@ -145,8 +146,7 @@ class CorpusFolder(NamedTuple):
     @property
     def is_local(self) -> bool:
         """Tell whether its files are files of this machine."""
-        protocol = self.filesystem.protocol
-        return "file" in ((protocol,) if isinstance(protocol, str) else protocol)
+        return remote.is_local(self.filesystem)
 
     def read(self, name: str) -> bytes | None:
         """Return the content of a file of the folder, None where there is none.
@@ -160,11 +160,13 @@ class CorpusFolder(NamedTuple):
             raise DataError(f"{self.path}: {name} cannot be read ({error.strerror or error})") from error
 
     def read_or_raise(self, name: str) -> bytes | None:
-        """Do the same, with the file system's own OSError."""
+        """Do the same, with an OSError."""
         try:
             content: Any = self.filesystem.cat_file(f"{self.root}/{name}")
         except FileNotFoundError:
             return None
+        except Exception as error:
+            raise remote.as_os_error(error) from error
         return content
 
     def manifest_text(self) -> bytes:

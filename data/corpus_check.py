@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from data.corpus import CorpusFolder, dataset_info, dataset_state
 from data.genes import GeneSpace
 from data.manifest import Manifest, Shard
+from data.remote import as_os_error
 
 _MOST_THREADS = 8
 
@@ -80,8 +81,9 @@ def _read_shard(folder: CorpusFolder, shard: Shard) -> _Reading:
                 num_bytes += len(block)
     except FileNotFoundError:
         return _Reading(None, Difference(shard.file, "is missing"))
-    except OSError as error:
-        return _Reading(num_bytes, Difference(shard.file, f"cannot be read ({error.strerror or error})"))
+    except Exception as error:  # each file system raises what its library does
+        failure = as_os_error(error)
+        return _Reading(num_bytes, Difference(shard.file, f"cannot be read ({failure.strerror or failure})"))
     what = None
     if num_bytes != shard.bytes:
         what = f"has {num_bytes} bytes, not {shard.bytes}"

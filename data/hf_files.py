@@ -17,6 +17,7 @@ from data.corpus import find_location
 from data.errors import DataError
 from data.mapped_shards import MappedShards
 from data.parquet_shards import ParquetShards
+from data.remote import as_os_error, is_local
 
 FORMATS = ("auto", "arrow", "parquet")
 
@@ -132,7 +133,11 @@ def _split_folder(filesystem: fsspec.AbstractFileSystem, root: str, split: str |
 def _described(filesystem: fsspec.AbstractFileSystem, path: str, key: str) -> list[Any]:
     """Return a list out of a file that says what `save_to_disk` wrote."""
     try:
-        found = json.loads(filesystem.cat_file(path))[key]
+        content: Any = filesystem.cat_file(path)
+    except Exception as error:  # each file system raises what its library does
+        raise DataError(f"{path}: cannot be read ({as_os_error(error)})") from error
+    try:
+        found = json.loads(content)[key]
     except (ValueError, RecursionError, KeyError, TypeError):
         found = None
     if not isinstance(found, list):
@@ -141,8 +146,7 @@ def _described(filesystem: fsspec.AbstractFileSystem, path: str, key: str) -> li
 
 
 def _arrow(where: str, filesystem: fsspec.AbstractFileSystem, root: str) -> HFFiles:
-    protocol = filesystem.protocol
-    if "file" not in ((protocol,) if isinstance(protocol, str) else protocol):
+    if not is_local(filesystem):
         raise DataError(
             f"{where}: Arrow files are mapped from a local disk; copy the folder or use Parquet files"
         )

@@ -5,7 +5,7 @@ import threading
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from data import remote
 from data.columns import Columns, concatenate, from_arrow, take
 from data.errors import DataError
 from data.ragged import offsets_of
@@ -115,7 +116,7 @@ class ParquetShards:
             if shard in self._footers:
                 return self._footers[shard]
         path = self._paths[shard]
-        size = int(self._filesystem.size(path) or 0)
+        size = remote.size_of(self._filesystem, path, self._stop)
         tail = self._fetch(path, max(size - _FOOTER_GUESS, 0), size)
         needed = int.from_bytes(tail[-8:-4], "little") + 8
         if tail[-4:] != b"PAR1" or needed > size:
@@ -212,7 +213,7 @@ class ParquetShards:
         return {name: from_arrow(table.column(name), name, path) for name in self._columns}
 
     def _fetch(self, path: str, start: int, stop: int) -> bytes:
-        content = cast(bytes, self._filesystem.cat_file(path, start=start, end=stop))
+        content = remote.read_range(self._filesystem, path, start, stop, self._stop)
         if len(content) != stop - start:
             raise DataError(
                 f"{path}: asked for bytes {start} to {stop}, got {len(content)}; the server must answer "

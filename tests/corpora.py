@@ -78,6 +78,7 @@ class _RangeHandler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     folder: Path
     answers_ranges = True
+    failures: list[int]
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
@@ -86,13 +87,18 @@ class _RangeHandler(BaseHTTPRequestHandler):
         self._answer(with_body=True)
 
     def _answer(self, with_body: bool) -> None:
-        file = self.folder / self.path.lstrip("/")
-        if not file.is_file():
-            self.send_response(404)
+        status = 200 if (self.folder / self.path.lstrip("/")).is_file() else 404
+        if self.failures:
+            status = self.failures.pop(0)
+        if status == 0:
+            self.close_connection = True
+            return
+        if status != 200:
+            self.send_response(status)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        content = file.read_bytes()
+        content = (self.folder / self.path.lstrip("/")).read_bytes()
         asked = self.headers.get("Range", "") if self.answers_ranges else ""
         size = len(content)
         if asked:
@@ -115,9 +121,22 @@ class _RangeHandler(BaseHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def file_server(folder: Path, answers_ranges: bool = True) -> Iterator[str]:
-    """Serve a folder on the loopback interface; yields its URL."""
-    handler = type("Handler", (_RangeHandler,), {"folder": folder, "answers_ranges": answers_ranges})
+def file_server(
+    folder: Path, answers_ranges: bool = True, failures: list[int] | None = None
+) -> Iterator[str]:
+    """Serve a folder on the loopback interface; yields its URL.
+
+    Each of `failures` is taken off the list by one request, which gets that status, or for 0 no answer at all.
+    """
+    handler = type(
+        "Handler",
+        (_RangeHandler,),
+        {
+            "folder": folder,
+            "answers_ranges": answers_ranges,
+            "failures": [] if failures is None else failures,
+        },
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

@@ -1,6 +1,7 @@
 import os
 import pickle
 import threading
+import time
 from pathlib import Path
 
 import fsspec
@@ -189,6 +190,60 @@ def test_a_server_without_range_requests_is_named(folders: dict[str, Path]):
         reader = ParquetReader(open_corpus(url))
         with pytest.raises((DataError, ValueError), match="range"):
             reader.read(np.array([0]))
+
+
+@pytest.fixture
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.remote.WAITS", (0.01, 0.02))
+
+
+@pytest.mark.parametrize("status", [503, 429, 408, 0])
+@pytest.mark.usefixtures("short_waits")
+def test_a_server_that_fails_for_a_moment_is_asked_again(status: int, folders: dict[str, Path], cells: Cells):
+    failures: list[int] = []
+    with file_server(folders["parquet"], failures=failures) as url:
+        reader = ParquetReader(open_corpus(url))
+        for rows in (np.array([200, 3]), np.array([900, 2499])):
+            failures += [status, status]
+            assert_as_written(reader.read(rows), cells, rows)
+            assert not failures
+
+
+@pytest.mark.usefixtures("short_waits")
+def test_a_server_that_fails_for_long_is_not_taken_for_a_mistake_of_the_user(folders: dict[str, Path]):
+    failures: list[int] = []
+    with file_server(folders["parquet"], failures=failures) as url:
+        reader = ParquetReader(open_corpus(url))
+        failures += [503] * 20
+        with pytest.raises(ConnectionError, match=r"after 3 attempts \(the server answered 503"):
+            reader.read(np.array([0]))
+        failures.clear()
+
+
+def test_a_refusal_is_told_at_once(folders: dict[str, Path]):
+    failures: list[int] = []
+    with file_server(folders["parquet"], failures=failures) as url:
+        reader = ParquetReader(open_corpus(url))
+        failures += [403] * 20
+        with pytest.raises(DataError, match=r"parquet: cannot be read \(the server answered 403 Forbidden\)"):
+            reader.read(np.array([0]))
+        assert len(failures) > 10
+        with pytest.raises(DataError, match=r"manifest.json cannot be read \(the server answered 403"):
+            open_corpus(url)
+        failures.clear()
+
+
+def test_waiting_for_a_server_ends_with_the_reading_ahead(folders: dict[str, Path]):
+    failures: list[int] = []
+    with file_server(folders["parquet"], failures=failures) as url:
+        reader = ParquetReader(open_corpus(url))
+        failures += [503] * 20
+        reader.expect(np.arange(5))
+        while len(failures) == 20:
+            time.sleep(0.001)
+        reader.expect(np.arange(0))  # else it would wait for half a minute
+        assert len(failures) > 10
+        failures.clear()
 
 
 def write_stream(path: Path, table: pa.Table, **options: object) -> str:
