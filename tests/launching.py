@@ -400,7 +400,11 @@ def fork(command: Sequence[str], environment: Mapping[str, str], cwd: Path | str
 def run_as_fork(
     command: Sequence[str], *, env: Mapping[str, str], **_: object
 ) -> subprocess.CompletedProcess[str]:
-    """Stand for `subprocess.run` where a program starts `python -P -m MODULE`, as a fork that has imported torch."""
+    """Stand for `subprocess.run` where a program starts `python -P -m MODULE`, as a fork that has imported torch.
+
+    Its PYTHONPATH is this process's whole search path, on which a fork finds what it has imported: `may_be_forked`,
+    which looks for other modules of the same names, is not asked.
+    """
     with tempfile.TemporaryFile() as output:
         process = fork([part for part in command if part != "-P"], env, os.getcwd(), output.fileno())
         code = process.wait(120)

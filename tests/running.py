@@ -150,6 +150,13 @@ def losses(run_folder: Path, kind: str = "train") -> list[float]:
     return [record["loss"] for record in records(run_folder, kind)]
 
 
+def all_losses(run_folder: Path) -> list[float]:
+    """Return the losses of training and of validation, of which there are both."""
+    parts = losses(run_folder), losses(run_folder, "validation")
+    assert all(parts)
+    return [*parts[0], *parts[1]]
+
+
 def comparable_records(run_folder: Path) -> list[dict[str, Any]]:
     """Return all records without what depends on the clock."""
     return [comparable(record) for record in read_metrics(run_folder / "metrics.jsonl")]

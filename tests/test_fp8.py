@@ -1,6 +1,7 @@
 """Training in FP8 emulation: every recipe, every strategy, exact resumes, checkpoints shared with bf16, exports."""
 
 import copy
+import functools
 import json
 
 import pytest
@@ -78,14 +79,11 @@ def config_of(corpus, recipe=None, **changes):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, corpus):
     """Return one run of two epochs by precision or recipe."""
-    found = {}
 
+    @functools.cache
     def run(kind):
-        if kind not in found:
-            folder = tmp_path_factory.mktemp(kind)
-            changes = {"precision": kind} if kind == "bf16" else {"recipe": kind}
-            found[kind] = train(folder, config_of(corpus, phase={"epochs": 2}, **changes))
-        return found[kind]
+        changes = {"precision": kind} if kind == "bf16" else {"recipe": kind}
+        return train(tmp_path_factory.mktemp(kind), config_of(corpus, phase={"epochs": 2}, **changes))
 
     return run
 
@@ -93,16 +91,12 @@ def finished(tmp_path_factory, corpus):
 @pytest.fixture(scope="module")
 def of_two(tmp_path_factory, corpus):
     """Return one run of two epochs by two processes, by strategy."""
-    found = {}
 
+    @functools.cache
     def run(strategy):
-        if strategy not in found:
-            folder = tmp_path_factory.mktemp(strategy)
-            train_ranks(
-                2, folder, config_of(corpus, "delayed_scaling", phase={"epochs": 2}), strategy=strategy
-            )
-            found[strategy] = newest_run(folder)
-        return found[strategy]
+        folder = tmp_path_factory.mktemp(strategy)
+        train_ranks(2, folder, config_of(corpus, "delayed_scaling", phase={"epochs": 2}), strategy=strategy)
+        return newest_run(folder)
 
     return run
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from corpora import make_cells, write_corpus
 from running import (
+    all_losses,
     comparable_records,
     copy_until,
     final_weights,
@@ -347,12 +348,6 @@ def run_config(*phases, **changes):
     return toy(*phases, **{"model": ENCODER, "micro_batch_size": 4, **changes})
 
 
-def losses(folder):
-    found = [record for kind in ("train", "validation") for record in records(folder, kind)]
-    assert {record["kind"] for record in found} == {"train", "validation"}
-    return [record["loss"] for record in found]
-
-
 @pytest.fixture(scope="module")
 def padded_run(tmp_path_factory, corpora):
     """Return a run of 8 steps on padded batches, which the other layouts are compared with."""
@@ -363,7 +358,7 @@ def test_packed_and_bucketed_runs_have_the_losses_of_the_padded_one(tmp_path, co
     runs = {"padded": padded_run}
     for layout in ("packed", "bucketed"):
         runs[layout] = train(tmp_path / layout, run_config(phase(corpora / "arrow", layout, epochs=2)))
-        assert losses(runs[layout]) == pytest.approx(losses(padded_run), rel=1e-5)
+        assert all_losses(runs[layout]) == pytest.approx(all_losses(padded_run), rel=1e-5)
         for name, value in final_weights(runs[layout]).items():
             torch.testing.assert_close(value, final_weights(padded_run)[name], rtol=1e-3, atol=1e-4)
     counted = [[record["tokens"] for record in records(folder)] for folder in runs.values()]
@@ -374,7 +369,7 @@ def test_a_run_goes_on_in_another_layout(tmp_path, corpora, padded_run):
     folder = copy_until(padded_run, 4, tmp_path)
     changed = run_config(phase(corpora / "arrow", "packed", epochs=2), resume_from="latest")
     assert train(tmp_path, changed) == folder
-    assert losses(folder) == pytest.approx(losses(padded_run), rel=1e-5)
+    assert all_losses(folder) == pytest.approx(all_losses(padded_run), rel=1e-5)
 
 
 @pytest.mark.parametrize("layout", ["packed", "bucketed"])
@@ -392,7 +387,7 @@ def test_packed_batches_train_in_bf16_and_come_from_a_worker(tmp_path, corpora, 
     config = run_config(
         phase(corpora / "parquet", "packed", arguments={"num_workers": num_workers}), precision="bf16"
     )
-    assert all(np.isfinite(losses(train(tmp_path, config))))
+    assert all(np.isfinite(all_losses(train(tmp_path, config))))
 
 
 def test_fp8_in_emulation_trains_on_packed_batches(tmp_path, corpora):
@@ -401,21 +396,21 @@ def test_fp8_in_emulation_trains_on_packed_batches(tmp_path, corpora):
         train(tmp_path / layout, run_config(phase(corpora / "arrow", layout), **changes))
         for layout in ("padded", "packed")
     )
-    assert losses(packed) == pytest.approx(losses(padded), rel=0.05)
+    assert all_losses(packed) == pytest.approx(all_losses(padded), rel=0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "bucketed"])
 def test_two_ranks_have_the_losses_of_one_padded_run(tmp_path, corpora, padded_run, layout):
     train_ranks(2, tmp_path, run_config(phase(corpora / "arrow", layout, epochs=2)))
-    assert losses(newest_run(tmp_path)) == pytest.approx(losses(padded_run), rel=1e-5)
+    assert all_losses(newest_run(tmp_path)) == pytest.approx(all_losses(padded_run), rel=1e-5)
 
 
 @pytest.mark.slow
 def test_packed_batches_train_under_zero_3(tmp_path, corpora):
     reference = train(tmp_path / "one", run_config(phase(corpora / "arrow", "padded")))
     train_ranks(2, tmp_path / "two", run_config(phase(corpora / "arrow", "packed")), strategy="zero3")
-    assert losses(newest_run(tmp_path / "two")) == pytest.approx(losses(reference), rel=1e-5)
+    assert all_losses(newest_run(tmp_path / "two")) == pytest.approx(all_losses(reference), rel=1e-5)
 
 
 def test_baselines_are_the_same_for_a_packed_configuration(tmp_path, corpora):

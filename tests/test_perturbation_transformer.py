@@ -5,7 +5,7 @@ import fake_te
 import numpy as np
 import pytest
 import torch
-from running import newest_run, records, reset_accelerate, train, train_ranks, write_config
+from running import all_losses, newest_run, records, reset_accelerate, train, train_ranks, write_config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -514,13 +514,9 @@ def run_config(**changes: Any) -> dict[str, Any]:
     }
 
 
-def losses(folder: Any) -> list[float]:
-    return [record["loss"] for kind in ("train", "validation") for record in records(folder, kind)]
-
-
 @pytest.fixture(scope="module")
 def losses_of_one(tmp_path_factory):
-    return losses(train(tmp_path_factory.mktemp("one"), run_config()))
+    return all_losses(train(tmp_path_factory.mktemp("one"), run_config()))
 
 
 @pytest.mark.slow
@@ -528,7 +524,7 @@ def losses_of_one(tmp_path_factory):
 def test_losses_of_one_process_and_of_two_are_the_same(tmp_path, losses_of_one, strategy):
     train_ranks(2, tmp_path, run_config(), strategy=strategy)
     assert len(losses_of_one) == 3 + 6 + 3
-    assert losses(newest_run(tmp_path)) == pytest.approx(losses_of_one, rel=1e-4)
+    assert all_losses(newest_run(tmp_path)) == pytest.approx(losses_of_one, rel=1e-4)
 
 
 @pytest.mark.slow
