@@ -38,6 +38,33 @@ def test_the_average_follows_its_recurrence(kind):
     torch.testing.assert_close(optimizer.state[weight][AVERAGE], expected)
 
 
+@pytest.mark.parametrize("left_out", [(), (0, 1, 4), (2, 3)])
+def test_a_step_that_a_fused_optimizer_leaves_out_moves_no_average(left_out):
+    averages = []
+    for is_fused in (False, True):
+        weight = nn.Parameter(torch.zeros(3))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, fused=is_fused)
+        keep_average(optimizer, EmaConfig(decay=0.4))
+        for step in range(8):
+            weight.grad = torch.full((3,), float(step + 1))
+            if is_fused:
+                optimizer.found_inf = torch.tensor(float(step in left_out))  # what the strategy tells it
+            if is_fused or step not in left_out:
+                optimizer.step()
+        averages.append(optimizer.state[weight][AVERAGE])
+    torch.testing.assert_close(*averages)
+
+
+def test_a_weight_that_is_held_still_keeps_its_average():
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    keep_average(optimizer, EmaConfig())
+    optimizer.param_groups[0]["is_held"] = True
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert not list(averaged(optimizer))
+
+
 def test_a_weight_without_a_gradient_gets_no_average_and_no_state():
     weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))]
     optimizer = torch.optim.AdamW(weights)

@@ -22,7 +22,8 @@ def keep_average(optimizer: torch.optim.Optimizer, settings: EmaConfig | None) -
     """Let every step of the optimizer be followed by one of the average, for the parameters that it has updated.
 
     The average begins as the weights after the first update. In update n its decay is min(decay, (1 + n) / (10 + n)),
-    the usual warmup of such averages (it is TensorFlow's `num_updates`): early weights are soon forgotten.
+    the usual warmup of such averages (it is TensorFlow's `num_updates`): early weights are soon forgotten. A step that
+    a fused optimizer leaves out on the device (`found_inf`) is none for the average either, without waiting for it.
 
     Raises:
         ConfigError: weights are of a precision in which an average cannot move.
@@ -42,19 +43,37 @@ def keep_average(optimizer: torch.optim.Optimizer, settings: EmaConfig | None) -
 
     @torch.no_grad()
     def update(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        left_out = getattr(optimizer, "found_inf", None)
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None:  # held still in this phase
+                if group.get("is_held") or parameter.grad is None:
                     continue
-                state = optimizer.state[parameter]
-                if AVERAGE not in state:
-                    state[AVERAGE], state[_STEPS] = parameter.detach().clone(), 0
-                    continue
-                state[_STEPS] += 1
-                decay = min(limit, (1 + state[_STEPS]) / (10 + state[_STEPS]))
-                state[AVERAGE].lerp_(parameter.detach(), 1 - decay)
+                if left_out is None:
+                    _follow(optimizer.state[parameter], parameter.detach(), limit)
+                else:
+                    applied = 1 - left_out.to(parameter.device, torch.float32)
+                    _follow_if(applied, optimizer.state[parameter], parameter.detach(), limit)
 
     optimizer.register_step_post_hook(update)
+
+
+def _follow(state: dict[str, Any], weight: Tensor, limit: float) -> None:
+    if AVERAGE not in state:
+        state[AVERAGE], state[_STEPS] = weight.clone(), 0
+        return
+    state[_STEPS] += 1
+    decay = min(limit, (1 + state[_STEPS]) / (10 + state[_STEPS]))
+    state[AVERAGE].lerp_(weight, 1 - decay)
+
+
+def _follow_if(applied: Tensor, state: dict[str, Any], weight: Tensor, limit: float) -> None:
+    """Do the same where `applied` is 1, and nothing where it is 0: both on the device."""
+    if AVERAGE not in state:
+        state[AVERAGE], state[_STEPS] = weight.clone(), applied - 1  # -1: the first update is still to come
+        return
+    steps = state[_STEPS] = state[_STEPS] + applied
+    decay = torch.where(steps == 0, 0.0, ((1 + steps) / (10 + steps)).clamp(max=limit))
+    state[AVERAGE].lerp_(weight, (1 - decay) * applied)
 
 
 def drop_average(optimizer: torch.optim.Optimizer) -> None:
