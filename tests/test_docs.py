@@ -16,6 +16,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from unittest import mock
 
 import pytest
@@ -29,11 +30,10 @@ from census_files import write_census
 from data.cell_source import cell_loader
 from data.hf import hf_loader
 from data.prepared import h5ad_loader
-from models.autoregressive import AutoregressiveConfig
 from models.encoder import EncoderConfig
+from models.families import FAMILIES
 from models.fine_tuned import FineTunedConfig
 from models.lora import LoraSettings
-from models.masked_autoencoder import MaskedAutoencoderConfig
 from trainer.config import json_schema, load_run_config
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
@@ -45,12 +45,6 @@ TYPED_PAGES = ("cells.md", "circuits.md", "sampling_circuits.md")
 HAS_SOMA = importlib.util.find_spec("tiledbsoma") is not None
 HAS_VCC = importlib.util.find_spec("cell_eval2") is not None
 H5AD_TITLE = "`dataloader_args` of `data.prepared.h5ad_loader`, beside those of `data.loader.cell_loader`"
-AUTOREGRESSIVE_TITLE = (
-    "`config_args` of `models.autoregressive.AutoregressiveConfig`, where they are not an encoder's"
-)
-AUTOENCODER_TITLE = (
-    "`config_args` of `models.masked_autoencoder.MaskedAutoencoderConfig`, where they are not an encoder's"
-)
 BEGIN = "<!-- generated from the code by `python tests/test_docs.py`; do not edit -->"
 END = "<!-- end of what is generated -->"
 
@@ -94,18 +88,25 @@ def render_tables():
     sections += [(f"`{path}`", schema["$defs"][name]) for name, path in where.items()]
     parts = [_schema_table(title, section, where) for title, section in sections]
     shared = inspect.signature(cell_loader).parameters.keys()
+    encoder, *other_families = (family.config_class for family in FAMILIES.values())
+    assert resolve_name(encoder) is EncoderConfig
     for title, target, heading, told in (
         ("`dataloader_args` of `data.loader.cell_loader`", cell_loader, "Args:", ()),
         (H5AD_TITLE, h5ad_loader, "Args:", shared - {"tokenizer"}),
         ("`dataloader_args` of `data.hf.hf_loader`", hf_loader, "Args:", ()),
         ("`config_args` of `models.encoder.EncoderConfig`", EncoderConfig, "Attributes:", ()),
-        (AUTOREGRESSIVE_TITLE, AutoregressiveConfig, "Attributes:", _as_encoder(AutoregressiveConfig)),
-        (AUTOENCODER_TITLE, MaskedAutoencoderConfig, "Attributes:", _as_encoder(MaskedAutoencoderConfig)),
+        *(_family_table(path) for path in other_families),
         ("`config_args` of `models.fine_tuned.FineTunedConfig`", FineTunedConfig, "Attributes:", ()),
         ("`lora` of `models.fine_tuned.FineTunedConfig`", LoraSettings, "Attributes:", ()),
     ):
         parts.append(_signature_table(title, target, _described(target, heading), told))
     return "\n\n".join(parts)
+
+
+def _family_table(path):
+    config_class = resolve_name(path)
+    title = f"`config_args` of `{path}`, where they are not an encoder's"
+    return title, config_class, "Attributes:", _as_encoder(config_class)
 
 
 def _as_encoder(config_class):

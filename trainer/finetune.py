@@ -3,6 +3,9 @@
 Several ranks: `accelerate launch -m trainer finetune --config FILE`. Flags, signals and exit codes are as in `train`.
 """
 
+if not __package__:
+    raise SystemExit("run it as a module: python -m trainer finetune --config FILE")
+
 from trainer import train
 
 
