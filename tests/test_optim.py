@@ -6,7 +6,9 @@ from torch import nn
 
 from trainer.config.schema import OptimizerConfig
 from trainer.errors import ConfigError
+from trainer.freezing import split_groups
 from trainer.optim import UserScheduler, build_optimizer, mark_trainable, parameter_names
+from trainer.schedule import recorded_rates
 
 
 class Model(nn.Module):
@@ -99,6 +101,39 @@ def test_a_freeze_pattern_without_a_match_is_an_error():
     phases = [SimpleNamespace(name="a", epochs=1, freeze=["embeddings"], reinitialise=[])]
     with pytest.raises(ConfigError, match="'a': freeze pattern 'embeddings' matches no parameter"):
         mark_trainable(SimpleNamespace(datasets=phases), Model())
+
+
+def two_factors(optimizer):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 1.0, lambda step: 0.5])
+
+
+def three_unnamed_groups(params):
+    first, *rest, last = params
+    return torch.optim.SGD(
+        [{"params": [first], "lr": 1e-4}, {"params": rest, "lr": 1e-3}, {"params": [last], "lr": 1e-2}]
+    )
+
+
+def split(optimizer, model, freeze):
+    split_groups(optimizer, model, [SimpleNamespace(epochs=1, freeze=freeze, reinitialise=[])])
+
+
+def test_groups_that_freezing_parts_are_recorded_by_the_rate_of_each_group():
+    model = Model()
+    optimizer = three_unnamed_groups(list(model.parameters()))
+    split(optimizer, model, ["norm"])
+    assert len(optimizer.param_groups) == 4
+    assert recorded_rates(optimizer.param_groups) == {"lr": 1e-4, "lr/0": 1e-4, "lr/1": 1e-3, "lr/2": 1e-2}
+
+
+def test_a_scheduler_that_counts_the_groups_is_told_which_there_are():
+    model = Model()
+    optimizer = three_unnamed_groups(list(model.parameters()))
+    split(optimizer, model, ["norm"])
+    settings = OptimizerConfig(scheduler_class="test_optim.two_factors")
+    told = "two_factors cannot be built .*4 parameter groups: group 0, group 1, group 1, group 2"
+    with pytest.raises(ConfigError, match=told):
+        UserScheduler(settings, optimizer)
 
 
 def test_a_scheduler_that_needs_a_metric_is_refused():

@@ -20,7 +20,7 @@ from trainer.optim import matches
 def split_groups(optimizer: torch.optim.Optimizer, trained: nn.Module, phases: Sequence[PhaseConfig]) -> None:
     """Split the optimizer's groups so that each holds parameters which the same phases freeze and start anew.
 
-    The parts keep the group's settings and name; `part_of` is the index of the group they come from.
+    The parts keep the group's settings and name; `part_of` of every group is the index of the one it comes from.
     """
     names = {id(parameter): name for name, parameter in trained.named_parameters()}
     running = [phase for phase in phases if phase.epochs > 0]
@@ -34,10 +34,11 @@ def split_groups(optimizer: torch.optim.Optimizer, trained: nn.Module, phases: S
         parts: dict[tuple[Any, ...], list[Tensor]] = {}
         for parameter in group["params"]:
             parts.setdefault(treatment(parameter), []).append(parameter)
+        group["part_of"] = index
         if len(parts) == 1:
             groups.append(group)
         else:
-            groups += [{**group, "params": members, "part_of": index} for members in parts.values()]
+            groups += [{**group, "params": members} for members in parts.values()]
     optimizer.param_groups = groups
 
 

@@ -95,7 +95,18 @@ class UserScheduler:
     def _build(self) -> Any:
         # torch notes the optimizer's step counter when a scheduler is built, and warns about an order of calls that
         # does not apply here: the loop steps the optimizer first, always.
-        return self._factory(self._optimizer, **self._settings.scheduler_args)
+        try:
+            return self._factory(self._optimizer, **self._settings.scheduler_args)
+        except (TypeError, ValueError, IndexError) as error:
+            groups = self._optimizer.param_groups
+            names = [
+                str(group.get("name", f"group {group.get('part_of', i)}")) for i, group in enumerate(groups)
+            ]
+            raise ConfigError(
+                f"optimizer.scheduler_class: {self._settings.scheduler_class} cannot be built ({error}); it is given "
+                f"the optimizer's {len(groups)} parameter groups: {', '.join(names)} (freeze and reinitialise of "
+                "phases part a group)"
+            ) from error
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, trained: nn.Module) -> list[list[str]]:
