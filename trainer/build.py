@@ -108,7 +108,7 @@ def run(config: RunConfig, *, dry_run: bool = False) -> int:
             notes += initialise_weights(config, model, phases, facts)
         notes += compile_layers(config, model, accelerator)
         optimizer = build_optimizer(config, model, module, accelerator.device.type)
-        split_groups(optimizer, module, config.datasets)
+        split_groups(optimizer, module, config.datasets)  # first: strategy and scheduler count the groups
         keep_average(optimizer, config.ema)
         check_rates(phases, optimizer)
         strategy = distributed.prepare(accelerator, module, optimizer, config.max_grad_norm)
