@@ -17,6 +17,7 @@ from trainer.circuit_facts import check_same_circuits, saved_circuits
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
+from trainer.optimizer_changes import find_changes, put_in_force
 from trainer.phases import DataFacts, Phase
 from trainer.progress import Progress
 from trainer.random_state import random_state, seed_dropout, set_random_state
@@ -143,15 +144,18 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
         )
     if isinstance(run.module.loss, nn.Module):
         run.module.loss.load_state_dict(state["loss"])
+    progress = Progress.from_dict(state["progress"])
+    has_steps_left = progress.phase_index < len(run.phases)
+    changes = find_changes(run, saved, config) if has_steps_left else [{} for _ in names]
     run.strategy.load(tensors, state)
+    notes = put_in_force(changes, run.strategy)
     if config.ema is None:
         drop_average(run.strategy.optimizer)
     if run.scheduler is not None and state["scheduler"] is not None:
         run.scheduler.load_state_dict(state["scheduler"])
-    progress = Progress.from_dict(state["progress"])
     for field in dataclasses.fields(Progress):
         setattr(run.progress, field.name, getattr(progress, field.name))
-    return [*_restore_rank(run, saved, config), *run.cells_seen.restore(saved)]
+    return [*notes, *_restore_rank(run, saved, config), *run.cells_seen.restore(saved)]
 
 
 def _restore_rank(run: Run, saved: SavedCheckpoint, config: RunConfig) -> list[str]:

@@ -53,6 +53,8 @@ class Strategy:
         """The torch optimizer: its groups' settings act under every strategy."""
         self.group_names = parameter_names(optimizer, module)
         """The parameters of each group by name, in the optimizer's order."""
+        self.built_settings = group_settings(optimizer)
+        """The settings of each group as it was built, whatever is loaded or scheduled later."""
         self._max_grad_norm = max_grad_norm
         self._has_averages_in = False
         self._held = HeldStill(optimizer, [list(group["params"]) for group in optimizer.param_groups])
