@@ -24,7 +24,7 @@ import torch
 
 from trainer import checkpoint, statefile
 from trainer.checkpoint import CheckpointWriter
-from trainer.checkpoint_folder import find_newest, list_checkpoints, open_checkpoint
+from trainer.checkpoint_folder import find_newest, list_checkpoints, name_checkpoints, open_checkpoint
 from trainer.retention import Retention
 
 NUM_NUMBERS = 200_000
@@ -92,17 +92,24 @@ def die_at_call(number: int) -> None:
 
 
 def crash_at_every_call(folder: Path) -> dict[str, Any]:
-    """Die at each call in turn while step 3 is saved, or step 2 again, after 1 and 2 of which one stays."""
+    """Die at each call in turn while step 3 is saved, or step 2 again, after 1 and 2, or after 2 alone."""
     os.fsync = lambda descriptor: None  # a killed process loses nothing that the kernel has
     seen: dict[str, Any] = {}
     for earlier in (1, 2):
-        save(alone(folder / "template", f"e{earlier}"), earlier, 0)
-    for step in (3, 2):
+        save(alone(folder / "both", f"e{earlier}"), earlier, 0)
+    save(alone(folder / "only", "e2"), 2, 0)
+    expected = {
+        ("both", 3): [{1, 2}, {1, 2, 3}, {2, 3}],
+        ("both", 2): [{1, 2}],
+        ("only", 3): [{2}, {2, 3}],
+        ("only", 2): [{2}],
+    }
+    for template, step in expected:
         number, outcomes = 0, set()
         while True:
             number += 1
             run = folder / f"{step}_{number}"
-            shutil.copytree(folder / "template", run)
+            shutil.copytree(folder / template, run)
             child = os.fork()
             if child == 0:
                 writer = alone(run, "crash", Retention(keep_last=2))
@@ -110,20 +117,21 @@ def crash_at_every_call(folder: Path) -> dict[str, Any]:
                 save(writer, step, 1)
                 os._exit(0)
             code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            check(run)
+            name_checkpoints(run)  # as every resume does first
             steps = check(run)
-            expected = {3: [{1, 2}, {1, 2, 3}, {2, 3}], 2: [{1, 2}, {1}]}[step]
-            assert set(steps) in expected, (number, steps)
+            assert set(steps) in expected[template, step], (template, number, steps)
             outcomes.add(tuple(steps))
             save(alone(run, "next"), 4, 2)
             assert 4 in check(run)
-            left = [name for name in os.listdir(run) if name.startswith(".")]
+            left = [name for name in os.listdir(run) if name.startswith(".") or name == "superseded"]
             assert left == [], left
             shutil.rmtree(run)
             if code == 0:
                 break
             assert code == 9, code
-        seen[f"calls while saving step {step}"] = number - 1
-        seen[f"outcomes of step {step}"] = sorted(outcomes)
+        seen[f"calls while saving step {step} after {template}"] = number - 1
+        seen[f"outcomes of step {step} after {template}"] = sorted(outcomes)
     return seen
 
 

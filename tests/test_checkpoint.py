@@ -21,9 +21,16 @@ import torch
 
 from trainer import atomicfile, checkpoint, checkpoint_folder
 from trainer.checkpoint import CheckpointWriter
-from trainer.checkpoint_folder import find_newest, list_checkpoints, open_checkpoint, verify_checkpoint
+from trainer.checkpoint_folder import (
+    find_newest,
+    list_checkpoints,
+    open_checkpoint,
+    unnamed_checkpoints,
+    verify_checkpoint,
+)
 from trainer.errors import CheckpointError, UserError
 from trainer.retention import Retention
+from trainer.runfolder import RunLease, resolve_resume
 
 
 def make_writer(folder: Path, rank: int = 0, world_size: int = 1, attempt: str = "a1", **options: Any) -> Any:
@@ -416,16 +423,86 @@ def test_a_new_start_removes_what_was_left_but_not_what_its_other_ranks_already_
     assert names(tmp_path) == [".checkpoint_4.new1-1.tmp", "notes.tmp"]
 
 
-def test_a_checkpoint_saved_again_replaces_the_one_of_the_same_step_and_keeps_it_aside(
-    tmp_path: Path,
-) -> None:
+def test_a_checkpoint_saved_again_replaces_the_one_of_the_same_step(tmp_path: Path) -> None:
     for attempt, value in (("a1", 1.0), ("a2", 2.0), ("a3", 3.0)):
         make_writer(tmp_path, attempt=attempt).save(
             5, {}, {"model.safetensors": {"weight": torch.tensor(value)}}, synchronous=True
         )
     assert open_checkpoint(tmp_path / "checkpoint_5").shared("model.safetensors")["weight"] == 3
-    assert names(tmp_path / "superseded") == ["checkpoint_5", "checkpoint_5.2"]
-    assert steps(tmp_path) == [5]
+    assert names(tmp_path) == ["checkpoint_5", "latest"]
+
+
+class Killed(BaseException):
+    """End a save where it stands, as SIGKILL does."""
+
+
+def fail_at_rename(monkeypatch: pytest.MonkeyPatch, number: int, error: BaseException) -> None:
+    real, calls = os.rename, []
+
+    def rename(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == number:
+            raise error
+        real(*arguments)
+
+    monkeypatch.setattr(os, "rename", rename)
+
+
+def save_five(run: Path, attempt: str, value: float) -> None:
+    tree = {"weight": torch.tensor(value)}
+    make_writer(run, attempt=attempt).save(5, {}, {"model.safetensors": tree}, synchronous=True)
+
+
+@pytest.mark.parametrize(
+    "resume_from", ["latest", "auto", "a_20260304_050607", "a_20260304_050607/checkpoint_5"]
+)
+def test_a_kill_while_the_only_checkpoint_is_replaced_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume_from: str
+) -> None:
+    run = tmp_path / "a_20260304_050607"
+    save_five(run, "a1", 1.0)
+    with monkeypatch.context() as context:
+        fail_at_rename(context, 2, Killed())
+        with pytest.raises(Killed):
+            save_five(run, "a2", 2.0)
+    assert steps(run) == []
+    where = resume_from if resume_from in ("latest", "auto") else str(tmp_path / resume_from)
+    plan = resolve_resume(where, tmp_path, "a", hold=True)
+    assert plan.lease is not None and plan.checkpoint == run / "checkpoint_5"
+    plan.lease.release()
+    assert open_checkpoint(run / "checkpoint_5").shared("model.safetensors")["weight"] == 2
+    make_writer(run, attempt="a3")
+    assert names(run) == ["checkpoint_5", "latest", "run.lock"]
+
+
+def test_an_unnamed_checkpoint_is_left_to_the_writer_at_work_and_to_later_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "a_20260304_050607"
+    with monkeypatch.context() as context:
+        fail_at_rename(context, 1, Killed())
+        with pytest.raises(Killed):
+            save_five(run, "a1", 1.0)
+    with RunLease(run), pytest.raises(UserError, match="in use"):
+        resolve_resume("auto", tmp_path, "a", hold=True)
+    assert resolve_resume("auto", tmp_path, "a").kind == "fresh"  # a rehearsal writes nothing
+    (unnamed,) = run.glob(".checkpoint_*")
+    (unnamed / "rank00000.done.json").write_text("{}")
+    assert unnamed_checkpoints(run) == {}  # its manifest came, and the kill before the notes had gone
+    (unnamed / "rank00000.done.json").unlink()
+    (unnamed / "model.safetensors").write_bytes(b"")
+    assert unnamed_checkpoints(run) == {}
+    forge(unnamed, format=checkpoint_folder.FORMAT + 1)
+    with pytest.raises(CheckpointError, match="go on with the version that wrote it"):
+        resolve_resume("auto", tmp_path, "a", hold=True)
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_five(tmp_path, "a1", 1.0)
+    fail_at_rename(monkeypatch, 2, OSError(errno.EIO, "broken"))
+    with pytest.raises(CheckpointError, match="saving checkpoint_5 failed"):
+        save_five(tmp_path, "a2", 2.0)
+    assert open_checkpoint(tmp_path / "checkpoint_5").shared("model.safetensors")["weight"] == 1
 
 
 @pytest.mark.parametrize(
@@ -686,8 +763,9 @@ def crash(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 @pytest.mark.slow
 def test_dying_at_any_call_of_a_save_leaves_whole_checkpoints(tmp_path: Path) -> None:
     seen = crash(tmp_path, "calls")
-    assert seen["calls while saving step 3"] > 30
-    assert seen["outcomes of step 3"] == [[1, 2], [1, 2, 3], [2, 3]]
+    assert min(number for name, number in seen.items() if name.startswith("calls")) > 25
+    assert seen["outcomes of step 3 after both"] == [[1, 2], [1, 2, 3], [2, 3]]
+    assert seen["outcomes of step 2 after only"] == [[2]]
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 A save goes into `.checkpoint_<step>.<attempt>-<number>.tmp/`. Each rank writes and flushes its files there,
 then leaves `rank<rank>.done.json`. When all have, rank 0 checks the sizes, writes `manifest.json`, renames
-the folder to `checkpoint_<step>`, points `latest` at it and deletes what retention lets go. The other ranks
+the folder to `checkpoint_<step>`, points `latest` at it and deletes what retention lets go, and before that the
+checkpoint of the same step that it replaces. A folder that lacks its name alone is given it by the next start
+(checkpoint_folder.name_checkpoints), so that a kill between two renames loses nothing. The other ranks
 wait for the rename: a rank that left earlier would make a launcher end the rest before the last checkpoint
 is complete. A rank that fails leaves `rank<rank>.failed.json`, and every rank raises.
 
@@ -36,7 +38,6 @@ from trainer.checkpoint_folder import (
     list_checkpoints,
     rank_file_name,
     read_manifest,
-    set_aside,
 )
 from trainer.errors import CheckpointError, UserError
 from trainer.retention import Retention, delete_expired
@@ -159,7 +160,7 @@ class CheckpointWriter:
     ) -> None:
         """Copy the state to host memory, and write it in the background once the previous save is complete.
 
-        A checkpoint of the same step that exists is moved into `superseded/`.
+        A checkpoint of the same step that exists is replaced, and deleted when the new one is on the disk.
 
         Args:
             step: Global step.
@@ -307,13 +308,28 @@ class CheckpointWriter:
             (folder / self._note_name("done", rank)).unlink()
         sync_folder(folder)
         final = self.run_folder / checkpoint_name(save.step)
-        if final.exists():
-            set_aside(final)
-        os.rename(folder, final)
+        replaced = self._give_name(folder, final)
         sync_folder(self.run_folder)
         replace_text(self.run_folder / "latest", f"{final.name}\n")
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
         delete_expired(self.run_folder, self.retention, save.step, self._identity)
         self._sweep()
+
+    def _give_name(self, folder: Path, final: Path) -> Path | None:
+        """Rename a complete save to its checkpoint; return the new place of the one that had the name, if any."""
+        if not final.exists():
+            os.rename(folder, final)
+            return None
+        sync_folder(self.run_folder)  # the save must be on the disk before the name is free
+        replaced = self.run_folder / f".{final.name}.{self._identity}.deleted.tmp"
+        os.rename(final, replaced)
+        try:
+            os.rename(folder, final)
+        except OSError:
+            os.rename(replaced, final)
+            raise
+        return replaced
 
     def _await_commit(self, save: _Save, folder: Path) -> None:
         """Wait until rank 0 has made the folder a checkpoint."""

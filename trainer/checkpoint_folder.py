@@ -32,6 +32,8 @@ FORMAT = 1
 MAX_WORLD_SIZE = 1 << 20
 """Ranks that a manifest may claim: more would be walked through one by one."""
 _FOLDER_NAME = re.compile(r"checkpoint_(0|[1-9][0-9]{0,17})")
+_UNNAMED = re.compile(r"\.(?P<name>checkpoint_[0-9]+)\.[A-Za-z0-9]+-[0-9]+\.tmp")
+"""A save under way, or one that a kill ended, but not a checkpoint that is being deleted."""
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -230,9 +232,54 @@ def encode_manifest(
     return json.dumps(manifest | {"manifest_sha256": _manifest_hash(manifest)}, indent=1) + "\n"
 
 
+def unnamed_checkpoints(run_folder: str | Path) -> dict[Path, Path]:
+    """Return the saves that lack their name alone, where no checkpoint has it, with the folder that each is to be.
+
+    A kill leaves one between the end of its writing and its renaming, and so does a writer at work for a moment.
+    """
+    found: dict[Path, Path] = {}
+    try:
+        names = sorted(os.listdir(run_folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    for name in names:
+        match = _UNNAMED.fullmatch(name)
+        folder = Path(run_folder, name)
+        if match is None or folder.with_name(match["name"]).exists():
+            continue
+        try:
+            manifest = _read_manifest(folder)
+            is_whole = {MANIFEST, *manifest["files"]} == set(os.listdir(folder))
+            if is_whole and checkpoint_name(manifest["step"]) == match["name"]:
+                _check_files(folder, manifest["files"], hashes=False)
+                found[folder] = folder.with_name(match["name"])
+        except OtherFormatError:
+            raise
+        except CheckpointError:
+            continue
+    return found
+
+
+def name_checkpoints(run_folder: str | Path) -> None:
+    """Complete the saves that lack their name alone; the caller holds the run folder's lease."""
+    for folder, final in unnamed_checkpoints(run_folder).items():
+        os.rename(folder, final)
+        sync_folder(run_folder)
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read and check the manifest of a checkpoint; CheckpointError says what is wrong with it."""
     folder = Path(folder)
+    manifest = _read_manifest(folder)
+    if manifest["step"] != checkpoint_step(folder):
+        raise CheckpointError(
+            f"{folder} holds the checkpoint of step {manifest['step']}; "
+            f"rename it to {checkpoint_name(manifest['step'])}"
+        )
+    return manifest
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such checkpoint folder")
@@ -253,11 +300,6 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         )
     if not _is_well_formed(manifest):
         raise CheckpointError(f"{path} does not describe a checkpoint, or lists files outside of its folder")
-    if manifest["step"] != checkpoint_step(folder):
-        raise CheckpointError(
-            f"{folder} holds the checkpoint of step {manifest['step']}; "
-            f"rename it to {checkpoint_name(manifest['step'])}"
-        )
     return manifest
 
 

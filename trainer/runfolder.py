@@ -25,9 +25,11 @@ from trainer.checkpoint_folder import (
     checkpoint_step,
     find_newest,
     list_checkpoints,
+    name_checkpoints,
     named_checkpoints,
     read_manifest,
     set_aside,
+    unnamed_checkpoints,
     verify_checkpoint,
 )
 from trainer.distributed import Ranks
@@ -98,7 +100,8 @@ def resolve_resume(
 
     With `hold` the lease of the run folder is taken first: a job that is about to end could otherwise still complete
     a checkpoint that is newer than the one found here. A run of this name that has saved nothing yet and is still
-    being trained is no fresh start either: the same job was given twice.
+    being trained is no fresh start either: the same job was given twice. A save that was killed when it lacked its
+    name alone gets it.
 
     Raises:
         CheckpointError: it is not there or damaged; a damaged checkpoint is never a fresh start.
@@ -108,6 +111,8 @@ def resolve_resume(
         return ResumePlan("fresh")
     if resume_from in ("latest", "auto"):
         runs = find_runs(output_dir, run_name)
+        if hold:
+            _complete(runs)
         saved = [run for run in runs if named_checkpoints(run)]
         if saved:
             return _newest_of_run(max(saved, key=_last_saved), resume_from, hold)
@@ -117,6 +122,8 @@ def resolve_resume(
             return ResumePlan("fresh")
         raise CheckpointError(_nothing_to_resume(Path(output_dir), run_name))
     path = Path(resume_from).expanduser()
+    if hold:
+        _complete([path if checkpoint_step(path) is None else path.parent])
     if not path.exists():
         raise CheckpointError(
             f"resume_from: {resume_from} does not exist; give latest, auto, or the path of a run folder, of "
@@ -294,6 +301,14 @@ def _lock(path: Path) -> int:
                 "into one run folder unnoticed; choose an output_dir on one that does"
             ) from error
         os.close(descriptor)  # somebody deleted the file meanwhile: the lock is on a file that nobody sees
+
+
+def _complete(runs: list[Path]) -> None:
+    """Give a name to the saves of these runs that were killed just before they had one."""
+    for run in runs:
+        if unnamed_checkpoints(run):
+            with RunLease(run):
+                name_checkpoints(run)
 
 
 def _refuse_running(runs: list[Path]) -> None:
