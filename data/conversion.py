@@ -17,7 +17,7 @@ import numpy as np
 from data.cell_rows import BadValueError, CellRows, ValueKind, cell_rows
 from data.corpus import ROWS_PER_BATCH, UNFINISHED, ShardWriter, hash_file, sync_file
 from data.errors import DataError
-from data.genes import GeneSpace
+from data.genes import NOT_A_GENE, GeneSpace
 from data.h5ad import H5adFile
 from data.h5ad_matrix import CscMatrix, Matrix, MatrixChunk
 from data.hashing import sha256_of
@@ -36,7 +36,7 @@ class SourcePlan:
     matrix: str
     num_cells: int
     remap: np.ndarray
-    """int32: the corpus index of each gene of the matrix, -1 where the gene is dropped."""
+    """int32: the corpus index of each column of the matrix, -1 where the gene is dropped, or `NOT_A_GENE`."""
     obs: dict[str, str]
     """The obs column (or `@file`) that each kept column of the corpus is read from."""
 
@@ -252,7 +252,9 @@ class ShardConverter:
         """Yield converted chunks with the source row that each begins at."""
         file, matrix = self._source(segment.source)
         source = self.plan.sources[segment.source]
-        for chunk in matrix.chunks(segment.start, segment.stop):
+        is_gene = source.remap != NOT_A_GENE
+        for stored in matrix.chunks(segment.start, segment.stop):
+            chunk = stored if is_gene.all() else stored.of_columns(is_gene)
             try:
                 rows = cell_rows(chunk, source.remap, self.plan.value_kind, self.plan.min_genes)
             except BadValueError as error:

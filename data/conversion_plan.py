@@ -279,7 +279,7 @@ def choose_gene_space(genes: Sequence[SourceGenes], wanted: str | GeneSpace, say
 
 
 def match_source(space: GeneSpace, genes: SourceGenes, settings: ConversionSettings, say: Say) -> np.ndarray:
-    """Return the corpus index of each gene of a source, or raise where too few are matched."""
+    """Return the corpus index of each column of a source, or raise where too few are matched."""
     remap, key = match_genes(space, genes)
     matched = int(np.count_nonzero(remap >= 0))
     names = genes.names(key)
@@ -311,7 +311,9 @@ def match_source(space: GeneSpace, genes: SourceGenes, settings: ConversionSetti
         if shared:
             some = ", ".join(shared[:5])
             say(f"{genes.where}: {len(shared)} symbols belong to several genes and are dropped: {some}")
-    return remap
+    for notice in genes.notices():
+        say(notice)
+    return genes.by_column(remap)
 
 
 def parse_obs(requests: Sequence[str]) -> dict[str, str]:

@@ -31,6 +31,7 @@ from data.conversion import (
 )
 from data.corpus import UNFINISHED, hash_file, open_corpus, publish_corpus, shard_name
 from data.errors import DataError
+from data.genes import NOT_A_GENE
 from data.h5ad import H5adFile
 from data.h5ad_matrix import CscMatrix
 from data.journal import JournalFile
@@ -486,7 +487,7 @@ def _source_records(plan: ConversionPlan, journal: Journal) -> tuple[SourceRecor
                 bytes=source.path.stat().st_size,
                 rows=total.rows,
                 matrix=source.matrix,
-                genes_total=len(source.remap),
+                genes_total=int(np.count_nonzero(source.remap != NOT_A_GENE)),
                 genes_matched=len(measured),
                 counts_dropped_fraction=1 - total.sum_kept / total.sum_all if total.sum_all else 0.0,
                 cells_dropped=total.cells_dropped,

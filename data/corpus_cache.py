@@ -22,7 +22,7 @@ from data.hashing import sha256_of
 from data.hvg import HvgOptions
 from data.manifest import RESERVED_COLUMNS
 
-_FORMAT = 2
+_FORMAT = 3
 """Of the cache: part of every key, so that corpora of another format are left alone."""
 _HASHES_FILE = "file_hashes.json"
 _OPTION_OF = {

@@ -24,6 +24,12 @@ SYMBOL_COLUMNS = (
     "symbol", "gene_symbol", "gene_symbols", "gene_name", "gene_names", "feature_name", "gene_short_name",
     "hgnc_symbol", "name",
 )  # fmt: skip
+KIND_COLUMNS = ("feature_types", "feature_type", "modality", "feature_biotype")
+"""Columns of var that say what each row measures: those of 10x Genomics, of multi-omic files, and of CELLxGENE."""
+GENE_KINDS = ("gene expression", "gene")
+"""What such columns call a gene, in lower case."""
+NOT_A_GENE = -2
+"""In place of an index: the column of a matrix is no gene, as an antibody, and counts nowhere."""
 _ENSEMBL = re.compile(r"(ENS[A-Z]{0,6}G\d{11})(?:\.\d+)?(_PAR_Y)?")
 
 
@@ -138,6 +144,8 @@ class SourceGenes:
     """Ensembl ids without version, where the file has them."""
     symbols: tuple[str, ...] | None
     """Symbols, where the file has them; may repeat when ids are used."""
+    kinds: tuple[str, ...] | None = None
+    """What each column of the matrix measures, where some are no genes; names are those of the genes alone."""
 
     def __len__(self) -> int:
         """Count the genes."""
@@ -151,6 +159,40 @@ class SourceGenes:
             raise DataError(f"{self.where}: no {kind} found; name their column in var with --gene-column")
         check_gene_names(names, self.where)
         return names
+
+    def by_column(self, index: np.ndarray) -> np.ndarray:
+        """Return the index of each gene as that of each column of the matrix, `NOT_A_GENE` where it is none."""
+        if self.kinds is None:
+            return index
+        columns = np.full(len(self.kinds), NOT_A_GENE, index.dtype)
+        columns[[is_gene_kind(kind) for kind in self.kinds]] = index
+        return columns
+
+    def notices(self) -> list[str]:
+        """Say which columns are no genes, and which names are no Ensembl ids where the others are."""
+        said = []
+        if self.kinds is not None:
+            others = kinds_counted(self.kinds)
+            said.append(f"{self.where}: no genes, and left out of counts and totals: {others}")
+        strange = [name for name in self.ids or () if not _ENSEMBL.fullmatch(name)]
+        if strange:
+            said.append(
+                f"{self.where}: {len(strange)} of {len(self):,} names are no Ensembl ids ({listed(strange, 3)}) and "
+                "are taken for genes; antibodies, guides or spike-ins are left out by a column "
+                f"{KIND_COLUMNS[0]} of var that says 'Gene Expression' of genes alone"
+            )
+        return said
+
+
+def is_gene_kind(kind: str) -> bool:
+    """Tell whether a column of kinds calls a row of var a gene."""
+    return kind.strip().lower() in GENE_KINDS
+
+
+def kinds_counted(kinds: Sequence[str]) -> str:
+    """Count the rows of var that are no genes, by their kind."""
+    times = Counter(kind.strip() or "of no kind" for kind in kinds if not is_gene_kind(kind))
+    return ", ".join(f"{number:,} {kind}" for kind, number in times.most_common())
 
 
 def looks_like_ensembl(names: Sequence[str]) -> bool:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -11,7 +12,16 @@ import h5py
 import numpy as np
 
 from data.errors import DataError
-from data.genes import ID_COLUMNS, SYMBOL_COLUMNS, SourceGenes, looks_like_ensembl, strip_version
+from data.genes import (
+    ID_COLUMNS,
+    KIND_COLUMNS,
+    SYMBOL_COLUMNS,
+    SourceGenes,
+    is_gene_kind,
+    kinds_counted,
+    looks_like_ensembl,
+    strip_version,
+)
 from data.h5ad_matrix import CscMatrix, CsrMatrix, DenseMatrix, Matrix, read, reading
 
 PREFERRED_MATRICES = ("layers/counts", "raw.X", "X")
@@ -103,30 +113,32 @@ class H5adFile:
         """Return the gene names that belong to a matrix, read from `column` of var where one is named.
 
         Without one, Ensembl ids are looked for in the index and in columns of the usual names, then in any
-        text column; symbols likewise.
+        text column; symbols likewise. Where a column says what each row measures, rows that are no genes are left out.
         """
         var = self._var(matrix)
+        kinds = _kinds(var)
+        names = _Names(var, kinds)
         if column is not None:
-            names = var.text(column)
-            if looks_like_ensembl(names):
-                symbols = _first_text(var, SYMBOL_COLUMNS, is_ensembl=False)
-                return SourceGenes(f"{var.where}[{column!r}]", _stripped(names), symbols)
-            return SourceGenes(f"{var.where}[{column!r}]", None, names)
-        index = var.text(var.index_name)
+            where, named = f"{var.where}[{column!r}]", names.text(column)
+            if looks_like_ensembl(named):
+                symbols = names.first(SYMBOL_COLUMNS, is_ensembl=False)
+                return SourceGenes(where, _stripped(named), symbols, kinds)
+            return SourceGenes(where, None, named, kinds)
+        index = names.text(var.index_name)
         others = [name for name in var.columns() if name not in ID_COLUMNS and var.is_text(name)]
         if looks_like_ensembl(index):
-            ids, symbols = index, _first_text(var, SYMBOL_COLUMNS, is_ensembl=False)
+            ids, symbols = index, names.first(SYMBOL_COLUMNS, is_ensembl=False)
         else:
-            ids = _first_text(var, (*ID_COLUMNS, *others), is_ensembl=True)
+            ids = names.first((*ID_COLUMNS, *others), is_ensembl=True)
             symbols = index
             if all(name.isdigit() for name in index):
-                symbols = _first_text(var, SYMBOL_COLUMNS, is_ensembl=False) or index
+                symbols = names.first(SYMBOL_COLUMNS, is_ensembl=False) or index
             if ids is None and symbols is index and _are_row_numbers(index):
                 raise DataError(
                     f"{var.where}: the genes have no names, only row numbers ({', '.join(index[:3])}, ...); name the "
                     f"column of var that has them with --gene-column (there are: {', '.join(var.columns()) or 'none'})"
                 )
-        return SourceGenes(var.where, None if ids is None else _stripped(ids), symbols)
+        return SourceGenes(var.where, None if ids is None else _stripped(ids), symbols, kinds)
 
     @_names_damage
     def gene_names(self, matrix: str) -> tuple[str, ...]:
@@ -445,11 +457,40 @@ def _stripped(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(strip_version(name) for name in names)
 
 
-def _first_text(frame: Frame, columns: tuple[str, ...], *, is_ensembl: bool) -> tuple[str, ...] | None:
-    """Return the first of the columns that is there, is text, and holds (or does not hold) Ensembl ids."""
-    for name in columns:
-        if name in frame.columns() and frame.is_text(name):
-            names = frame.text(name)
-            if looks_like_ensembl(names) == is_ensembl:
-                return names
+def _kinds(var: Frame) -> tuple[str, ...] | None:
+    """Return what each row of var measures, None where all are genes or no column says so."""
+    for column in KIND_COLUMNS:
+        if column not in var.columns() or not var.is_text(column):
+            continue
+        kinds = var.text(column)
+        are_genes = [is_gene_kind(kind) for kind in kinds]
+        if any(are_genes):
+            return None if all(are_genes) else kinds
+        if column == KIND_COLUMNS[0] and any(kinds):
+            raise DataError(
+                f"{var.where}[{column!r}]: no row is 'Gene Expression': {kinds_counted(kinds)}; give a file that holds "
+                "the expression of genes, or, where these are genes, drop the column or write 'Gene Expression' in it"
+            )
     return None
+
+
+class _Names:
+    """Read text columns of var, of the rows that are genes."""
+
+    def __init__(self, var: Frame, kinds: tuple[str, ...] | None) -> None:
+        self._var = var
+        self._is_gene = None if kinds is None else [is_gene_kind(kind) for kind in kinds]
+
+    def text(self, column: str) -> tuple[str, ...]:
+        """Return a column."""
+        names = self._var.text(column)
+        return names if self._is_gene is None else tuple(compress(names, self._is_gene))
+
+    def first(self, columns: tuple[str, ...], *, is_ensembl: bool) -> tuple[str, ...] | None:
+        """Return the first of the columns that is there, is text, and holds (or does not hold) Ensembl ids."""
+        for name in columns:
+            if name in self._var.columns() and self._var.is_text(name):
+                names = self.text(name)
+                if looks_like_ensembl(names) == is_ensembl:
+                    return names
+        return None

@@ -12,7 +12,7 @@ from scipy import sparse
 from data.cell_rows import BadValueError, ValueVerdict, judge_values, sum_rows
 from data.errors import DataError
 from data.exported import ExportedTokenizer
-from data.genes import match_genes
+from data.genes import NOT_A_GENE, match_genes
 from data.h5ad import PREFERRED_MATRICES, H5adFile, matrix_name
 from data.h5ad_matrix import CscMatrix, Matrix, MatrixChunk
 
@@ -57,9 +57,12 @@ class H5adCells:
         try:
             self.matrix_name = _choose_matrix(self.file, layer, tokenizer.value_kind, say)
             genes = self.file.genes(self.matrix_name, gene_column)
-            self.remap, key = match_genes(tokenizer.gene_space, genes)
+            index, key = match_genes(tokenizer.gene_space, genes)
+            self.remap = genes.by_column(index)
             self.account = self._check_match(genes.where, genes.names(key), key, min_match)
-            say(self.account)
+            for line in (self.account, *genes.notices()):
+                say(line)
+            self._is_gene = self.remap != NOT_A_GENE
             self._matrix = self._by_rows(self.file.matrix(self.matrix_name))
         except BaseException:
             self.close()
@@ -129,8 +132,10 @@ class H5adCells:
         return np.array(self.file.obs.text(self.file.obs.require(column)), dtype=np.str_)
 
     def _chunk(self, start: int, stop: int) -> MatrixChunk:
-        """Return rows of the matrix in one piece."""
+        """Return rows of the matrix in one piece, without columns that are no genes."""
         parts = list(self._matrix.chunks(start, stop))
+        if not self._is_gene.all():
+            parts = [part.of_columns(self._is_gene) for part in parts]
         if len(parts) == 1:
             return parts[0]
         lengths = np.concatenate([np.diff(part.offsets) for part in parts] or [np.empty(0, np.int64)])

@@ -32,6 +32,12 @@ class MatrixChunk:
     values: np.ndarray
     """[nnz], in the file's type."""
 
+    def of_columns(self, is_kept: np.ndarray) -> "MatrixChunk":
+        """Return the same cells without the values of the other columns."""
+        positions = np.flatnonzero(is_kept[self.columns])
+        offsets = np.searchsorted(positions, self.offsets)
+        return MatrixChunk(self.first_row, offsets, self.columns[positions], self.values[positions])
+
 
 class Matrix(Protocol):
     """Give a matrix by rows, whatever its layout in the file."""

@@ -191,6 +191,35 @@ def test_genes_outside_the_gene_space_are_dropped_and_counted(tmp_path, cells, c
     assert f"counts dropped {dropped:.2%}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+@pytest.mark.parametrize("genes", ["union", "list"])
+def test_antibodies_are_no_genes_and_in_no_total(tmp_path, capsys, layout, genes):
+    counts = random_counts(30, 6)
+    ids = [f"ENSG{number:011d}" for number in range(6)]
+    both = np.column_stack([np.full((30, 2), 1000), counts])
+    var = {
+        "gene_ids": ["CD3", "CD4", *ids],
+        "feature_types": ["Antibody Capture"] * 2 + ["Gene Expression"] * 6,
+    }
+    (tmp_path / "list.txt").write_text("\n".join([*ids, "CD3", "CD4"]))
+    whole = write_h5ad(tmp_path / "whole.h5ad", both, var=var, layout=layout)
+    plain = write_h5ad(tmp_path / "plain.h5ad", counts, var={"gene_ids": ids}, layout=layout)
+    options = () if genes == "union" else ("--genes", tmp_path / "list.txt")
+    for path in (plain, whole):
+        assert convert(path, "--output", tmp_path / path.stem, *options) == 0
+    assert "no genes, and left out of counts and totals: 2 Antibody Capture" in capsys.readouterr().out
+    left, right = open_corpus(tmp_path / "plain"), open_corpus(tmp_path / "whole")
+    assert left.fingerprint == right.fingerprint
+    assert right.manifest.sources[0].genes_total == 6
+
+
+def test_names_that_are_no_ensembl_ids_are_said(tmp_path, capsys):
+    names = [*(f"ENSG{number:011d}" for number in range(6)), "ERCC-00002", "CD4_TotalSeqB"]
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(5, 8), genes=names)
+    assert convert(path, "--output", tmp_path / "c") == 0
+    assert "2 of 8 names are no Ensembl ids (ERCC-00002, CD4_TotalSeqB)" in capsys.readouterr().out
+
+
 def test_files_of_different_genes_share_a_union_or_intersection(tmp_path):
     one = write_h5ad(tmp_path / "one.h5ad", [[1, 2, 3]], genes=["C", "A", "B"])
     two = write_h5ad(tmp_path / "two.h5ad", [[4, 5, 6]], genes=["B", "D", "A"])

@@ -10,6 +10,7 @@ from launching import ROOT, launch_ranks
 from running import toy, train
 
 from data.errors import DataError
+from data.h5ad_cells import H5adCells
 from models.pretrained import config_fields
 from trainer import embedding
 from trainer.embed import main
@@ -121,6 +122,24 @@ def test_genes_that_the_model_does_not_know_are_left_out(place, tmp_path, cells,
     plain = write_h5ad(tmp_path / "plain.h5ad", cells)
     assert np.abs(embeddings(place, path, tmp_path) - embeddings(place, plain, tmp_path)).max() < 1e-5
     assert "40 of 43 genes are the model's, by symbol" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_antibodies_of_the_file_change_nothing(place, tmp_path, cells, capsys):
+    both = np.column_stack([np.full((NUM_CELLS, 2), 500), cells])
+    kinds = ["Antibody Capture"] * 2 + ["Gene Expression"] * NUM_GENES
+    names = ["GENE1", "CD3", *GENES]  # an antibody may have the name of its gene
+    path = write_h5ad(tmp_path / "more.h5ad", both, genes=names, var={"feature_types": kinds})
+    plain = write_h5ad(tmp_path / "plain.h5ad", cells)
+    assert np.array_equal(embeddings(place, path, tmp_path), embeddings(place, plain, tmp_path))
+    assert "no genes, and left out of counts and totals: 2 Antibody Capture" in capsys.readouterr().out
+    tokenizer = open_model(place / "run").tokenizer
+    with (
+        H5adCells(path, tokenizer, say=print) as antibodies,
+        H5adCells(plain, tokenizer, say=print) as genes,
+    ):
+        assert np.array_equal(antibodies.depth()[0], genes.depth()[0])
+        assert np.array_equal(antibodies.expression().toarray()[:, 2:], genes.expression().toarray())
 
 
 def test_a_file_with_fewer_genes_works_with_an_account(place, tmp_path, cells, expected, capsys):

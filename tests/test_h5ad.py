@@ -8,6 +8,7 @@ import scipy.sparse
 import data.h5ad_matrix
 from data.cell_rows import BadValueError, cell_rows, exact_counts, exact_lognorm, judge_values, sort_rows
 from data.errors import DataError
+from data.genes import NOT_A_GENE
 from data.h5ad import H5adFile
 from data.h5ad_matrix import CscMatrix, MatrixChunk
 from tests.h5ad_files import SAMPLES, anndata_values, random_counts, read_with_anndata, write_h5ad
@@ -180,6 +181,61 @@ def test_ensembl_ids_are_found_by_content_and_stripped_of_versions(tmp_path):
         assert file.genes("X", "gene_ids").ids == strip
         with pytest.raises(DataError, match="var has no column 'ensembl_id'; it has: gene_ids"):
             file.genes("X", "ensembl_id")
+
+
+KINDS = ["Gene Expression", "Antibody Capture", "Gene Expression", "CRISPR Guide Capture", "Antibody Capture"]
+
+
+@pytest.mark.filterwarnings("ignore:Variable names are not unique")
+def test_rows_of_var_that_are_no_genes_have_no_names(tmp_path):
+    ids = [f"ENSG{number:011d}" for number in range(2)]
+    var = {"gene_ids": [ids[0], "CD4_TotalSeqB", ids[1], "guide", "CD3_TotalSeqB"], "feature_types": KINDS}
+    path = write_h5ad(
+        tmp_path / "a.h5ad", np.ones((2, 5)), genes=["CD4", "CD4", "B", "guide", "CD3"], var=var
+    )
+    with H5adFile(path) as file:
+        genes = file.genes("X")
+        assert (genes.ids, genes.symbols) == (tuple(ids), ("CD4", "B"))
+        assert file.genes("X", "index").names("symbol") == ("CD4", "B")
+    assert genes.by_column(np.array([7, -1], np.int32)).tolist() == [
+        7,
+        NOT_A_GENE,
+        -1,
+        NOT_A_GENE,
+        NOT_A_GENE,
+    ]
+    where = f"{path}: var: no genes, and left out of counts and totals"
+    assert genes.notices() == [f"{where}: 2 Antibody Capture, 1 CRISPR Guide Capture"]
+
+
+@pytest.mark.parametrize(
+    ("column", "kinds"),
+    [
+        ("feature_types", ["Gene Expression"] * 3),
+        ("feature_type", ["protein_coding", "lncRNA", "protein_coding"]),
+        ("modality", ["one", "two", "three"]),
+        ("feature_types", ["", "", ""]),
+    ],
+)
+def test_columns_that_call_nothing_else_change_nothing(tmp_path, column, kinds):
+    path = write_h5ad(tmp_path / "a.h5ad", np.ones((2, 3)), genes=["A", "B", "C"], var={column: kinds})
+    with H5adFile(path) as file:
+        genes = file.genes("X")
+    assert (genes.symbols, genes.kinds, genes.notices()) == (("A", "B", "C"), None, [])
+
+
+def test_spike_ins_of_cellxgene_are_no_genes(tmp_path):
+    var = {"feature_type": ["protein_coding", "synthetic"], "feature_biotype": ["gene", "spike-in"]}
+    path = write_h5ad(tmp_path / "a.h5ad", np.ones((2, 2)), genes=["A", "ERCC-00002"], var=var)
+    with H5adFile(path) as file:
+        assert file.genes("X").symbols == ("A",)
+
+
+def test_a_file_without_the_expression_of_genes_is_refused(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", np.ones((2, 3)), var={"feature_types": ["Peaks"] * 3})
+    message = r"var\['feature_types'\]: no row is 'Gene Expression': 3 Peaks; give a file .* drop the column"
+    with H5adFile(path) as file, pytest.raises(DataError, match=message):
+        file.genes("X")
 
 
 def test_a_numbered_index_gives_way_to_a_column_of_symbols(tmp_path):
