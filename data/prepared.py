@@ -14,6 +14,9 @@ from data.hvg import choose_genes, narrow_corpus
 from data.labels import LabelTask
 from data.preprocessing import Preprocessing
 
+_WORTH_SAYING = 5e-5
+"""Share of dropped counts that is not 0.00 % when it is shown."""
+
 
 def h5ad_loader(
     paths: Sequence[str] | str,
@@ -229,8 +232,30 @@ def open_prepared(
         corpus = made_once(folder, cache_dir, narrow, f"choosing genes of {whole.path}")
     options, notices = steps.tokenizer_options(tokenizer, corpus.manifest.value_kind)
     source = cell_loader(corpus.path, tokenizer=options, **arguments)
+    notices = (*_what_was_dropped(corpus, min_genes), *notices)
     source.notices = [*(f"{corpus.path}: {notice}" for notice in notices), *source.notices]
     return source
+
+
+def _what_was_dropped(corpus: CorpusInfo, min_genes: int) -> list[str]:
+    """Say which part of the cells and of the counts of the files is not in the corpus, where any is."""
+    manifest, genes = corpus.manifest, f"{len(corpus.gene_space):,} genes of the corpus"
+    notices = []
+    dropped = sum(source.cells_dropped for source in manifest.sources)
+    if dropped:
+        notices.append(
+            f"{dropped:,} of {manifest.num_cells + dropped:,} cells dropped: they express fewer than min_genes "
+            f"{min_genes} of the {genes}"
+        )
+    most = max(manifest.sources, key=lambda source: source.counts_dropped_fraction)
+    if most.counts_dropped_fraction >= _WORTH_SAYING:
+        what = "counts" if manifest.value_kind == "counts" else "values"
+        many = len(manifest.sources) > 1
+        where = f" of {most.path_name}, the most of {len(manifest.sources)} sources," if many else ""
+        notices.append(
+            f"{most.counts_dropped_fraction:.2%} of the {what}{where} dropped: on genes that are not of the {genes}"
+        )
+    return notices
 
 
 def _needed(

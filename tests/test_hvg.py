@@ -174,6 +174,7 @@ def test_cells_without_a_chosen_gene_are_dropped_and_counted(cache, tmp_path):
     )
     assert len(source) == 119
     assert source.reader.info.manifest.sources[0].cells_dropped == 1
+    assert any("1 of 120 cells dropped" in notice for notice in source.notices)
 
 
 def test_genes_are_chosen_once_and_for_all_settings_of_the_tokenizer(files, cache, capsys):

@@ -98,6 +98,27 @@ def test_other_settings_make_another_corpus(cells, cache, settings):
     assert len(corpora(cache)) == 2
 
 
+def test_cells_and_counts_that_were_dropped_are_said_each_time(cache, tmp_path):
+    counts = np.ones((10, 4), int)
+    counts[:3], counts[3:, 2:] = (
+        0,
+        3,
+    )  # three empty cells; of the others the last two genes hold 6 of 8 counts
+    path = write_h5ad(tmp_path / "a.h5ad", counts)
+    (tmp_path / "two.txt").write_text("GENE0\nGENE1\n")
+    for _ in range(2):
+        source = load(path, cache_dir=cache, gene_vocab=str(tmp_path / "two.txt"))
+        cells, values = (notice.partition(": ")[2] for notice in source.notices)
+        assert (
+            cells == "3 of 10 cells dropped: they express fewer than min_genes 1 of the 2 genes of the corpus"
+        )
+        assert values == "75.00% of the counts dropped: on genes that are not of the 2 genes of the corpus"
+    other = write_h5ad(tmp_path / "b.h5ad", counts[3:, :2], genes=["GENE0", "GENE1"])
+    source = load(other, path, cache_dir=cache, gene_vocab=str(tmp_path / "two.txt"))
+    assert "75.00% of the counts of a.h5ad, the most of 2 sources, dropped" in source.notices[1]
+    assert load(other, cache_dir=cache).notices == []
+
+
 def test_settings_of_the_tokenizer_and_the_split_do_not_convert_again(cells, cache):
     load(cells, cache_dir=cache)
     load(cells, cache_dir=cache, val_fraction=0.2, preprocessing={"log1p": False}, num_workers=1)
