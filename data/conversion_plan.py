@@ -15,7 +15,7 @@ from data.conversion import FILE_LABEL, ConversionPlan, SourcePlan, bad_value
 from data.errors import DataError, listed
 from data.gene_vocabulary import gene_vocabulary
 from data.genes import GeneSpace, SourceGenes, combine_genes, common_key, match_genes
-from data.h5ad import PREFERRED_MATRICES, H5adFile, matrix_name
+from data.h5ad import PREFERRED_MATRICES, H5adFile, layers_of_counts, matrix_name
 from data.h5ad_matrix import CscMatrix
 from data.manifest import LABEL_COLUMNS, RESERVED_COLUMNS, UNLABELLED, ObsColumn, Storage
 
@@ -224,6 +224,7 @@ def _choose_automatically(file: H5adFile, say: Say) -> ChosenMatrix:
             say(f"{file.name}: {name} ({verdicts[name].reason}): counts{why}")
             return ChosenMatrix(name, "counts")
     reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items())
+    _refuse_to_pass_over_counts(file, verdicts, reasons)
     for name, verdict in verdicts.items():
         if verdict.kind == "lognorm":
             say(f"{file.name}: {name}: no matrix holds counts; the first non-negative one is taken as "
@@ -234,6 +235,20 @@ def _choose_automatically(file: H5adFile, say: Say) -> ChosenMatrix:
             _refuse_values(file, name, "counts", verdict, hint)
     name = next((name for name in candidates if verdicts[name].kind == "not logged"), candidates[0])
     _refuse_values(file, name, "lognorm", verdicts[name], f" ({reasons})")
+
+
+def _refuse_to_pass_over_counts(file: H5adFile, verdicts: Mapping[str, ValueVerdict], reasons: str) -> None:
+    """Raise where a layer that is not looked at by itself holds counts."""
+    layers = layers_of_counts(file)
+    if not layers:
+        return
+    logged = [name for name, verdict in verdicts.items() if verdict.kind == "lognorm"]
+    instead = f", or the log-normalised values of {logged[0]} with --layer {logged[0]}" if logged else ""
+    there = ", ".join(f"layers/{name}" for name in layers)
+    raise DataError(
+        f"{file.path}: no counts where they are looked for ({reasons}), but in {there}: take them with --layer "
+        f"{layers[0]}{instead}"
+    )
 
 
 def _refuse_values(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
+from data.cell_rows import judge_values
 from data.errors import DataError
 from data.genes import (
     ID_COLUMNS,
@@ -336,6 +337,20 @@ class Frame:
             mask = read(self.where, item["mask"], start, stop).astype(bool) if "mask" in item else None
             return _read_column(self.where, item["values"], start, stop), mask
         raise DataError(f"{self.where}[{column!r}]: a column in an encoding that is not known here")
+
+
+def layers_of_counts(file: H5adFile) -> list[str]:
+    """Return what users call the layers, other than the preferred ones, that hold counts of more than 1."""
+    found = []
+    for name in file.matrix_names():
+        if name not in PREFERRED_MATRICES:
+            try:
+                samples = list(file.matrix(name).sample())
+            except DataError:  # nobody asked for this one
+                continue
+            if any((values > 1).any() for values in samples) and judge_values(samples).kind == "counts":
+                found.append(name.removeprefix("layers/"))
+    return found
 
 
 def matrix_name(layer: str) -> str:

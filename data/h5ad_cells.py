@@ -13,7 +13,7 @@ from data.cell_rows import BadValueError, ValueVerdict, judge_values, sum_rows
 from data.errors import DataError
 from data.exported import ExportedTokenizer
 from data.genes import NOT_A_GENE, match_genes
-from data.h5ad import PREFERRED_MATRICES, H5adFile, matrix_name
+from data.h5ad import PREFERRED_MATRICES, H5adFile, layers_of_counts, matrix_name
 from data.h5ad_matrix import CscMatrix, Matrix, MatrixChunk
 
 DEPTH_COLUMNS = ("n_counts", "total_counts", "nCount_RNA")
@@ -189,7 +189,9 @@ def _choose_matrix(file: H5adFile, layer: str, value_kind: str, say: Say) -> str
             return name
     found = "; ".join(f"{name}: {verdict.reason}" for name, verdict in verdicts.items()) or "none"
     there = ", ".join(file.matrix_names()) or "none"
+    others = layers_of_counts(file) if layer == "auto" and value_kind == "counts" else []
+    hint = f"; counts are in {', '.join(others)}: --layer {others[0]}" if others else ""
     raise DataError(
         f"{file.path}: no matrix of {value_kind}, which the model was trained on ({found}); name another with "
-        f"--layer (there are: {there})"
+        f"--layer (there are: {there}){hint}"
     )

@@ -327,6 +327,27 @@ def test_auto_prefers_counts_to_an_earlier_normalised_matrix(tmp_path, capsys):
     assert "X (whole numbers up to 49): counts; passed over: raw.X: fractional" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("shift", [0, -5])
+def test_counts_in_a_layer_of_another_name_are_not_passed_over(tmp_path, capsys, shift):
+    counts = random_counts(20, 8)
+    layers = {"raw_counts": counts, "logged": np.log1p(counts), "mask": (counts > 0).astype(int)}
+    path = write_h5ad(tmp_path / "a.h5ad", np.log1p(counts) + shift, layers=layers)
+    message = fails(capsys, path, "--output", tmp_path / "c")
+    assert "but in layers/raw_counts: take them with --layer raw_counts" in message
+    assert ("or the log-normalised values of X with --layer X" in message) == (shift == 0)
+    assert convert(path, "--output", tmp_path / "c", "--layer", "raw_counts") == 0
+    assert open_corpus(tmp_path / "c").manifest.value_kind == "counts"
+
+
+def test_whole_numbers_that_count_nothing_leave_the_normalised_values(tmp_path):
+    logged = np.log1p(random_counts(20, 8))
+    path = write_h5ad(tmp_path / "a.h5ad", logged, layers={"mask": logged > 0, "none": np.zeros((20, 8))})
+    with h5py.File(path, "r+") as file:
+        file["layers/text"] = np.full((20, 8), b"a")
+    assert convert(path, "--output", tmp_path / "c") == 0
+    assert open_corpus(tmp_path / "c").manifest.value_kind == "lognorm"
+
+
 @pytest.mark.parametrize("layout", ["csr", "dense", "csc"])
 @pytest.mark.parametrize(
     ("value", "reason"), [(-1.5, "negative"), (np.nan, "NaN|nan"), (np.inf, "inf"), (2.5, "fractional")]

@@ -191,6 +191,9 @@ def test_the_matrix_of_the_models_kind_is_found(place, tmp_path, cells, expected
     path = write_h5ad(tmp_path / "logs.h5ad", logs)
     assert embed(place, path, tmp_path / "none.h5ad") == 2
     assert "no matrix of counts, which the model was trained on" in capsys.readouterr().err
+    path = write_h5ad(tmp_path / "other.h5ad", logs, layers={"raw_counts": cells})
+    assert embed(place, path, tmp_path / "none.h5ad") == 2
+    assert "; counts are in raw_counts: --layer raw_counts" in capsys.readouterr().err
 
 
 def test_run_checkpoint_and_export_open_the_same_model(place, exported, tmp_path, expected):

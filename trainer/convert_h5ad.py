@@ -69,7 +69,8 @@ def _add_content_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="auto|counts|raw|X|NAME",
         help="matrix to read; auto (default): the first of layers['counts'], raw.X, X that holds counts, else the "
-        "first non-negative one. `counts` must hold counts; others may hold log-normalised values",
+        "first non-negative one, unless a layer of another name holds counts. `counts` must hold "
+        "counts; others may hold log-normalised values",
     )
     add(
         "--obs",
