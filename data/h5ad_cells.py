@@ -86,11 +86,11 @@ class H5adCells:
         if self._scratch is not None:
             self._scratch.cleanup()
 
-    def batch(self, start: int, stop: int) -> dict[str, Any]:
-        """Return the cells [start, stop) as a batch without masking."""
+    def batch(self, start: int, stop: int) -> tuple[dict[str, Any], NDArray[np.bool_]]:
+        """Return the cells [start, stop) as a batch without masking, and which have none of the model's genes [B]."""
         chunk = self._chunk(start, stop)
         try:
-            return self.tokenizer.tokenize_chunk(chunk, self.remap)
+            return self.tokenizer.tokenize_chunk(chunk, self.remap), self._lack_genes(chunk)
         except BadValueError as error:
             row = start + int(np.searchsorted(chunk.offsets, error.position, side="right")) - 1
             raise DataError(
@@ -130,6 +130,10 @@ class H5adCells:
             DataError: there is no such column.
         """
         return np.array(self.file.obs.text(self.file.obs.require(column)), dtype=np.str_)
+
+    def _lack_genes(self, chunk: MatrixChunk) -> NDArray[np.bool_]:
+        is_gene = (self.remap[chunk.columns] >= 0) & (chunk.values > 0)
+        return np.diff(np.append(0, np.cumsum(is_gene))[chunk.offsets]) == 0
 
     def _chunk(self, start: int, stop: int) -> MatrixChunk:
         """Return rows of the matrix in one piece, without columns that are no genes."""

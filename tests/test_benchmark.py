@@ -5,6 +5,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import anndata
 import numpy as np
 import pytest
 import torch
@@ -290,6 +291,22 @@ def test_the_command_writes_every_figure_beside_its_baselines(tmp_path, place, r
     assert (tmp_path / "results" / "embedding.png").read_bytes().startswith(b"\x89PNG")
     out = capsys.readouterr().out
     assert "random_projection_64" in out and f"{figures['linear_probe', 'model', 'accuracy']:.4f}" in out
+
+
+def test_cells_without_genes_are_left_out_and_said(tmp_path, place, run, capsys):
+    whole = anndata.read_h5ad(place / "cells.h5ad")
+    counts = np.vstack([whole.X.toarray(), np.zeros((30, NUM_GENES))])
+    labels = [*whole.obs["cell_type"], *["empty"] * 30]
+    write_h5ad(tmp_path / "cells.h5ad", counts, obs={"cell_type": labels})
+    scored = {}
+    for folder in (tmp_path, place):
+        settings = {"data": {"paths": ["unused.h5ad"]}, "eval": {"benchmarks": [PROBE]}}
+        assert benchmark(tmp_path, folder, run, settings) == 0
+        scored[folder] = json.loads((tmp_path / "results" / "results.json").read_text())
+    note = "left out: 30 cells without a count of any of the model's genes"
+    assert all(note in notes for notes in scored[tmp_path]["notes"].values())
+    assert note in capsys.readouterr().out and "left out" not in str(scored[place]["notes"])
+    assert scored[tmp_path]["results"] == scored[place]["results"]
 
 
 def test_a_phases_configuration_names_benchmarks_too(tmp_path, place):

@@ -38,7 +38,9 @@ ENCODER = {
 
 @pytest.fixture(scope="module")
 def cells():
-    return random_counts(NUM_CELLS, NUM_GENES, seed=1, high=9)
+    counts = random_counts(NUM_CELLS, NUM_GENES, seed=1, high=9)
+    counts[-1, 0] = 1  # of a cell without any there is no embedding
+    return counts
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +297,35 @@ def test_a_fine_tuned_model_answers_by_name(place, fine_tuned, tmp_path):
     assert list(written.obs.columns[:2]) == ["cell_type", "age"]
 
 
+@pytest.mark.parametrize("layout", ["csr", "csc", "dense"])
+def test_cells_without_the_models_genes_get_no_embedding_and_no_answer(
+    fine_tuned, tmp_path, cells, layout, capsys
+):
+    counts = np.column_stack([cells, np.ones(NUM_CELLS)])
+    counts[[0, 7, 59], :NUM_GENES] = 0  # the gene that is left is not the model's
+    path = write_h5ad(tmp_path / "in.h5ad", counts, genes=[*GENES, "NOVEL"], layout=layout)
+    options = ["--model", fine_tuned, "--data", path, "--output", tmp_path / "out.h5ad", "--batch-size", "3"]
+    assert main([str(part) for part in options]) == 0
+    written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    empty = np.isin(np.arange(NUM_CELLS), [0, 7, 59])
+    assert (np.isnan(written.obsm["X_cellphase"]) == empty[:, None]).all()
+    assert (written.obs["cellphase_label"].isna() == empty).all()
+    assert (written.obs["cellphase_probability"].isna() == empty).all()
+    said = capsys.readouterr().out
+    assert (
+        "3 of 60 cells have no count of any of the model's genes: they keep their place, with NaN in" in said
+    )
+
+
+def test_a_file_of_cells_without_the_models_genes_is_refused(place, tmp_path, cells, capsys):
+    path = write_h5ad(
+        tmp_path / "none.h5ad", np.column_stack([0 * cells, cells[:, 0]]), genes=[*GENES, "NOVEL"]
+    )
+    assert embed(place, path, tmp_path / "out.h5ad") == 2
+    assert "none of its 60 cells has a count of any of the model's genes" in capsys.readouterr().err
+    assert not (tmp_path / "out.h5ad").exists()
+
+
 def test_a_column_of_answers_that_is_there_is_found_before_the_rest_is_computed(
     fine_tuned, tmp_path, cells, monkeypatch, capsys
 ):
@@ -317,3 +348,15 @@ def test_two_ranks_embed_as_one(place, tmp_path, expected):
     options = ["--model", place / "run", "--data", place / "cells.h5ad", "--output", tmp_path / "out.h5ad"]
     launch_ranks(2, ["-m", "trainer", "embed", *options, "--batch-size", "3", "--device", "cpu"], cwd=ROOT)
     assert np.abs(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_cellphase"] - expected).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_out_the_cells_that_one_does(fine_tuned, tmp_path, cells):
+    counts = cells.copy()
+    counts[[5, 30]] = 0
+    path = write_h5ad(tmp_path / "in.h5ad", counts)
+    options = ["--model", fine_tuned, "--data", path, "--output", tmp_path / "out.h5ad"]
+    launch_ranks(2, ["-m", "trainer", "embed", *options, "--batch-size", "3", "--device", "cpu"], cwd=ROOT)
+    written = anndata.read_h5ad(tmp_path / "out.h5ad")
+    assert np.flatnonzero(np.isnan(written.obsm["X_cellphase"]).any(axis=1)).tolist() == [5, 30]
+    assert np.flatnonzero(written.obs["cellphase_label"].isna()).tolist() == [5, 30]

@@ -7,6 +7,7 @@ import argparse
 import importlib.metadata
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +109,18 @@ def _benchmark(arguments: argparse.Namespace) -> int:
             # Before anything is computed, and on every rank alike.
             obs = _read_labels(specs, file)
             _make_folder(output)
-            embedding = embed_all(opened.model, file, ranks, arguments.batch_size)
+            trained = embed_all(opened.model, file, ranks, arguments.batch_size)
             untrained = embed_all(opened.untrained(), file, ranks, arguments.batch_size)
-            if embedding is None or untrained is None:
+            if trained is None or untrained is None:
                 return 0
-            depth, measure = file.depth()
-            cells = Cells(obs, file.expression(), depth, measure)
-            found = {MODEL: embedding, UNTRAINED: untrained, **representations(cells)}
-            results = run_benchmarks(specs, found, cells)
+            kept = ~trained.lack_genes
+            embedding, cells = trained.embeddings[kept], _cells(file, obs, kept)
+            found = {MODEL: embedding, UNTRAINED: untrained.embeddings[kept], **representations(cells)}
+            results = _with_notes(run_benchmarks(specs, found, cells), _left_out(kept))
             write_results(output, results, _facts(arguments, opened, file, embedding, specs))
-            coloured = _coloured_by(specs, file, obs)
+            coloured = {name: labels[kept] for name, labels in _coloured_by(specs, file, obs).items()}
             title = f"{len(cells):,} cells of {arguments.data.name}"
-            method = draw_embedding(output / PICTURE_FILE, embedding, coloured, depth, title=title)
+            method = draw_embedding(output / PICTURE_FILE, embedding, coloured, cells.depth, title=title)
         _say(results, output, method)
         return 0
     finally:
@@ -154,6 +155,33 @@ def _read_labels(specs: Sequence[Spec], file: H5adCells) -> dict[str, NDArray[np
         except UserError as error:
             raise UserError(f"benchmark {title}: {error}") from None
     return obs
+
+
+def _cells(file: H5adCells, obs: dict[str, NDArray[np.str_]], kept: NDArray[np.bool_]) -> Cells:
+    """Return what benchmarks know of the cells that are kept.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not kept.any():
+        raise UserError(
+            f"{file.file.path}: none of its {len(kept):,} cells has a count of any of the model's genes; choose the "
+            f"matrix with --layer (read: {file.matrix_name})"
+        )
+    depth, measure = file.depth()
+    labels = {name: values[kept] for name, values in obs.items()}
+    return Cells(labels, file.expression()[kept], depth[kept], measure)
+
+
+def _left_out(kept: NDArray[np.bool_]) -> list[str]:
+    """Return which cells no benchmark saw, in words."""
+    number = int((~kept).sum())
+    return [f"left out: {number:,} cells without a count of any of the model's genes"] if number else []
+
+
+def _with_notes(results: Results, notes: list[str]) -> Results:
+    """Return the results with notes that hold for every benchmark."""
+    return replace(results, notes={title: [*notes, *own] for title, own in results.notes.items()})
 
 
 def _facts(

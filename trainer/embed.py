@@ -164,7 +164,7 @@ def _write(
     try:
         _copy(arguments.data, temporary)
         with h5py.File(temporary, "r+") as file:
-            width, columns = _fill(file, arguments, opened, cells, blocks)
+            width, columns, num_without = _fill(file, arguments, opened, cells, blocks)
             _add_columns(file, columns)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
@@ -173,6 +173,13 @@ def _write(
     finally:
         temporary.unlink(missing_ok=True)
     named = f" and obs {', '.join(columns)}" if columns else ""
+    if num_without:
+        notice(
+            f"{arguments.data}: {num_without:,} of {len(cells):,} cells have no count of any of the model's genes: "
+            f"they keep their place, with NaN in obsm['{arguments.key}']"
+            + (" and no answer in obs" if columns else "")
+            + "; drop them before computing neighbours"
+        )
     return f"obsm['{arguments.key}'] of {width} numbers{named}"
 
 
@@ -198,9 +205,9 @@ def _fill(
     opened: SavedModel,
     cells: H5adCells,
     blocks: Iterator[Block],
-) -> tuple[int, dict[str, Any]]:
-    """Write the embeddings as they come; return their width, and the obs columns of a fine-tuned model's answers."""
-    key = arguments.key
+) -> tuple[int, dict[str, Any], int]:
+    """Write the embeddings as they come; return their width, the answers' obs columns, and the cells without genes."""
+    key, num_without = arguments.key, 0
     if "obsm" not in file:
         write_elem(file, "obsm", {})
     if f"obsm/{key}" in file:
@@ -217,11 +224,21 @@ def _fill(
             # What anndata itself writes for an array.
             dataset.attrs["encoding-type"], dataset.attrs["encoding-version"] = "array", "0.2.0"
         dataset[block.start : block.start + len(block.embeddings)] = block.embeddings
+        num_without += int(block.lack_genes.sum())
         if block.predictions is not None:
             answers.append(block.predictions)
     if dataset is None:
         raise UserError(f"{arguments.data} has no cells to embed")
-    return dataset.shape[1], _predicted(opened, key, np.concatenate(answers) if answers else None)
+    if num_without == len(cells):
+        raise UserError(
+            f"{arguments.data}: none of its {len(cells):,} cells has a count of any of the model's genes; choose the "
+            f"matrix with --layer (read: {cells.matrix_name})"
+        )
+    return (
+        dataset.shape[1],
+        _predicted(opened, key, np.concatenate(answers) if answers else None),
+        num_without,
+    )
 
 
 def _predicted(opened: SavedModel, key: str, answers: NDArray[np.float32] | None) -> dict[str, Any]:
@@ -231,7 +248,10 @@ def _predicted(opened: SavedModel, key: str, answers: NDArray[np.float32] | None
     stem = key.removeprefix("X_")
     if opened.task == "classification":
         names = list(opened.label_names) or [str(index) for index in range(answers.shape[1])]
-        label = pd.Categorical.from_codes(answers.argmax(axis=1), names)
+        # A cell without an answer is NaN in all classes.
+        label = pd.Categorical.from_codes(
+            np.where(np.isnan(answers[:, 0]), -1, answers.argmax(axis=1)), names
+        )
         return {f"{stem}_label": label, f"{stem}_probability": answers.max(axis=1)}
     if answers.shape[1] == 1:
         return {f"{stem}_value": answers[:, 0]}

@@ -31,9 +31,11 @@ class Block:
 
     start: int
     embeddings: NDArray[np.float32]
-    """[cells, D]."""
+    """[cells, D], NaN for cells without genes."""
     predictions: NDArray[np.float32] | None
-    """[cells, K] probabilities or values of a fine-tuned model; None of one that only embeds."""
+    """[cells, K] probabilities or values of a fine-tuned model, NaN as above; None of one that only embeds."""
+    lack_genes: NDArray[np.bool_]
+    """[cells] which have no count of any of the model's genes, so that nothing can be said of them."""
 
 
 def join_ranks(device: Device = "auto") -> tuple[Ranks, torch.device]:
@@ -83,55 +85,61 @@ def embedded_blocks(
         yield from _gathered(ranks, found, [first + rank * size for rank in range(ranks.count)])
 
 
-def embed_all(
-    model: nn.Module, cells: H5adCells, ranks: Ranks, batch_size: int
-) -> NDArray[np.float32] | None:
-    """Return the embeddings [cells, D] of a whole file on rank 0, None on the others; every rank must call it."""
-    parts = [block.embeddings for block in embedded_blocks(model, cells, ranks, batch_size)]
-    return np.concatenate(parts) if ranks.is_main else None
+def embed_all(model: nn.Module, cells: H5adCells, ranks: Ranks, batch_size: int) -> Block | None:
+    """Return the embeddings of a whole file on rank 0, None on the others; every rank must call it."""
+    blocks = list(embedded_blocks(model, cells, ranks, batch_size))
+    if not ranks.is_main:
+        return None
+    embeddings, lacks = zip(*((block.embeddings, block.lack_genes) for block in blocks), strict=True)
+    return Block(0, np.concatenate(embeddings), None, np.concatenate(lacks))
 
 
 def _embed_block(
     model: nn.Module, cells: H5adCells, start: int, stop: int, batch_size: int, predict: Predict | None
-) -> tuple[NDArray[np.float32], NDArray[np.float32] | None] | None:
+) -> Block | None:
     """Return embeddings and predictions of the cells [start, stop), None where there are none."""
-    embeddings, predictions = [], []
+    embeddings, predictions, lacks = [], [], []
     for first in range(start, stop, batch_size):
-        batch = cells.batch(first, min(first + batch_size, stop))
-        embeddings.append(embed(model, batch).numpy())
+        batch, lack_genes = cells.batch(first, min(first + batch_size, stop))
+        embeddings.append(_without(embed(model, batch), lack_genes))
         if predict is not None:
-            told = predict(batch).numpy()
-            predictions.append(told.reshape(len(told), -1))
+            told = predict(batch)
+            predictions.append(_without(told.reshape(len(told), -1), lack_genes))
+        lacks.append(lack_genes)
     if not embeddings:
         return None
-    return np.concatenate(embeddings), np.concatenate(predictions) if predictions else None
+    answers = np.concatenate(predictions) if predictions else None
+    return Block(start, np.concatenate(embeddings), answers, np.concatenate(lacks))
 
 
-def _gathered(
-    ranks: Ranks, mine: tuple[NDArray[np.float32], NDArray[np.float32] | None] | None, starts: list[int]
-) -> Iterator[Block]:
+def _without(rows: torch.Tensor, lack_genes: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Return the rows, NaN for cells without genes: what a model makes of nothing is no answer."""
+    return np.where(lack_genes[:, None], np.float32(np.nan), rows.numpy())
+
+
+def _gathered(ranks: Ranks, mine: Block | None, starts: list[int]) -> Iterator[Block]:
     """Bring the ranks' blocks to rank 0, in their order."""
     if ranks.count == 1:
         if mine is not None:
-            yield Block(starts[0], *mine)
+            yield mine
         return
     own, shapes = torch.empty(0), [0, 0, 0]
     if mine is not None:
-        embeddings, predictions = mine
-        joined = embeddings if predictions is None else np.concatenate([embeddings, predictions], axis=1)
-        own = torch.from_numpy(np.ascontiguousarray(joined, dtype=np.float32))
-        shapes = [*embeddings.shape, 0 if predictions is None else predictions.shape[1]]
+        predictions = mine.predictions
+        parts = [mine.lack_genes[:, None], mine.embeddings, *([] if predictions is None else [predictions])]
+        own = torch.from_numpy(np.concatenate(parts, axis=1, dtype=np.float32))
+        shapes = [*mine.embeddings.shape, 0 if predictions is None else predictions.shape[1]]
     every = [torch.zeros(3, dtype=torch.int64) for _ in range(ranks.count)]
     torch.distributed.all_gather(every, torch.tensor(shapes))
     for rank, (shape, start) in enumerate(zip(every, starts, strict=True)):
         num_cells, width, num_outputs = shape.tolist()
         if num_cells == 0:
             continue
-        buffer = own if rank == ranks.index else torch.empty(num_cells, width + num_outputs)
+        buffer = own if rank == ranks.index else torch.empty(num_cells, 1 + width + num_outputs)
         if rank != 0 and ranks.index == rank:
             torch.distributed.send(buffer, 0)
         elif rank != 0 and ranks.is_main:
             torch.distributed.recv(buffer, rank)
         if ranks.is_main:
-            values = buffer.numpy()
-            yield Block(start, values[:, :width], values[:, width:] if num_outputs else None)
+            lack_genes, values = buffer.numpy()[:, 0] > 0, buffer.numpy()[:, 1:]
+            yield Block(start, values[:, :width], values[:, width:] if num_outputs else None, lack_genes)
