@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.errors import DataError
+from data.exported import LABELS_FILE
 from data.h5ad_cells import H5adCells
 from trainer.config.cells import cells_config
 from trainer.config.compose import compose
@@ -26,6 +27,7 @@ from trainer.embed import add_model_arguments, open_both
 from trainer.embedding import embed_all, join_ranks
 from trainer.errors import UserError
 from trainer.exits import run_command
+from trainer.phase_sources import labelled_in_training, shares_classes
 from trainer.saved_model import SavedModel
 from trainer.scoring.benchmarks import Results, pivot, run_benchmarks
 from trainer.scoring.cells import Cells, check_labels
@@ -116,7 +118,10 @@ def _benchmark(arguments: argparse.Namespace) -> int:
             kept = ~trained.lack_genes
             embedding, cells = trained.embeddings[kept], _cells(file, obs, kept)
             found = {MODEL: embedding, UNTRAINED: untrained.embeddings[kept], **representations(cells)}
-            results = _with_notes(run_benchmarks(specs, found, cells), _left_out(kept))
+            results = run_benchmarks(specs, found, cells)
+            results = _with_notes(
+                results, _left_out(kept), _seen_labels(specs, opened, arguments.data, cells)
+            )
             write_results(output, results, _facts(arguments, opened, file, embedding, specs))
             coloured = {name: labels[kept] for name, labels in _coloured_by(specs, file, obs).items()}
             title = f"{len(cells):,} cells of {arguments.data.name}"
@@ -179,9 +184,28 @@ def _left_out(kept: NDArray[np.bool_]) -> list[str]:
     return [f"left out: {number:,} cells without a count of any of the model's genes"] if number else []
 
 
-def _with_notes(results: Results, notes: list[str]) -> Results:
-    """Return the results with notes that hold for every benchmark."""
-    return replace(results, notes={title: [*notes, *own] for title, own in results.notes.items()})
+def _seen_labels(specs: Sequence[Spec], opened: SavedModel, data: Path, cells: Cells) -> dict[str, list[str]]:
+    """Return for each benchmark's title which of its labels the model was trained on, in words."""
+    said = {}
+    for title, spec in zip(titles(specs), specs, strict=True):
+        notes = []
+        for column in spec.columns():
+            values = np.unique(cells.obs[column]).tolist()
+            notes += labelled_in_training(opened.phases, opened.label_names, column, values, data)
+            if not opened.phases and shares_classes(values, opened.label_names, is_named=False):
+                notes.append(
+                    f"these labels were in the training of the model: obs column {column!r} has names that "
+                    f"{opened.path.name}/{LABELS_FILE} holds; an export does not say which cells it learned them from"
+                )
+        if notes:
+            said[title] = [*notes, f"so {MODEL} was told answers that {UNTRAINED} and the baselines were not"]
+    return said
+
+
+def _with_notes(results: Results, common: list[str], by_title: dict[str, list[str]]) -> Results:
+    """Return the results with notes that hold for every benchmark, and those of some."""
+    notes = {title: [*by_title.get(title, []), *common, *own] for title, own in results.notes.items()}
+    return replace(results, notes=notes)
 
 
 def _facts(

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from trainer.checkpoint_model import Trained
-from trainer.config.schema import RunConfig
 from trainer.metrics_file import WALL_CLOCK_FIELDS, read_metrics
+from trainer.phase_sources import data_in_words, is_classification, label_columns, last_part
 
 _PACKAGES = ("cellphase", "torch", "safetensors")
 _NOT_METRICS = WALL_CLOCK_FIELDS | {"kind", "global_step", "phase", "phase_step", "epoch", "cells"}
@@ -32,7 +32,7 @@ def model_card(trained: Trained, verified: str) -> str:
         "## Load it\n```python\nfrom models.pretrained import from_pretrained\n\n"
         f'model = from_pretrained("."{trust})  # this folder\n```',
         "## Training\n" + _table(("figure", "value"), _run_figures(trained)),
-        "## Data\n" + _table(("phase", "loader", "data"), _data_rows(trained.config)),
+        "## Data\n" + _table(("phase", "loader", "data", "label"), _data_rows(trained)),
     ]
     metrics = _metric_rows(trained)
     if metrics:
@@ -59,6 +59,8 @@ def _run_figures(trained: Trained) -> list[tuple[str, ...]]:
         ),
         ("seed", str(trained.config.seed)),
     ]
+    if trained.config.init_from is not None:
+        rows.insert(1, ("weights at the start", last_part(trained.config.init_from)))
     if facts.gene_space is not None:
         rows.append(("genes", f"{len(facts.gene_space):,}"))
     versions = [f"python {platform.python_version()}"]
@@ -68,14 +70,14 @@ def _run_figures(trained: Trained) -> list[tuple[str, ...]]:
     return [*rows, ("exported with", ", ".join(versions))]
 
 
-def _data_rows(config: RunConfig) -> list[tuple[str, ...]]:
+def _data_rows(trained: Trained) -> list[tuple[str, ...]]:
     rows = []
-    for phase in config.datasets:
-        path = phase.dataloader_args.get("path")
-        paths = path if isinstance(path, list | tuple) else [] if path is None else [path]
-        # Folders above say where a machine keeps its data, and nothing about the data.
-        names = ", ".join(str(each).rstrip("/").rpartition("/")[2] for each in paths)
-        rows.append((phase.name, phase.dataloader_factory, names))
+    for phase in trained.config.datasets:
+        label = ", ".join(label_columns(phase))
+        if label:
+            count = len(trained.facts.label_names)
+            label += f": {count:,} classes" if is_classification(phase) else ": numbers"
+        rows.append((phase.name, phase.dataloader_factory, data_in_words(phase), label or "none"))
     return rows
 
 

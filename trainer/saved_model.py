@@ -12,6 +12,7 @@ from data.exported import ExportedTokenizer, load_tokenizer, tokenizer_from_reco
 from models.errors import ModelError
 from models.pretrained import CONFIG_FILE, construct, from_pretrained
 from trainer.checkpoint_model import find_checkpoint, load_trained, tokenizer_settings
+from trainer.config.schema import PhaseConfig
 from trainer.errors import UserError
 from trainer.losses import move_to_device
 from trainer.model_building import build_model
@@ -26,6 +27,8 @@ class SavedModel:
     model: nn.Module
     tokenizer: ExportedTokenizer
     _construct: Callable[[], nn.Module]
+    phases: tuple[PhaseConfig, ...] = ()
+    """The phases of the run that trained it; empty for an export, which does not hold them."""
 
     def untrained(self, seed: int = 0) -> nn.Module:
         """Return the same network at random initialisation, on the same device."""
@@ -124,6 +127,7 @@ def _open_checkpoint(path: Path, phase: str | None, trusted_modules: Sequence[st
             record, genes, facts.technical_batches, facts.label_names, phase, f"{folder}: tokenizer"
         ),
         lambda: build_model(trained.config, trained.facts),
+        tuple(trained.config.datasets),
     )
 
 

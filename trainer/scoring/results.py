@@ -29,13 +29,15 @@ _COLOURS = ("tab20", "tab20b", "tab20c")
 
 
 def write_results(folder: Path, results: Results, facts: Mapping[str, Any]) -> None:
-    """Write `results.json`, which holds `facts` too, and `results.csv` with a line for each figure."""
+    """Write `results.json`, which holds `facts` too, and `results.csv` with a line for each figure and its notes."""
     content = {**facts, "results": [asdict(row) for row in results.rows], "notes": results.notes}
     replace_text(folder / JSON_FILE, json.dumps(content, indent=2) + "\n")
     lines = io.StringIO()
-    writer = csv.DictWriter(lines, list(asdict(results.rows[0])), lineterminator="\n")
+    writer = csv.DictWriter(lines, [*asdict(results.rows[0]), "notes"], lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in results.rows)
+    writer.writerows(
+        {**asdict(row), "notes": "; ".join(results.notes.get(row.benchmark, []))} for row in results.rows
+    )
     replace_text(folder / CSV_FILE, lines.getvalue())
 
 
