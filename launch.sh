@@ -8,9 +8,9 @@
 #SBATCH --output=%x_%j.out
 # Start a training on a workstation, on several nodes, or as a SLURM job; docs/clusters.md says how.
 #
-# Between the ranks and this script stands a folder: each rank leaves rank<N>.pid there and, at its end,
-# rank<N>.exit.json; the script leaves `preempt`. So a signal reaches the ranks themselves and their exit codes come
-# back, neither of which a launcher passes on.
+# Between the ranks and this script stands a folder, trainer/control.py: each rank leaves rank<N>.runs.<process id>
+# there, which at its end becomes rank<N>.exited.<exit code>; the script leaves `preempt`. So a signal reaches the ranks
+# themselves and their exit codes come back, neither of which a launcher passes on.
 
 if [ -z "${BASH_VERSION:-}" ] || [ "${BASH_VERSINFO[0]}" -lt 4 ]; then
     echo "launch.sh: error: needs bash 4 or newer: bash launch.sh CONFIG" >&2
@@ -23,6 +23,8 @@ readonly USER_MISTAKE=2 PREEMPTED=75 INTERRUPTED=130
 readonly ORPHAN_SECONDS=300
 # How long a node that is asked to end waits for ranks that have not begun, and when it says that it waits for nodes.
 readonly BEGIN_SECONDS=20 PATIENCE_SECONDS=60
+# What the folder for temporary files must take.
+readonly LEAST_FREE_BYTES=65536
 
 usage() {
     cat <<'TEXT'
@@ -212,6 +214,19 @@ choose_accelerate_config() {
     die "no accelerate config '$accelerate_config'; give a path, or a name of $folder: ${found//.yaml/}"
 }
 
+# Make the file `scratch`; the control folder of the ranks will stand beside it.
+make_scratch() {
+    local folder=${TMPDIR:-/tmp} said
+    if said=$(mktemp "$folder/cellphase.XXXXXXXX" 2>&1); then
+        scratch=$said
+        # shellcheck disable=SC2064  # the name is to be expanded here
+        trap "rm -rf -- $(printf '%q' "$scratch") $(printf '%q' "$scratch.d")" EXIT
+        said=$(head -c "$LEAST_FREE_BYTES" /dev/zero 2>&1 >"$scratch") && : >"$scratch" && return
+    fi
+    die "TMPDIR=$folder takes no files of $LEAST_FREE_BYTES bytes (${said##*: }), and the ranks of this node need some" \
+        "there; make room, or set TMPDIR to a folder on a local disk that you may write to"
+}
+
 # Check the environment, and read of the accelerate config what decides the command.
 inspect() {
     local answer own_port=
@@ -334,9 +349,9 @@ is_rank() {
 # Print the process ids of this node's ranks that have not ended.
 live_ranks() {
     local file pid
-    for file in "$control"/rank*.pid; do
-        [[ -f $file && ! -f ${file%.pid}.exit.json ]] || continue
-        pid=$(<"$file")
+    for file in "$control"/rank*.runs.*; do
+        [[ -f $file ]] || continue
+        pid=${file##*.}
         # A process id is used again some time after its process has ended.
         is_rank "$pid" && printf '%s\n' "$pid"
     done
@@ -444,7 +459,7 @@ run_node() {
 wait_for_begin() {
     local second=0 asked=0
     trap '' TERM USR1 HUP INT
-    while sleep 1 && [[ -d $control ]] && ! compgen -G "$control/rank*.pid" >/dev/null; do
+    while sleep 1 && [[ -d $control ]] && ! compgen -G "$control/rank*" >/dev/null; do
         second=$((second + 1))
         if [[ -e $control/preempt ]] && ((++asked > BEGIN_SECONDS)); then
             say "no rank has begun, so there is nothing to save: ends"
@@ -467,13 +482,17 @@ import pathlib
 import sys
 
 folder, ends, runs = pathlib.Path(sys.argv[1]), {}, set()
-for file in folder.glob("rank*.pid"):
-    rank = int(file.stem[len("rank"):])
+for file in [*folder.glob("rank*.runs.*"), *folder.glob("rank*.exited.*")]:
+    rank, state, code = file.name[len("rank"):].split(".")
+    rank = int(rank)
     try:
         account = json.loads((folder / ("rank%d.exit.json" % rank)).read_text())
-        end = "ended with %s: %s" % (account["exit_code"], account["reason"])
+        reason = account["reason"]
         runs.add(account["run_folder"])
     except (OSError, ValueError, KeyError):
+        reason = "why could not be written to %s; is it full?" % folder.parent
+    end = "ended with %s: %s" % (code, reason)
+    if state == "runs":
         end = "left no account of its end: it was killed, or memory ran out (see the kernel's log)"
     ends.setdefault("".join(letter if letter.isprintable() else " " for letter in end)[:2000], []).append(rank)
 for end, ranks in sorted(ends.items(), key=lambda item: min(item[1])):
@@ -506,7 +525,7 @@ wait_for_ranks() {
 
 # Set `result` to the exit code of this node: launchers turn every failure into 1, the ranks' files say which it was.
 answer() {
-    local file said codes=" "
+    local file codes=" "
     result=1
     if ((code == 0)); then
         result=0
@@ -516,12 +535,12 @@ answer() {
         result=$INTERRUPTED
         return
     fi
-    for file in "$control"/rank*.pid; do
+    for file in "$control"/rank*.runs.* "$control"/rank*.exited.*; do
         [[ -f $file ]] || continue
-        said=
-        [[ -f ${file%.pid}.exit.json ]] &&
-            said=$(sed -n 's/.*"exit_code": *\([0-9][0-9]*\).*/\1/p' "${file%.pid}.exit.json")
-        codes+="${said:-none} "
+        case $file in
+            *.runs.*) codes+="none " ;;
+            *) codes+="${file##*.} " ;;
+        esac
     done
     if [[ $codes == *" $USER_MISTAKE "* ]]; then
         result=$USER_MISTAKE
@@ -648,9 +667,7 @@ main() {
     check_numbers
     count_gpus
     choose_accelerate_config
-    scratch=$(mktemp "${TMPDIR:-/tmp}/cellphase.XXXXXXXX") || exit 1
-    # shellcheck disable=SC2064  # the name is to be expanded here
-    trap "rm -rf -- $(printf '%q' "$scratch") $(printf '%q' "$scratch.d")" EXIT
+    make_scratch
     inspect
     count_processes
     build_command

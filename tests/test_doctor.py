@@ -233,6 +233,15 @@ def test_a_file_system_that_does_not_rename_is_broken(quick, monkeypatch):
     assert only(doctor.check_folder(quick), "renames").state == "broken"
 
 
+def test_a_folder_for_temporary_files_that_takes_none_is_broken(quick, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(quick))
+    assert only(doctor.check_temporary_files(), "temporary files").state == "ok" and not list(quick.iterdir())
+    monkeypatch.setenv("TMPDIR", str(quick / "absent"))
+    found = only(doctor.check_temporary_files(), "temporary files")
+    assert found.state == "broken" and "takes no files (No such file or directory)" in found.found
+    assert "set TMPDIR" in found.advice
+
+
 def test_few_open_files_little_shared_memory_and_many_threads_are_warnings(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (256, 4096))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(64e6, 0, 64e6))

@@ -1,5 +1,6 @@
 """The processes that a run is for: what is refused, what is said, and ranks that a command starts itself."""
 
+import errno
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from running import TOY, newest_run, records, train, write_config
 
 from trainer import launch
 from trainer.config.schema import RunConfig
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, UserError
 
 
 def run_of(**settings):
@@ -73,6 +74,18 @@ def test_ranks_are_ended_where_another_cannot_be_started(monkeypatch):
     with pytest.raises(OSError, match="no process is left"):
         launch.start_ranks(run_of(), 2)
     assert [each.returncode for each in started] == [-9]
+
+
+def test_a_full_folder_for_temporary_files_is_named_before_ranks_start(monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(launch.tempfile, "tempdir", None)
+    monkeypatch.setattr(launch.Path, "write_text", full)
+    with pytest.raises(UserError, match=rf"TMPDIR={tmp_path} takes no files \(No space left.*make room"):
+        launch.start_ranks(run_of(), 2)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_for_a_machine_without_gpus_names_a_file_that_makes_accelerate_start_several(

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,8 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: asked.append(number))
 if os.environ.get("DATA_WORKER"):
     worker = subprocess.Popen(["sleep", "60"])
-write(control / f"rank{rank}.pid", f"{os.getpid()}\\n")
+runs = control / f"rank{rank}.runs.{os.getpid()}"
+runs.touch()
 if (control / "preempt").exists():
     asked.append("preempt")
 write(notes / f"arguments{rank}.json", json.dumps(sys.argv[1:]))
@@ -50,9 +52,30 @@ while code is None:
 if os.environ.get("DATA_WORKER"):
     worker.kill()
 write(control / f"rank{rank}.exit.json", json.dumps({"exit_code": code, "reason": "x", "run_folder": None}))
+runs.rename(control / f"rank{rank}.exited.{code}")
 sys.stdout.write(f"rank {rank} ends with {code}" + chr(10))
 sys.stdout.flush()
 sys.exit(code)
+"""
+
+# A rank that talks to the script by the program's own code, and fills the disk for temporary files if it is told to.
+TALKING_RANK = f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from trainer import control, preemption
+preemption.install()
+control.note_run_folder(os.environ["NOTES"])
+print("rank", os.environ.get("RANK", "0"), "runs", flush=True)
+while (request := preemption.request()) is None:
+    time.sleep(0.02)
+if os.environ.get("FILL"):
+    try:
+        Path(os.environ["TMPDIR"], "filling").write_bytes(bytes(10**7))
+    except OSError as error:
+        print(error.strerror, flush=True)
+control.leave_exit(75, f"{{request}} at step 42")
+sys.exit(75)
 """
 
 # accelerate.commands.launch: dies of SIGUSR1, answers SIGTERM with SIGKILL to its ranks, and knows one failure, 1.
@@ -194,6 +217,16 @@ class Place:
     def run(self, *arguments, expect=0, script=None, env=None):
         with self.start(*arguments, script=script, env=env) as group:
             return group.wait(60, expect).stdout
+
+    def on_small_disk(self, size, before=""):
+        """Return a script that calls launch.sh with a TMPDIR that takes so many bytes, after a command."""
+        if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+            pytest.skip("needs the right to mount (unshare -rm)")
+        script = self.cwd / "on_small_disk.sh"
+        mount = f'mount -t tmpfs -o size={size} none "$TMPDIR" && {before or ":"}'
+        inner = shlex.quote(f'{mount}; exec bash {shlex.quote(str(self.root / "launch.sh"))} "$@"')
+        script.write_text(f'exec unshare -rm bash -c {inner} - "$@"\n')
+        return script
 
     def dry_run(self, *arguments, env=None, script=None):
         """Return the last command that is printed, and all of the output."""
@@ -486,9 +519,7 @@ def test_the_ranks_exit_codes_come_back_through_the_launcher(place, codes, answe
 
 
 def test_a_rank_that_leaves_no_exit_code_is_a_failure(place):
-    (place.root / "trainer" / "train.py").write_text(
-        RANK.replace('write(control / f"rank{rank}.exit.json"', "(0")
-    )
+    (place.root / "trainer" / "train.py").write_text(RANK.replace("runs.rename(", "(0, "))
     place.run("my runs/first.yml", "exit=75", env=TWO, expect=1)
 
 
@@ -497,12 +528,35 @@ def test_how_the_ranks_ended_is_the_last_that_is_said(place):
     assert output.splitlines()[-1] == "launch.sh: ranks 0, 1 ended with 1: x"
 
 
+def test_a_disk_for_temporary_files_that_is_full_keeps_no_exit_code_back(place):
+    (place.root / "trainer" / "train.py").write_text(TALKING_RANK)
+    with place.start("my runs/first.yml", script=place.on_small_disk("1m"), env={"FILL": "1"}) as group:
+        group.wait_for("rank 0 runs")
+        group.signal_ranks(signal.SIGTERM)
+        output = group.wait(30, expect=75).stdout
+    assert "No space left on device" in output and "ended as it was asked to" in output
+
+
+def test_a_folder_for_temporary_files_that_is_full_is_named_before_anything_starts(place):
+    full = place.on_small_disk("128k", 'head -c 100000 /dev/zero >"$TMPDIR/other"')
+    output = place.run("my runs/first.yml", script=full, expect=2)
+    assert (
+        f"error: TMPDIR={place.temporary} takes no files of 65536 bytes (No space left on device)" in output
+    )
+    output = place.run("my runs/first.yml", env={"TMPDIR": "/no/such"}, expect=2)
+    assert "TMPDIR=/no/such takes no files of 65536 bytes (No such file or directory)" in output
+    assert not list(place.notes.iterdir())
+
+
+def pid_of_rank(place, rank):
+    return int(next(place.temporary.glob(f"*.d/rank{rank}.runs.*")).suffix[1:])
+
+
 def test_a_rank_that_was_killed_is_named_last(place):
     with place.start("my runs/first.yml", env=TWO) as group:
         group.wait_for("rank 0 runs")
         group.wait_for("rank 1 runs")
-        pid = next(place.temporary.glob("*.d/rank1.pid")).read_text()
-        os.kill(int(pid), signal.SIGKILL)
+        os.kill(pid_of_rank(place, 1), signal.SIGKILL)
         output = group.wait(30, expect=1).stdout
     assert "launch.sh: rank 1 left no account of its end: it was killed" in output
     assert "launch.sh: rank 0 ended with 75: x" in output

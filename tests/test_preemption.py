@@ -194,11 +194,12 @@ def test_a_launched_run_leaves_its_accounts_for_the_launch_script(tmp_path):
     with start(2, tmp_path, config, launcher="accelerate", env={"CELLPHASE_CONTROL": str(control)}) as group:
         group.wait_for(FIRST_STEP)
         for rank in range(2):
-            os.kill(int((control / f"rank{rank}.pid").read_text()), signal.SIGTERM)
+            os.kill(int(next(control.glob(f"rank{rank}.runs.*")).suffix[1:]), signal.SIGTERM)
         group.wait(60, expect=1)  # a launcher turns every failure into 1
     for rank in range(2):
         account = json.loads((control / f"rank{rank}.exit.json").read_text())
         assert account["exit_code"] == 75 and account["reason"].startswith("SIGTERM"), account
+        assert (control / f"rank{rank}.exited.75").exists()
         assert Path(account["run_folder"]) == newest_run(tmp_path)
     assert status(tmp_path)["exit_code"] == 75
     assert not list(newest_run(tmp_path).glob("heartbeats/*.json"))

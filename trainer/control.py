@@ -1,8 +1,10 @@
 """The folder through which a launch script and the ranks of its node talk, named by CELLPHASE_CONTROL.
 
-The script reads `rank<rank>.pid` to signal the ranks themselves, because launchers do not pass every signal on,
+The script reads process ids there to signal the ranks themselves, because launchers do not pass every signal on,
 and leaves `preempt` there first, for a rank that starts later. Each rank says at its end how it ended, because
-launchers turn every failure into 1. Without the variable nothing here does anything.
+launchers turn every failure into 1. What decides stands in the names of empty files, which a full disk still takes:
+`rank<rank>.runs.<process id>` becomes `rank<rank>.exited.<exit code>`. Why a rank ended is in `rank<rank>.exit.json`,
+for people. Without the variable nothing here does anything.
 """
 
 import contextlib
@@ -26,7 +28,7 @@ def has_folder() -> bool:
 def write_process_id() -> None:
     """Say under which process id this rank takes signals."""
     if has_folder():
-        replace_text(_path("pid"), f"{os.getpid()}\n")
+        _running().touch()
 
 
 def asks_to_stop() -> bool:
@@ -52,12 +54,18 @@ def leave_exit(exit_code: int, reason: str) -> None:
         return
     _has_left_exit = True
     account = {"exit_code": exit_code, "reason": reason, "run_folder": _run_folder}
-    with contextlib.suppress(OSError):  # the script may be gone, and its folder with it
+    with contextlib.suppress(OSError):  # no room for the reason, which does not decide
         replace_text(_path("exit.json"), json.dumps(account) + "\n")
+    with contextlib.suppress(OSError):  # the script may be gone, and its folder with it
+        _running().rename(_path(f"exited.{exit_code}"))
 
 
 def _folder() -> Path:
     return Path(os.environ[VARIABLE])
+
+
+def _running() -> Path:
+    return _path(f"runs.{os.getpid()}")
 
 
 def _path(kind: str) -> Path:

@@ -42,6 +42,7 @@ GROUP_TIMEOUT = timedelta(seconds=60)
 IMPORT_SECONDS = 120
 LEAST_FREE_BYTES = 10e9
 LEAST_SHARED_MEMORY_BYTES = 1e9
+LEAST_TEMPORARY_BYTES = 65536
 LEAST_OPEN_FILES = 1024
 LARGEST_CLOCK_OFFSET_SECONDS = 1.0
 _WRITTEN_BYTES = 64 * 2**20
@@ -104,6 +105,7 @@ def examine(output_dir: Path) -> list[Finding]:
         ("deepspeed", check_deepspeed),
         ("compiler", check_compiler),
         ("output folder", lambda: check_folder(output_dir)),
+        ("temporary files", check_temporary_files),
         ("limits", check_limits),
     ]
     findings: list[Finding] = []
@@ -389,6 +391,23 @@ def _check_renames(trial: Path) -> Finding:
     if not is_good:
         return Finding("renames", "broken", "a renamed folder or file is not what it was", advice)
     return Finding("renames", "ok", "folders and files are renamed whole")
+
+
+def check_temporary_files() -> list[Finding]:
+    """Write in the folder for temporary files, through which launch.sh and its ranks talk; nothing stays there."""
+    folder = Path(os.environ.get("TMPDIR") or "/tmp")
+    trial = folder / f".doctor-{secrets.token_hex(4)}"
+    try:
+        trial.write_bytes(bytes(LEAST_TEMPORARY_BYTES))
+        text = f"{folder}: {shutil.disk_usage(folder).free / 1e9:.1f} GB free"
+    except OSError as error:
+        advice = "make room, or set TMPDIR to a folder on a local disk: launch.sh and its ranks need some"
+        text = f"TMPDIR={folder} takes no files ({error.strerror or error})"
+        return [Finding("temporary files", "broken", text, advice)]
+    finally:
+        with contextlib.suppress(OSError):
+            trial.unlink(missing_ok=True)
+    return [Finding("temporary files", "ok", text)]
 
 
 def check_limits() -> list[Finding]:

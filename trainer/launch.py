@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from trainer import build, control, preemption, zero_config
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.console import counted, notice
-from trainer.errors import ConfigError
+from trainer.errors import ConfigError, UserError
 from trainer.exits import FAILED, INTERRUPTED, USER_MISTAKE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,9 +124,7 @@ def is_cpu_run(config: RunConfig) -> bool:
 
 def start_ranks(config: RunConfig, count: int, *, dry_run: bool = False) -> int:
     """Start the ranks of a run on this machine, pass requests to end on to them, and return their exit code."""
-    with tempfile.TemporaryDirectory(prefix="cellphase-ranks-") as name:
-        folder = Path(name)
-        (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    with _folder_of_ranks(config) as folder:
         command = [sys.executable, "-m", "trainer", "train", "--config", str(folder / "config.yaml")]
         command += ["--dry-run"] if dry_run else []
         search_path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -136,7 +135,7 @@ def start_ranks(config: RunConfig, count: int, *, dry_run: bool = False) -> int:
             "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(count),
             "LOCAL_WORLD_SIZE": str(count),
-            control.VARIABLE: name,
+            control.VARIABLE: str(folder),
         }
         ranks: list[subprocess.Popen[bytes]] = []
         try:
@@ -154,6 +153,21 @@ def start_ranks(config: RunConfig, count: int, *, dry_run: bool = False) -> int:
     if folder_of_run is not None:
         control.note_run_folder(folder_of_run)
     return _agreed([code for code, _ in accounts])
+
+
+@contextlib.contextmanager
+def _folder_of_ranks(config: RunConfig) -> Iterator[Path]:
+    """Make the folder through which this process and its ranks talk, with their configuration."""
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cellphase-ranks-")))
+            (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+        except OSError as error:
+            raise UserError(
+                f"TMPDIR={os.environ.get('TMPDIR', '/tmp')} takes no files ({error.strerror}), and the processes of "
+                "this machine need some there; make room, or set TMPDIR to a folder on a local disk"
+            ) from error
+        yield folder
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path) -> None:
