@@ -15,6 +15,7 @@ from running import (
     records,
     strategy_environment,
     toy,
+    train,
     train_ranks,
     write_config,
 )
@@ -181,6 +182,65 @@ def test_weights_that_never_train_and_a_users_scheduler_are_saved_too(tmp_path, 
         assert_close(state_of(run, len(losses(run)))[0], state_of(runs["ddp"], len(losses(run)))[0])
 
 
+LOSS = {**CONFIG, "loss": {"loss_class": "toy.LearnedScale"}}
+
+
+def loss_of(run_folder, step):
+    """Return the whole entries of the loss's state dict, and the moments of its trained weights."""
+    tensors = open_tensors(open_checkpoint(run_folder / f"checkpoint_{step}"))
+    moments = tensors.optimizer_state("loss.scale")
+    return {name: tensors.loss_entry(name) for name in tensors.loss_shapes()} | moments
+
+
+@pytest.fixture(scope="module")
+def finished_with_loss(tmp_path_factory):
+    """Return the run folder of a run whose loss has weights of its own, by strategy."""
+
+    @functools.cache
+    def run(strategy):
+        folder = tmp_path_factory.mktemp(f"loss_{strategy}")
+        train_ranks(2, folder, LOSS, strategy=strategy)
+        return newest_run(folder)
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("source", "strategy", "after"),
+    [
+        ("ddp", "ddp", 2),
+        ("zero2", "zero2", 2),
+        ("zero3", "zero3", 2),
+        ("zero3", "zero3", 3),
+        ("zero2", "zero3", 1),
+        ("ddp", "zero3", 2),
+        ("zero3", "ddp", 2),
+        ("zero3", "zero2", 2),
+    ],
+)
+def test_a_loss_with_weights_goes_on_under_every_strategy(
+    finished_with_loss, source, strategy, after, tmp_path
+):
+    whole = finished_with_loss(source)
+    folder = copy_until(whole, 3, tmp_path)
+    train_ranks(after, tmp_path, LOSS, strategy=strategy, resume_from="latest")
+    last = len(losses(whole))
+    first, second = loss_of(whole, last), loss_of(folder, last)
+    assert set(first) >= {"scale", "offset", "passes", "exp_avg"} and first["scale"].shape == (3,)
+    assert not torch.equal(first["scale"], torch.tensor([1.0, 2.0, 3.0]))
+    if after != 2:  # each rank counts its own passes
+        del first["passes"], second["passes"]
+    if (source, 2) == (strategy, after):
+        assert comparable_records(folder) == comparable_records(whole)
+    assert losses(folder) == pytest.approx(losses(whole), abs=1e-5)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(
+            torch.as_tensor(value), torch.as_tensor(second[name]), rtol=1e-5, atol=1e-6
+        )
+
+
 @pytest.mark.slow
 def test_dropout_continues_exactly_under_zero_3(tmp_path):
     model = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.3}}
@@ -208,6 +268,14 @@ def test_a_gradient_that_is_not_finite_is_a_skipped_step_on_all_ranks(tmp_path):
         skipped[strategy] = [record["is_skipped"] for record in records(newest_run(tmp_path / strategy))]
     assert skipped["ddp"] == [False, True] * 3
     assert all(of_stage == skipped["ddp"] for of_stage in skipped.values())
+
+
+def test_a_loss_that_does_not_fit_the_checkpoints_is_refused_by_name(tmp_path):
+    config = toy({"epochs": 2}, loss={"loss_class": "toy.LearnedScale"})
+    train(tmp_path, config)
+    config["loss"] = {"loss_class": "toy.LearnedScale", "loss_args": {"num_offsets": 3}}
+    with pytest.raises(CheckpointError, match=r"loss.loss_class.*offset is \[2\] there and \[3\] here"):
+        train(tmp_path, config, resume_from="latest")
 
 
 def test_a_pickle_in_the_place_of_a_shard_is_refused_and_not_run(finished, tmp_path):

@@ -162,6 +162,22 @@ class SometimesNan:
         return loss * float("nan") if phase_step in self.steps else loss
 
 
+class LearnedScale(nn.Module):
+    """A loss of the model's output with weights that train, one that does not, and a count of its passes."""
+
+    def __init__(self, num_offsets=2):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
+        self.offset = nn.Parameter(torch.full((num_offsets,), 0.3), requires_grad=False)
+        self.register_buffer("passes", torch.zeros(()))
+
+    def forward(self, output, batch):
+        if self.training:
+            self.passes += 1
+        guesses = output * self.scale.mean() + self.offset.sum()
+        return (guesses - batch["tokens"].float().mean(dim=1) / 10).square().mean()
+
+
 def seen_cells(log: Path) -> list[list[int]]:
     """Return the cells of every forward pass that the ranks logged, rank after rank."""
     files = sorted(log.parent.glob(f"{log.name}.*"))

@@ -79,7 +79,7 @@ class Saver:
 
 def collect_shared(run: Run, config: RunConfig, facts: DataFacts) -> dict[str, Any]:
     """Return the files that are the same for all ranks, by name."""
-    module, strategy = run.module, run.strategy
+    strategy = run.strategy
     state: dict[str, Any] = {
         "progress": run.progress.to_dict(),
         **strategy.shared_state(),
@@ -93,8 +93,6 @@ def collect_shared(run: Run, config: RunConfig, facts: DataFacts) -> dict[str, A
         "trackers": run.recorder.tracker_state(),
         "trajectory": trajectory(config, run.phases),
     }
-    if isinstance(module.loss, nn.Module):
-        state["loss"] = dict(module.loss.state_dict())
     files: dict[str, Any] = {
         MODEL: strategy.weights(),
         RUN_STATE: state,
@@ -143,7 +141,8 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
             "with init_from"
         )
     if isinstance(run.module.loss, nn.Module):
-        run.module.loss.load_state_dict(state["loss"])
+        message = f"{saved.folder}: its loss does not fit that of the configuration (loss.loss_class)"
+        check_names_and_shapes(_whole_shapes(run.module.loss), tensors.loss_shapes(), "loss", message)
     progress = Progress.from_dict(state["progress"])
     has_steps_left = progress.phase_index < len(run.phases)
     changes = find_changes(run, saved, config) if has_steps_left else [{} for _ in names]
@@ -304,8 +303,15 @@ def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], where: str
 
 def check_fit(module: nn.Module, shapes: dict[str, tuple[int, ...]], where: str) -> None:
     """Compare the names and shapes of saved weights with the model's; all must be there and none else."""
-    own = {name: whole_shape(tensor) for name, tensor in module.state_dict(keep_vars=True).items()}
-    check_names_and_shapes(own, shapes, "model", f"{where} does not fit the model")
+    check_names_and_shapes(_whole_shapes(module), shapes, "model", f"{where} does not fit the model")
+
+
+def _whole_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {
+        name: whole_shape(entry)
+        for name, entry in module.state_dict(keep_vars=True).items()
+        if isinstance(entry, torch.Tensor)
+    }
 
 
 def check_names_and_shapes(

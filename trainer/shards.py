@@ -37,6 +37,14 @@ class Tensors(Protocol):
         """Return the model's whole state dict."""
         ...
 
+    def loss_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of the loss's state dict, by its own names; empty where it has none."""
+        ...
+
+    def loss_entry(self, name: str) -> Any:
+        """Return a whole entry of the loss's state dict, by its own name."""
+        ...
+
     def stretch(self, name: str, start: int, num: int, key: str | None = None) -> Tensor | None:
         """Return a stretch of a flattened parameter, or of a tensor of its optimizer state; None: not saved."""
         ...
@@ -100,6 +108,14 @@ class WholeTensors:
         """Return the model's whole state dict."""
         return {name: tensor.read() for name, tensor in self._model.items()}
 
+    def loss_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of the loss's state dict."""
+        return _tensor_shapes(self._loss)
+
+    def loss_entry(self, name: str) -> Any:
+        """Return a whole entry of the loss's state dict."""
+        return _value(self._loss[name])
+
     def stretch(self, name: str, start: int, num: int, key: str | None = None) -> Tensor | None:
         """Return a stretch of a flattened parameter, or of a tensor of its optimizer state."""
         if key is None:
@@ -140,6 +156,9 @@ class ShardedTensors:
         """Take the checkpoint; ranks' files are opened as they are needed."""
         self._saved = saved
         self._whole = saved.lazy(MODEL)
+        self._loss: Mapping[str, Any] = saved.lazy(RUN_STATE).get("loss") or {}
+        """What of the loss is not sharded; versions before also kept what is, of no use."""
+        self._loss_aliases: Mapping[str, str] = saved.state.get("loss_aliases") or {}
         shapes: Mapping[str, Iterable[int]] = saved.state["sharded_shapes"]
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.aliases: Mapping[str, str] = saved.state["aliases"]
@@ -162,11 +181,26 @@ class ShardedTensors:
                 weights[_own(name)] = flat.reshape(shape)
         return weights | {alias: weights[name] for alias, name in self.aliases.items()}
 
+    def loss_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor of the loss's state dict."""
+        found = _tensor_shapes(self._loss)
+        found |= {_own(name): shape for name, shape in self._shapes.items() if name.startswith("loss.")}
+        return found | {alias: found[name] for alias, name in self._loss_aliases.items()}
+
+    def loss_entry(self, name: str) -> Any:
+        """Return a whole entry of the loss's state dict."""
+        full = f"loss.{self._loss_aliases.get(name, name)}"
+        if full not in self._shapes:
+            return _value(self._loss[name])
+        flat = self.stretch(full, 0, _numel(self._shapes[full]))
+        assert flat is not None
+        return flat.reshape(self._shapes[full])
+
     def stretch(self, name: str, start: int, num: int, key: str | None = None) -> Tensor | None:
         """Return a stretch of a flattened parameter, or of a tensor of its optimizer state."""
         if name not in self._shapes:
-            own = self._whole.get(_own(name))
-            return None if own is None or key is not None else own.read().reshape(-1)[start : start + num]
+            own = (self._loss if name.startswith("loss.") else self._whole).get(_own(name))
+            return None if own is None or key is not None else _value(own).reshape(-1)[start : start + num]
         parts: list[tuple[int, Tensor]] = []
         left = num
         for piece in self._pieces(name):
@@ -221,8 +255,14 @@ def _value(value: Any) -> Any:
     return value.read() if isinstance(value, LazyTensor) else value
 
 
+def _tensor_shapes(entries: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(value.shape) for name, value in entries.items() if isinstance(value, LazyTensor | Tensor)
+    }
+
+
 def _own(name: str) -> str:
-    return name.removeprefix("model.")
+    return name.partition(".")[2]
 
 
 def _numel(shape: Iterable[int]) -> int:

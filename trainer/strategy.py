@@ -173,11 +173,18 @@ class Strategy:
             "groups": group_settings(self.optimizer),
             "group_names": self.group_names,
             "optimizer": self._optimizer_state(),
-            "aliases": self._aliases(),
+            "aliases": _aliases(self.own_module.model),
             "gradient_scaler": None
             if self.accelerator.scaler is None
             else self.accelerator.scaler.state_dict(),
+            **self._loss_state(),
         }
+
+    def _loss_state(self) -> dict[str, Any]:
+        loss = self.own_module.loss
+        if not isinstance(loss, nn.Module):
+            return {}
+        return {"loss": self._held_whole(loss), "loss_aliases": _aliases(loss)}
 
     def _optimizer_state(self) -> dict[str, Any] | None:
         names = {
@@ -187,19 +194,13 @@ class Strategy:
         }
         return {names[id(parameter)]: dict(state) for parameter, state in self.optimizer.state.items()}
 
-    def _aliases(self) -> dict[str, str]:
-        """Return the further names of tied weights, by the model's own names."""
-        first: dict[int, str] = {}
-        aliases = {}
-        for name, parameter in self.own_module.model.named_parameters(remove_duplicate=False):
-            if id(parameter) in first:
-                aliases[name] = first[id(parameter)]
-            first.setdefault(id(parameter), name)
-        return aliases
-
     def weights(self) -> dict[str, Tensor]:
         """Return the entries of the model's state dict that rank 0 saves, by the model's own names."""
-        return dict(self.own_module.model.state_dict())
+        return self._held_whole(self.own_module.model)
+
+    def _held_whole(self, part: nn.Module) -> dict[str, Any]:
+        """Return the entries of the state dict of the model, or of the loss, that are not sharded."""
+        return dict(part.state_dict())
 
     def shard(self) -> dict[str, Any] | None:
         """Return this rank's part of weights and optimizer state, or None where nothing is sharded."""
@@ -211,6 +212,7 @@ class Strategy:
         Names and shapes have been compared before.
         """
         self.own_module.model.load_state_dict(tensors.model_weights())
+        self._load_loss(tensors)
         own = {name: index for index, name in enumerate(n for names in self.group_names for n in names)}
         settings, first = [], 0
         for group, names in zip(state["groups"], self.group_names, strict=True):
@@ -228,6 +230,23 @@ class Strategy:
             group.update(kept)
         if self.accelerator.scaler is not None and state["gradient_scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["gradient_scaler"])
+
+    def _load_loss(self, tensors: Tensors) -> None:
+        loss = self.own_module.loss
+        if isinstance(loss, nn.Module):
+            held = {name: tensors.loss_entry(name) for name in self._held_whole(loss)}
+            loss.load_state_dict(held, strict=False)  # what is sharded is taken in stretches
+
+
+def _aliases(part: nn.Module) -> dict[str, str]:
+    """Return the further names of tied weights of the model, or of the loss, by its own names."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in part.named_parameters(remove_duplicate=False):
+        if id(parameter) in first:
+            aliases[name] = first[id(parameter)]
+        first.setdefault(id(parameter), name)
+    return aliases
 
 
 def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

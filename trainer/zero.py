@@ -224,11 +224,10 @@ class ZeroStrategy(Strategy):
     def _optimizer_state(self) -> None:
         return None
 
-    def weights(self) -> dict[str, Tensor]:
-        """Return the entries of the model's state dict that are not sharded: buffers, and weights that never train."""
-        model = self.own_module.model
-        whole = {name for name, p in model.named_parameters() if not p.requires_grad and self._stage != 3}
-        persistent = model.state_dict(keep_vars=True)
+    def _held_whole(self, part: nn.Module) -> dict[str, Any]:
+        """Return what of a state dict is not sharded: buffers, and outside of ZeRO-3 weights that never train."""
+        whole = {name for name, p in part.named_parameters() if not p.requires_grad and self._stage != 3}
+        persistent = part.state_dict(keep_vars=True)
         return {n: t for n, t in persistent.items() if n in whole or not isinstance(t, nn.Parameter)}
 
     def shard(self) -> dict[str, Any]:
@@ -259,6 +258,7 @@ class ZeroStrategy(Strategy):
     def load(self, tensors: Tensors, state: dict[str, Any]) -> None:
         """Take this rank's stretches of a checkpoint, whatever strategy and world size saved it."""
         self._load_whole(tensors)
+        self._load_loss(tensors)
         for flat in self._flats():
             self._load_flat(flat, tensors)
         self._publish_weights()
