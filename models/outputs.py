@@ -11,7 +11,8 @@ class LossOutput(NamedTuple):
     Attributes:
         sum: 0-d tensor, the summed loss with its graph.
         weight: what `sum` counts (masked positions, tokens, cells); must equal what `loss_weight(batch)` said.
-        metrics: further 0-d tensors by name, each a sum over the same weight.
+        metrics: further 0-d tensors by name, each a sum over the same weight. One that only some batches have is
+            recorded as the mean over those.
     """
 
     sum: Tensor

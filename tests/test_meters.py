@@ -3,13 +3,16 @@ import torch
 from running import records, toy, train
 
 from trainer.distributed import Ranks
-from trainer.meters import LossSum, Meters, StepTotals
+from trainer.meters import LossSum, Meters, NamedMeans, StepTotals
 from trainer.metrics_file import comparable
 
 
-def one_step(meters, **totals):
+def one_step(meters, metrics=None, **totals):
+    sums = LossSum()
+    if metrics is not None:
+        sums.add(torch.tensor(1.0), metrics, weight=1.0)
     step = {"cells": 8, "tokens": 100, "padded_tokens": 160, "flops": 5e12, **totals}
-    meters.add_step({"kind": "train"}, LossSum(), 1.0, StepTotals([], 0.0, **step))
+    meters.add_step({"kind": "train"}, sums, 1.0, StepTotals([], 0.0, **step))
     [record] = meters.take()
     return record
 
@@ -30,6 +33,30 @@ def test_utilization_is_useful_operations_over_what_all_devices_could_do(monkeyp
 @pytest.mark.parametrize(("peak", "flops"), [(None, 5e12), (1e12, 0.0)])
 def test_without_a_peak_or_operations_there_is_no_utilization(peak, flops):
     assert "mfu" not in one_step(Meters(Ranks(0, 1), torch.device("cpu"), peak), flops=flops)
+
+
+def test_a_metric_that_some_batches_lack_is_the_mean_over_those_that_have_it():
+    sums, other = LossSum(), LossSum()
+    sums.add(torch.tensor(6.0), {"all": torch.tensor(2.0)}, weight=2.0)
+    sums.add(torch.tensor(2.0), {"all": torch.tensor(4.0), "rare": torch.tensor(9.0)}, weight=3.0)
+    sums.add(torch.tensor(5.0), {"all": torch.tensor(5.0), "dummy": torch.tensor(5.0)}, weight=0.0)
+    other.add(torch.tensor(4.0), {"new": torch.tensor(1.0)}, weight=4.0)
+    means = NamedMeans(Ranks(0, 1)).of([sums, LossSum(), other])
+    assert means == [{"loss": 1.6, "all": 1.2, "rare": 3.0}, {}, {"loss": 1.0, "new": 0.25}]
+
+
+def test_ranks_agree_on_names_only_where_there_are_new_ones(monkeypatch):
+    calls = []
+    monkeypatch.setattr(Ranks, "sum", lambda self, values: calls.append("sum") or list(values))
+    monkeypatch.setattr(
+        Ranks, "gather_text", lambda self, text: calls.append("names") or [text, '["theirs"]']
+    )
+    meters = Meters(Ranks(0, 2))
+    one_step(meters)
+    one_step(meters, metrics={"a": torch.tensor(1.0)})
+    assert calls == ["sum", "sum", "names", "sum"]
+    one_step(meters, metrics={"a": torch.tensor(1.0)})
+    assert calls[4:] == ["sum"]
 
 
 def test_on_a_cpu_there_are_neither_utilization_nor_device_memory(tmp_path):

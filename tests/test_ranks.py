@@ -52,6 +52,17 @@ def test_a_users_loader_is_divided_so_that_each_cell_is_seen_once(tmp_path, num_
     assert sorted(cells_of(log)) == list(range(96))
 
 
+def test_ranks_that_log_other_metrics_record_each_by_its_name(tmp_path):
+    loss = {"loss": {"loss_class": "toy.RareMetrics"}, "distributed_timeout_seconds": 30}
+    train_ranks(2, tmp_path, toy({"epochs": 2, "log_every_steps": 2}, **loss))
+    own = {"rare": 5.0, "rank_0": 1.0, "rank_1": 2.0, "everywhere": 3.0}
+    train_records = records(newest_run(tmp_path))
+    for record in [*train_records, *records(newest_run(tmp_path), "validation")]:
+        assert {name: record[name] for name in own} == pytest.approx(own)
+        assert record.get("with_cell_0", 7.0) == pytest.approx(7.0)
+    assert ["with_cell_0" in record for record in train_records].count(True) == 2  # once in each epoch
+
+
 def test_a_loader_that_shards_itself_is_read_by_every_rank(tmp_path):
     log = tmp_path / "log"
     phase = {"dataloader_factory": "toy.sharded_loader", "dataloader_args": {"num_cells": 96}, "max_steps": 4}

@@ -8,7 +8,7 @@ import torch
 from data.loader import MicroBatch
 from trainer.early_stopping import note_evaluation
 from trainer.losses import move_to_device
-from trainer.meters import LossSum
+from trainer.meters import LossSum, NamedMeans
 from trainer.phases import Phase
 from trainer.random_state import random_state, set_random_state
 from trainer.run import Run, add_up, is_due, is_over, leave, position, save
@@ -17,7 +17,7 @@ from trainer.run import Run, add_up, is_due, is_over, leave, position, save
 @torch.no_grad()
 def evaluate(run: Run, phase: Phase) -> None:
     """Compute the mean validation loss over all ranks' cells, record it, and remember it for the next checkpoint."""
-    strategy, progress, sums, totals = run.strategy, run.progress, LossSum(), [0.0, 0.0]
+    strategy, progress, sums, num_cells = run.strategy, run.progress, LossSum(), 0
     limit, before = phase.config.validation_steps, random_state()
     progress.evaluation_due = 1
     with strategy.evaluating(), contextlib.closing(phase.validation.evaluation_steps(limit)) as steps:
@@ -34,11 +34,11 @@ def evaluate(run: Run, phase: Phase) -> None:
                 batch = move_to_device(micro.batch, strategy.device)
                 announced = weight if micro.num_cells else None
                 output = strategy.module(batch, progress.phase_step, phase.total_steps, announced)
-                sums.add(output.sum, output.metrics, counts=weight > 0)
-                totals = [totals[0] + weight, totals[1] + micro.num_cells]
+                sums.add(output.sum, output.metrics, weight)
+                num_cells += micro.num_cells
     progress.evaluation_due = 0
-    *values, weight, cells = run.ranks.sum([*sums.to_host(), *totals])
-    means = {name: value / weight for name, value in zip(sums.names, values, strict=True)} if weight else {}
+    [means] = NamedMeans(run.ranks).of([sums])
+    [cells] = run.ranks.sum([num_cells])
     run.recorder.evaluated(
         phase, {"kind": "validation", **position(run.progress, phase), "cells": int(cells), **means}
     )

@@ -101,7 +101,7 @@ def train_step(
                 if weight > 0:
                     doubt = doubt + 0.0 * output.sum.detach()
                 strategy.backward(output.sum * (scale + doubt))
-            sums.add(output.sum, output.metrics, counts=weight > 0)
+            sums.add(output.sum, output.metrics, weight)
         norm = strategy.step()
     if run.scheduler is not None:
         run.scheduler.step()

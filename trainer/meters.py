@@ -1,8 +1,10 @@
 """Measure a run: losses summed on the device, read by the host only when they are written, and where time goes."""
 
+import itertools
+import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,32 +37,68 @@ class LossSum:
     def __init__(self) -> None:
         """Start at nothing."""
         self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, list[float]] = {}
 
-    def add(self, loss: Tensor, metrics: dict[str, Tensor], counts: bool) -> None:
-        """Add one micro-batch's sums; one that does not count (a rank without cells) only names them."""
+    def add(self, loss: Tensor, metrics: dict[str, Tensor], weight: float) -> None:
+        """Add one micro-batch's sums; one of weight 0 (a rank without cells) only names them."""
         for name, value in {"loss": loss, **metrics}.items():
             value = (
                 value.detach().double()
-                if counts
+                if weight > 0
                 else torch.zeros((), dtype=torch.float64, device=loss.device)
             )
             self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._weights.setdefault(name, []).append(weight)
 
-    @property
-    def names(self) -> list[str]:
-        """Return the names of what was added, `loss` first."""
-        return list(self._sums)
+    def to_host(self) -> dict[str, tuple[float, float]]:
+        """Return by name the sum and the weight of what had it, `loss` first; waits for the device."""
+        if not self._sums:
+            return {}
+        values = torch.stack(list(self._sums.values())).cpu().tolist()
+        return {
+            name: (value, sum(self._weights[name])) for name, value in zip(self._sums, values, strict=True)
+        }
 
-    def to_host(self) -> list[float]:
-        """Return the sums as numbers; waits for the device."""
-        return torch.stack(list(self._sums.values())).cpu().tolist() if self._sums else []
+
+class NamedMeans:
+    """Turn sums into means over all ranks by name, of which each rank and each step may have others."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        """Begin without names; the ranks agree on those that come up, and forget none."""
+        self._ranks = ranks
+        self._names: list[str] = []
+
+    def of(self, sums: Sequence[LossSum]) -> list[dict[str, float]]:
+        """Return each one's means, of a metric over the micro-batches that have it; left out where none has.
+
+        Every rank must call it at the same step, with equally many.
+        """
+        own = [each.to_host() for each in sums]
+        while True:
+            is_unknown = any(name not in self._names for each in own for name in each)
+            pairs = [each.get(name, (0.0, 0.0)) for each in own for name in self._names]
+            numbers = [number for pair in pairs for number in pair]
+            num_surprised, *numbers = self._ranks.sum([float(is_unknown), *numbers])
+            if not num_surprised:
+                break
+            self._agree({name: None for each in own for name in each})
+        totals, size = list(zip(numbers[::2], numbers[1::2], strict=True)), len(self._names)
+        rows = [totals[index * size : (index + 1) * size] for index in range(len(own))]
+        return [
+            {name: value / weight for name, (value, weight) in zip(self._names, row, strict=True) if weight}
+            for row in rows
+        ]
+
+    def _agree(self, own: Iterable[str]) -> None:
+        """Add every rank's names to those that are known, in the order of ranks."""
+        of_ranks = [json.loads(names) for names in self._ranks.gather_text(json.dumps(list(own)))]
+        self._names = list(dict.fromkeys([*self._names, *itertools.chain(*of_ranks)]))
 
 
 @dataclass
 class _Pending:
     record: dict[str, Any]
     sums: LossSum
-    weight: float
     gradient_norm: Tensor | float | None
 
 
@@ -76,6 +114,11 @@ class Meters:
     _pending: list[_Pending] = field(default_factory=list)
     _step_started: float = field(default_factory=time.perf_counter)
     _waited: float = 0.0
+    _means: NamedMeans = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin without names of metrics."""
+        self._means = NamedMeans(self.ranks)
 
     def next_of(self, iterator: Iterator[Any]) -> Any:
         """Return the iterator's next item (None at its end), and count the time that it took as waiting for data."""
@@ -108,7 +151,7 @@ class Meters:
             record["peak_memory_bytes"] = torch.cuda.max_memory_allocated(self.device)
         if self.peak is not None and totals.flops:
             record["mfu"] = model_flops_utilization(totals.flops, seconds, self.ranks.count, self.peak)
-        self._pending.append(_Pending(record, sums, totals.weight, gradient_norm))
+        self._pending.append(_Pending(record, sums, gradient_norm))
         self._step_started, self._waited = now, 0.0
 
     @property
@@ -118,21 +161,13 @@ class Meters:
         return norm is None or (not isinstance(norm, Tensor) and not math.isfinite(norm))
 
     def take(self) -> list[dict[str, Any]]:
-        """Return the finished records since the last call: sums over all ranks divided by their weights.
+        """Return the finished records since the last call, with means over all ranks.
 
         Every rank must call it at the same step.
         """
         pending, self._pending = self._pending, []
-        totals = self.ranks.sum([value for item in pending for value in item.sums.to_host()])
         records = []
-        for item in pending:
-            names = item.sums.names
-            values, totals = totals[: len(names)], totals[len(names) :]
-            metrics = (
-                {name: value / item.weight for name, value in zip(names, values, strict=True)}
-                if item.weight
-                else {}
-            )
+        for item, metrics in zip(pending, self._means.of([item.sums for item in pending]), strict=True):
             norm = None if item.gradient_norm is None else float(item.gradient_norm)
             loss = metrics.pop("loss", None)
             is_skipped = norm is None or not math.isfinite(norm)
