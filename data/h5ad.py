@@ -384,26 +384,33 @@ def _check_is_whole(file: h5py.File, where: str) -> None:
     """Refuse a file that takes content from other files, or whose structure is damaged.
 
     HDF5 opens what a file names, wherever it lies: content of any file would become a matrix, and a copy of the file
-    that is written to would write there.
+    that is written to would write there. Categories of the old encoding may be in no group.
     """
-    waiting, seen = [file["/"]], set()
+    waiting: list[tuple[str, Any]] = [("/", file["/"])]
+    seen = set()
     with reading(where):
         while waiting:
-            group: Any = waiting.pop()
-            for name in group:
-                link = group.get(name, getlink=True)
-                if isinstance(link, h5py.ExternalLink):
-                    raise DataError(
-                        f"{where}: {name!r} lies in another file ({link.filename}); {_WRITE_ANEW}"
-                    )
-                if isinstance(link, h5py.SoftLink):
-                    continue  # what it leads to is met where it lies
-                item = group[name]
-                if isinstance(item, h5py.Dataset) and (item.external or item.is_virtual):
-                    raise DataError(f"{where}: {name!r} takes its values from other files; {_WRITE_ANEW}")
-                if isinstance(item, h5py.Group) and item.id not in seen:
-                    seen.add(item.id)  # a group may be inside of itself
-                    waiting.append(item)
+            path, item = waiting.pop()
+            if not isinstance(item, h5py.Group | h5py.Dataset) or item.id in seen:
+                continue  # a group may be inside of itself
+            seen.add(item.id)
+            reference = item.attrs.get("categories")
+            if isinstance(reference, h5py.Reference) and reference:
+                waiting.append((f"{path}, categories", file[reference]))
+            if isinstance(item, h5py.Group):
+                waiting += _linked(where, item)
+            elif item.external or item.is_virtual:
+                raise DataError(f"{where}: {path!r} takes its values from other files; {_WRITE_ANEW}")
+
+
+def _linked(where: str, group: h5py.Group) -> Iterator[tuple[str, Any]]:
+    """Yield what is in a group under its name; what a link within the file leads to is met where it lies."""
+    for name in group:
+        link: Any = group.get(name, getlink=True)
+        if isinstance(link, h5py.ExternalLink):
+            raise DataError(f"{where}: {name!r} lies in another file ({link.filename}); {_WRITE_ANEW}")
+        if not isinstance(link, h5py.SoftLink):
+            yield name, group[name]
 
 
 def _open_matrix(where: str, item: Any) -> Matrix:

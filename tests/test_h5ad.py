@@ -1,3 +1,5 @@
+from typing import Any
+
 import anndata
 import h5py
 import numpy as np
@@ -459,6 +461,32 @@ def test_a_file_that_takes_content_from_other_files_is_refused(tmp_path, change)
     with h5py.File(path, "r+") as file:
         change(file, tmp_path / "other.h5")
     with pytest.raises(DataError, match=r"a.h5ad: 'outside' (lies in another file|takes its values)"):
+        H5adFile(path)
+
+
+def hide_categories(path, secret):
+    """Let the categories of obs/kind lie in another file, as a dataset that no group names."""
+    with h5py.File(path, "r+") as file:
+        file["obs/kind"] = np.zeros(20, np.int8)
+        hidden = file.create_dataset("hidden", (1,), "S6", external=[(str(secret), 0, 6)])
+        file["obs/kind"].attrs["categories"] = hidden.ref
+        address = h5py.h5o.get_info(hidden.id).addr
+    content = bytearray(path.read_bytes())
+    assert content[address] == 1  # of an object header, whose number of links is at its byte 4
+    content[address + 4] = 5
+    path.write_bytes(content)
+    with h5py.File(path, "r+") as file:
+        del file["hidden"]  # one link of five, so it stays
+
+
+def test_categories_that_no_group_names_cannot_lie_in_another_file(tmp_path):
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(20, 8))
+    (tmp_path / "secret").write_bytes(b"SECRET")
+    hide_categories(path, tmp_path / "secret")
+    with h5py.File(path) as file:
+        obs: Any = file["obs"]
+        assert file[obs["kind"].attrs["categories"]][:].tolist() == [b"SECRET"]
+    with pytest.raises(DataError, match="'kind, categories' takes its values from other files"):
         H5adFile(path)
 
 
