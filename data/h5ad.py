@@ -32,6 +32,8 @@ _CHUNK_CACHE_BYTES = 1 << 24
 _WRITE_ANEW = "read it with anndata where the other file is, and write it anew, as one file"
 _NAMES_PER_BYTE = 64
 """More than any compression makes of names that differ."""
+_NAME_BYTES_PER_BYTE = 4096
+"""The same of the places of names that are padded to one length."""
 
 
 def _names_damage(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,22 +187,19 @@ class Frame:
         self.item = item
         self.uns = uns
         if isinstance(item, h5py.Dataset):
-            if item.dtype.names is None:
+            if item.dtype.names is None or item.ndim != 1:
                 raise DataError(f"{where}: not a table")
             self.index_name = item.dtype.names[0]
             self.num_rows = len(item)
+            _check_size(where, item)
+        elif not isinstance(item, h5py.Group):
+            raise DataError(f"{where}: not a table")
         else:
             name = item.attrs.get("_index", "_index")
             self.index_name = name.decode() if isinstance(name, bytes) else str(name)
             if self.index_name not in item:
                 raise DataError(f"{where}: it has no index column {self.index_name!r}")
             self.num_rows = _length(where, item[self.index_name])
-        limit = _NAMES_PER_BYTE * item.file.id.get_filesize()
-        if self.num_rows > limit:
-            raise DataError(
-                f"{where}: it says that it has {self.num_rows:,} rows, whose names cannot be in a file of "
-                f"{item.file.id.get_filesize():,} bytes; the file is damaged"
-            )
 
     @_names_damage
     def columns(self) -> list[str]:
@@ -317,26 +316,43 @@ class Frame:
         """Return the categories' dataset of a categorical column in any of the three encodings."""
         if isinstance(self.item, h5py.Dataset):
             found = self.uns.get(f"{column}_categories") if isinstance(self.uns, h5py.Group) else None
-            return found if isinstance(found, h5py.Dataset) and self._dtype(column).kind in "iu" else None
-        item = self.item[column]
-        if isinstance(item, h5py.Group):
-            return item.get("categories")
-        reference = item.attrs.get("categories")
-        return item.file[reference] if isinstance(reference, h5py.Reference) else None
+            found = found if isinstance(found, h5py.Dataset) and self._dtype(column).kind in "iu" else None
+        elif isinstance(item := self.item[column], h5py.Group):
+            found = item.get("categories")
+        else:
+            reference = item.attrs.get("categories")
+            found = item.file[reference] if isinstance(reference, h5py.Reference) else None
+        return None if found is None else _as_list(f"{self.where}[{column!r}]: its categories", found)
 
     def _values(self, column: str, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         """Return codes or values of rows [start, stop), and which are masked where the encoding says so."""
-        item = self._item(column)
+        item, where = self._item(column), f"{self.where}[{column!r}]"
+        is_coded = self._categories(column) is not None
         if isinstance(self.item, h5py.Dataset):
+            _check_kind(f"{where}: its values", item.dtype[column])
             return read(self.where, item.fields(column), start, stop), None
-        if isinstance(item, h5py.Dataset):
-            return _read_column(self.where, item, start, stop), None
+        if not isinstance(item, h5py.Group):
+            values = self._list(f"{where}: its {'codes' if is_coded else 'values'}", item, is_coded)
+            return _read_column(self.where, values, start, stop), None
         if "codes" in item:
-            return read(self.where, item["codes"], start, stop), None
+            return read(self.where, self._list(f"{where}: its codes", item["codes"], True), start, stop), None
         if "values" in item:
-            mask = read(self.where, item["mask"], start, stop).astype(bool) if "mask" in item else None
-            return _read_column(self.where, item["values"], start, stop), mask
-        raise DataError(f"{self.where}[{column!r}]: a column in an encoding that is not known here")
+            mask = self._list(f"{where}: its mask", item["mask"], True) if "mask" in item else None
+            values = self._list(f"{where}: its values", item["values"], False)
+            masked = None if mask is None else read(self.where, mask, start, stop).astype(bool)
+            return _read_column(self.where, values, start, stop), masked
+        raise DataError(f"{where}: a column in an encoding that is not known here")
+
+    def _list(self, what: str, item: Any, is_whole: bool) -> h5py.Dataset:
+        """Return a dataset with an entry for each row, or raise naming what it is of a column."""
+        item = _as_list(what, item)
+        if len(item) != self.num_rows:
+            raise DataError(
+                f"{what} are {len(item):,}, but it has {self.num_rows:,} rows; the file is damaged"
+            )
+        if is_whole and item.dtype.kind not in "iub":
+            raise DataError(f"{what} have type {item.dtype}, not whole numbers; the file is damaged")
+        return item
 
 
 def layers_of_counts(file: H5adFile) -> list[str]:
@@ -425,16 +441,38 @@ def _open_matrix(where: str, item: Any) -> Matrix:
     parts = [item[part] for part in ("data", "indices", "indptr")]
     if shape.shape != (2,) or shape.dtype.kind not in "iu":
         raise DataError(f"{where}: damaged matrix: its shape is {str(shape)[:80]}")
-    if not all(isinstance(part, h5py.Dataset) and part.ndim == 1 for part in parts):
+    are_lists = all(isinstance(part, h5py.Dataset) and part.ndim == 1 for part in parts)
+    if not are_lists or not all(part.dtype.kind in "iuf" for part in parts[1:]):
         raise DataError(f"{where}: damaged matrix: data, indices and indptr must be lists of numbers")
     return kinds[layout](where, (int(shape[0]), int(shape[1])), *parts)
 
 
 def _length(where: str, item: Any) -> int:
-    stored: Any = item.get("values") if isinstance(item, h5py.Group) else item
-    if not isinstance(stored, h5py.Dataset) or stored.ndim != 1:
-        raise DataError(f"{where}: its index column is no list of names")
-    return len(stored)
+    return len(_as_list(f"{where}: its index", item.get("values") if isinstance(item, h5py.Group) else item))
+
+
+def _as_list(what: str, item: Any) -> h5py.Dataset:
+    """Return a dataset if it is a list of text or numbers that the file can hold, or raise."""
+    if not isinstance(item, h5py.Dataset) or item.shape is None or item.ndim != 1:
+        raise DataError(f"{what} are no list; the file is damaged")
+    _check_kind(what, item.dtype)
+    _check_size(what, item)
+    return item
+
+
+def _check_kind(what: str, dtype: np.dtype) -> None:
+    if dtype.shape or not (_is_text_type(dtype) or dtype.kind in "iufb"):
+        raise DataError(f"{what} have type {dtype}, which is neither text nor numbers")
+
+
+def _check_size(what: str, item: h5py.Dataset) -> None:
+    num_bytes = item.file.id.get_filesize()
+    limits = _NAMES_PER_BYTE * num_bytes, _NAME_BYTES_PER_BYTE * num_bytes
+    if len(item) > limits[0] or len(item) * item.dtype.itemsize > limits[1]:
+        raise DataError(
+            f"{what}: it says that it has {len(item):,} entries of {item.dtype.itemsize:,} bytes, which cannot be in a "
+            f"file of {num_bytes:,} bytes; the file is damaged"
+        )
 
 
 def _is_text_type(dtype: np.dtype) -> bool:

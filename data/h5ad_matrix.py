@@ -272,7 +272,10 @@ def reading(where: str) -> Iterator[None]:
     """Name the file in what h5py raises where a file is damaged."""
     try:
         yield
-    except (OSError, RuntimeError, KeyError, UnicodeError) as error:
+    except DataError:
+        raise
+    # What h5py raises; MemoryError for lengths that no memory holds, TypeError for types that Python has not.
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, MemoryError) as error:
         raise DataError(f"{where}: cannot be read: the file is truncated or damaged ({error})") from error
 
 

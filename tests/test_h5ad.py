@@ -503,8 +503,13 @@ def test_a_file_that_says_more_names_than_its_bytes_can_hold_is_refused(tmp_path
     with h5py.File(path, "r+") as file:
         del file["var/_index"]
         file["var"].create_dataset("_index", (10**10,), h5py.string_dtype(), chunks=(1024,))
-    with H5adFile(path) as file, pytest.raises(DataError, match="it says that it has 10,000,000,000 rows"):
+    with H5adFile(path) as file, pytest.raises(DataError, match="it says that it has 10,000,000,000 entries"):
         file.genes("X")
+
+
+def replace(file, name, content):
+    del file[name]
+    file[name] = content
 
 
 def no_lists(file):
@@ -523,6 +528,7 @@ def to_itself(file):
         (lambda file: file["X"].attrs.__setitem__("shape", np.array([1, 2, 3])), r"its shape is \[1 2 3\]"),
         (lambda file: file["X"].attrs.__setitem__("shape", "wide"), "its shape is wide"),
         (no_lists, "data, indices and indptr must be lists of numbers"),
+        (lambda file: replace(file, "X/indptr", np.zeros(21, "S1")), "must be lists of numbers"),
         (to_itself, "damaged"),
     ],
 )
@@ -532,6 +538,86 @@ def test_a_matrix_that_is_none_is_refused(tmp_path, change, message):
         change(file)
     with pytest.raises(DataError, match=message), H5adFile(path) as file:
         file.matrix("X")
+
+
+def unwritten(type_, size):
+    """Return a change of a column's categories to many that were never written, which take no place."""
+
+    def change(file):
+        del file["obs/kind/categories"]
+        file.create_dataset("obs/kind/categories", (size,), type_, chunks=(1 << 10,), compression="gzip")
+
+    return change
+
+
+def to_group(file):
+    del file["obs/kind/categories"]
+    file.create_group("obs/kind/categories")
+
+
+def column_of(type_):
+    def change(file):
+        del file["obs/kind"]
+        file.create_dataset("obs/kind", (20,), type_)
+
+    return change
+
+
+def refer(to):
+    """Return a change of a column to the old encoding, whose categories an attribute refers to."""
+
+    def change(file):
+        replace(file, "obs/kind", np.zeros(20, np.int8))
+        file["obs/kind"].attrs["categories"] = to(file)
+
+    return change
+
+
+def coded(codes):
+    return lambda file: replace(file, "obs/kind/codes", codes)
+
+
+def named(categories):
+    return lambda file: replace(file, "obs/kind/categories", categories)
+
+
+def whole(column):
+    return lambda file: replace(file, "obs/kind", column)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (unwritten("S1", 2_000_000_000), "2,000,000,000 entries of 1 bytes, which cannot be"),
+        (unwritten(h5py.string_dtype(), 2_000_000_000), "entries of 8 bytes, which cannot be"),
+        (unwritten("S65536", 100_000), "100,000 entries of 65,536 bytes, which cannot be"),
+        (named(h5py.Empty("S4")), "its categories are no list"),
+        (named(b"x"), "its categories are no list"),
+        (named([[b"a"], [b"b"]]), "its categories are no list"),
+        (to_group, "its categories are no list"),
+        (named(np.zeros(3, [("a", "i4")])), "its categories have type"),
+        (coded(np.array([b"a"] * 20)), "its codes have type"),
+        (coded(np.zeros(20)), "its codes have type float64, not whole numbers"),
+        (coded(np.int8(0)), "its codes are no list"),
+        (coded(np.zeros(3, np.int8)), "its codes are 3, but it has 20 rows"),
+        (whole(np.zeros((20, 3))), "its values are no list"),
+        (whole(np.zeros(20, "c8")), "its values have type complex64"),
+        (whole(np.zeros(20, [("a", "i4")])), "its values have type"),
+        (column_of(h5py.vlen_dtype("i4")), "its values have type object"),
+        (column_of(h5py.ref_dtype), "its values have type object"),
+        (column_of(np.dtype(("i4", (3,)))), "its values have type"),
+        (refer(lambda file: h5py.Reference()), "Invalid HDF5 object reference"),
+        (refer(lambda file: file.ref), "its categories are no list"),
+    ],
+)
+def test_a_column_that_is_none_is_refused(tmp_path, change, message):
+    path = write_h5ad(
+        tmp_path / "a.h5ad", random_counts(20, 8), obs={"kind": pd.Categorical(["a", "b"] * 10)}
+    )
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(DataError, match=message), H5adFile(path) as file:
+        file.obs.labels("kind", 0, 20)
 
 
 def test_names_that_are_no_text_are_refused(tmp_path):
