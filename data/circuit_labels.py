@@ -30,6 +30,8 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": (
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARK = object()
 _MAX_DIMENSIONS = 4
+_MAX_STACK = 10_000
+"""Python's pickler lays at most 1,000 items of a list aside at once."""
 
 
 def read_label_array(path: Path) -> NDArray[np.str_]:
@@ -42,7 +44,7 @@ def read_label_array(path: Path) -> NDArray[np.str_]:
     machine = _Machine(str(path))
     try:
         found = machine.run(pickle)
-    except (ValueError, IndexError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, IndexError, TypeError, AttributeError, RecursionError, MemoryError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: its labels cannot be read ({error}); write the data set anew") from error
@@ -84,13 +86,18 @@ class _Machine:
         self.where = where
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+        self.bytes_left = 0
+        """How many more bytes may be made out of text; the pickle holds the text of each once."""
 
     def run(self, pickle: bytes) -> Any:
         """Return what the pickle describes."""
+        self.bytes_left = len(pickle)
         for operation, argument, _ in pickletools.genops(pickle):
             if operation.name == "STOP":
                 return self.stack.pop()
             self._do(operation.name, argument)
+            if len(self.stack) > _MAX_STACK:
+                self._refuse(f"it lays more than {_MAX_STACK:,} items aside at once")
         self._refuse("it ends without an end mark")
 
     def _do(self, operation: str, argument: Any) -> None:
@@ -162,6 +169,9 @@ class _Machine:
             case k, (str() as code, *_) if k == _DTYPE:
                 return _DType(code)
             case k, (str() as text, "latin1") if k == _ENCODE:
+                self.bytes_left -= len(text)
+                if self.bytes_left < 0:
+                    self._refuse("it makes more bytes than it holds text for")
                 return text.encode("latin1")
         self._refuse("it calls something with other arguments than an array of text needs")
 

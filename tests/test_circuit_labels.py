@@ -174,6 +174,22 @@ def test_arrays_that_lie_about_themselves_are_refused(tmp_path: Path, content: b
         read_label_array(archive(tmp_path / "y.pt", content))
 
 
+@pytest.mark.parametrize(
+    ("repeated", "why"),
+    [(b"h\x00h\x01R", "more bytes than it holds text for"), (b"]", "more than 10,000 items aside")],
+)
+def test_a_pickle_that_grows_without_bound_is_refused(tmp_path: Path, repeated: bytes, why: str):
+    text = b"a" * 100_000
+    stored = (
+        b"\x80\x02c_codecs\nencode\nq\x00X"
+        + struct.pack("<I", len(text))
+        + text
+        + b"X\6\0\0\0latin1\x86q\x01"
+    )
+    with pytest.raises(DataError, match=why):
+        read_label_array(archive(tmp_path / "y.pt", stored + repeated * 20_000 + b"."))
+
+
 def test_damaged_pickles_end_in_an_error_or_in_text(tmp_path: Path):
     good = pickle.dumps({"0": np.tile(LABELS, 3)}, 5)
     generator = np.random.default_rng(5)
