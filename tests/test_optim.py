@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config.schema import OptimizerConfig
+from trainer.config.schema import OptimizerConfig, PhaseConfig
 from trainer.errors import ConfigError
 from trainer.freezing import split_groups
 from trainer.optim import UserScheduler, build_optimizer, mark_trainable, parameter_names
-from trainer.schedule import recorded_rates
+from trainer.schedule import base_learning_rates, recorded_rates
 
 
 class Model(nn.Module):
@@ -156,6 +156,22 @@ def test_a_restarted_scheduler_begins_at_the_new_rate():
     optimizer.step()
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == 4.0
+
+
+def test_a_rate_of_one_phase_is_not_the_one_that_later_phases_fall_back_on():
+    model = Model()
+    groups = ({"name": "emb", "match": ["embedding"]},)
+    settings = OptimizerConfig(
+        groups=groups, optimizer_args={"lr": 1e-3}, scheduler_class="torch.optim.lr_scheduler.ConstantLR"
+    )
+    optimizer = build_optimizer(SimpleNamespace(optimizer=settings), model, model)
+    scheduler = UserScheduler(settings, optimizer)
+    first, second = (
+        PhaseConfig(dataloader_factory="a.b", name=name, **rates)
+        for name, rates in (("one", {"lr": 0.05}), ("two", {"group_lrs": {"emb": 1e-4}}))
+    )
+    scheduler.restart(base_learning_rates(first, optimizer.param_groups))
+    assert base_learning_rates(second, optimizer.param_groups) == [1e-4, 1e-3]
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from trainer.config.schema import OptimizerConfig, RunConfig
 from trainer.dotted import resolve
 from trainer.errors import ConfigError
+from trainer.schedule import BUILT_RATE
 
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 """Optimizers of torch that step all their parameters in a few kernels where they are told to."""
@@ -51,7 +52,8 @@ def build_optimizer(
         )
     _check_coverage(optimizer, names)
     for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
+        # `initial_lr` is torch's, from which a scheduler of the user's begins: a phase's rate where one sets it.
+        group[BUILT_RATE] = group.setdefault("initial_lr", group["lr"])
     return optimizer
 
 

@@ -19,11 +19,12 @@ from trainer.errors import CheckpointError
 from trainer.freezing import split_groups
 from trainer.optim import build_optimizer, parameter_names
 from trainer.run import Run
+from trainer.schedule import BUILT_RATE
 from trainer.strategy import Strategy, group_settings
 
 _ABSENT = "not set"
 _PHASE_RATES = ("lr", "muon_lr", "adam_lr", "group_lrs")
-_NOT_SAID = ("initial_lr", "part_of")
+_NOT_SAID = ("initial_lr", BUILT_RATE, "part_of")
 """Settings that say nothing beside the others."""
 
 

@@ -7,6 +7,9 @@ from typing import Any
 from trainer.config.schema import OneCycleConfig, PhaseConfig
 from trainer.errors import ConfigError
 
+BUILT_RATE = "built_lr"
+"""Key, in a parameter group, of the learning rate that the optimizer was built with."""
+
 
 def learning_rate_factor(phase: PhaseConfig, step: int, total_steps: int | None) -> float:
     """Return the factor on the base learning rate for the step numbered `step` (from 0) of a phase's schedule.
@@ -124,9 +127,14 @@ def base_learning_rates(phase: PhaseConfig, groups: Sequence[dict[str, Any]]) ->
     rates = []
     for group in groups:
         of_kind = phase.muon_lr if group.get("use_muon") else phase.adam_lr
-        chosen = (phase.group_lrs.get(str(group.get("name"))), of_kind, phase.lr, group["initial_lr"])
+        chosen = (phase.group_lrs.get(str(group.get("name"))), of_kind, phase.lr, built_rate(group))
         rates.append(float(next(rate for rate in chosen if rate is not None)))
     return rates
+
+
+def built_rate(group: dict[str, Any]) -> float:
+    """Return the rate that a parameter group was built with, which older checkpoints have by torch's name alone."""
+    return group.get(BUILT_RATE, group["initial_lr"])
 
 
 def sets_rate(phase: PhaseConfig) -> bool:
