@@ -8,6 +8,7 @@ import pytest
 from corpora import Cells, make_cells, write_corpus
 from running import (
     comparable_records,
+    copy_until,
     final_weights,
     newest_run,
     records,
@@ -256,3 +257,51 @@ def test_a_step_reads_no_number_back_from_the_device(tmp_path, corpora, monkeypa
     optimizer = {"optimizer_args": {"lr": 0.01, "fused": True}}
     train(tmp_path, run_config(phase(corpora / "arrow", max_steps=4), optimizer=optimizer))
     assert len(num_steps) == 4 and reads.found == []
+
+
+@pytest.fixture(scope="module")
+def between_epochs(tmp_path_factory, corpora):
+    """Return the configuration of a run of two epochs and then another phase, and its run folder."""
+    first = phase(corpora / "arrow", epochs=2, arguments={"val_fraction": 0.25, "split_seed": 3})
+    config = run_config(first, phase(corpora / "arrow"))
+    return config, train(tmp_path_factory.mktemp("between"), config)
+
+
+CHANGES = {
+    "split_seed": ({"split_seed": 7}, "split_seed was 3 and is 7"),
+    "val_fraction": ({"val_fraction": 0.5}, "val_fraction was 0.25 and is 0.5"),
+    "masking": ({"masking": {"mask_ratio": 0.9, "target": "both"}}, "masking.mask_ratio was 0.3 and is 0.9"),
+    "tokenizer": ({"tokenizer": {**TOKENIZER, "max_genes": 20}}, "tokenizer.max_genes was 24 and is 20"),
+}
+
+
+def changed(config, index, change):
+    phases = [dict(each) for each in config["datasets"]]
+    phases[index]["dataloader_args"] = {**phases[index]["dataloader_args"], **change}
+    return {**config, "datasets": phases}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_phase_under_way_keeps_its_cells_between_epochs_too(tmp_path, between_epochs, change, message):
+    config, whole = between_epochs
+    copy_until(whole, 3, tmp_path)
+    with pytest.raises(CheckpointError, match=f"datasets.0.dataloader_args.{message}.*has not begun"):
+        train(tmp_path, changed(config, 0, change), resume_from="latest")
+
+
+def test_files_that_have_changed_under_a_phase_are_refused_between_epochs(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", make_cells(48, NUM_GENES, 12), NUM_GENES)
+    config = run_config(phase(corpus, epochs=2))
+    copy_until(train(tmp_path / "whole", config), 2, tmp_path)
+    shutil.rmtree(corpus)
+    write_corpus(corpus, make_cells(48, NUM_GENES, 12, seed=1), NUM_GENES)
+    with pytest.raises(CheckpointError, match="datasets.0: data was .* and is "):
+        train(tmp_path, config, resume_from="latest")
+
+
+@pytest.mark.parametrize(("index", "step"), [(0, 6), (1, 3)], ids=["that_is_over", "that_has_not_begun"])
+def test_the_data_of_another_phase_may_change(tmp_path, between_epochs, index, step):
+    config, whole = between_epochs
+    folder = copy_until(whole, step, tmp_path)
+    train(tmp_path, changed(config, index, {"split_seed": 9, "val_fraction": 0.25}), resume_from="latest")
+    assert records(folder)[-1]["phase"] == "p1"

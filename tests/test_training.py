@@ -273,6 +273,15 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_reason(saved, tmp_path,
         train(tmp_path, {**SAVED, **change}, resume_from="latest")
 
 
+def test_a_phase_behind_the_end_of_a_run_is_refused_with_the_way_to_train_it(saved, tmp_path):
+    folder = copy_until(saved, 4, tmp_path)
+    longer = {**SAVED, "datasets": [*SAVED["datasets"], {**SAVED["datasets"][0], "name": "p1"}]}
+    with pytest.raises(
+        CheckpointError, match=f"is the end of its run, .* init_from: {folder} and the phases"
+    ):
+        train(tmp_path, longer, resume_from="latest")
+
+
 def test_a_refused_resume_leaves_the_run_as_it_was(saved, tmp_path):
     folder = copy_until(saved, 4, tmp_path)
     told = {"exit_status.json", "events.jsonl", "report.html", "report.png", "run.lock"}  # of this attempt

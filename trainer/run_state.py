@@ -14,7 +14,7 @@ from trainer.averaging import drop_average
 from trainer.checkpoint import CheckpointWriter
 from trainer.checkpoint_folder import MODEL, RUN_STATE, SavedCheckpoint
 from trainer.circuit_facts import check_same_circuits, saved_circuits
-from trainer.config.load import dump_yaml
+from trainer.config.load import dump_yaml, load_saved_config
 from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError
 from trainer.optimizer_changes import find_changes, put_in_force
@@ -129,7 +129,7 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
         CheckpointError: the checkpoint belongs to another model, data, seed or batch arithmetic.
     """
     state = saved.state
-    check_trajectory(state["trajectory"], trajectory(config, run.phases), saved)
+    check_trajectory(state["trajectory"], trajectory(config, run.phases), saved, config)
     check_facts(state, saved, facts)
     tensors = open_tensors(saved, run.ranks.index if saved.world_size == run.ranks.count else None)
     check_fit(run.module.model, tensors.shapes(), str(saved.folder))
@@ -214,28 +214,60 @@ def trajectory(config: RunConfig, phases: list[Phase]) -> dict[str, Any]:
     }
 
 
-def check_trajectory(then: dict[str, Any], now: dict[str, Any], saved: SavedCheckpoint) -> None:
-    """Compare what decides the order of cells; finished phases may have changed, the current one may not."""
+def check_trajectory(
+    then: dict[str, Any], now: dict[str, Any], saved: SavedCheckpoint, config: RunConfig
+) -> None:
+    """Compare what decides which cells follow: a phase under way keeps its data, others may have changed.
+
+    Raises:
+        CheckpointError: names what differs, or says that the run has ended.
+    """
     problems = [] if then["seed"] == now["seed"] else [f"seed was {then['seed']} and is {now['seed']}"]
     progress = saved.state["progress"]
     current = progress["phase_index"]
     names_then, names_now = [[phase["name"] for phase in run["phases"]] for run in (then, now)]
     if names_then[: current + 1] != names_now[: current + 1]:
+        if current >= len(names_then):
+            raise CheckpointError(
+                f"{saved.folder} is the end of its run, whose phases were {', '.join(names_then)} and now are "
+                f"{', '.join(names_now)}; a run that has ended trains no further: start a new run from its weights, "
+                f"with init_from: {saved.folder.parent} and the phases that are to follow"
+            )
         problems.append(f"its phases were {', '.join(names_then)} and are {', '.join(names_now)}")
-    elif current < len(now["phases"]) and progress["epoch_step"] > 0:
+    elif current < len(now["phases"]) and progress["phase_step"] > 0:
         old, new = then["phases"][current], now["phases"][current]
-        problems += [
-            f"datasets.{current}: {key} was {old[key]} and is {new[key]}"
-            for key in old
-            if old[key] != new[key]
-        ]
+        # An epoch that has not begun may have other steps, but no cells that its phase has held out so far.
+        kept = old if progress["epoch_step"] > 0 else ("data",)
+        for key in (key for key in kept if old[key] != new[key]):
+            same = f"datasets.{current}: {key} was {old[key]} and is {new[key]}"
+            problems += (_changed_data(saved, config, current) if key == "data" else []) or [same]
     if problems:
         raise CheckpointError(
             f"{saved.folder} cannot be resumed with this configuration, because other cells would follow: "
             + "; ".join(problems)
             + ". Set them back (on another number of ranks, give global_batch_size instead of "
-            "gradient_accumulation_steps), or start a new run from the weights with init_from"
+            "gradient_accumulation_steps), leave other data to a phase that has not begun, or start a new run from the "
+            "weights with init_from"
         )
+
+
+def _changed_data(saved: SavedCheckpoint, config: RunConfig, index: int) -> list[str]:
+    """Name the settings of a phase's loader that have changed; none: its files have."""
+    then = load_saved_config(saved.folder / "config.yaml")
+    old, new = (each.model_dump(mode="json")["datasets"][index] for each in (then, config))
+    keys = ("dataloader_factory", "dataloader_args")
+    return [
+        difference
+        for key in keys
+        for difference in _differences(old[key], new[key], f"datasets.{index}.{key}")
+    ]
+
+
+def _differences(old: Any, new: Any, where: str) -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted({*old, *new})
+        return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{where}.{key}")]
+    return [] if old == new else [f"{where} was {_short(old)} and is {_short(new)}"]
 
 
 def check_facts(state: dict[str, Any], saved: SavedCheckpoint, facts: DataFacts) -> None:
