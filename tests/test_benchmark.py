@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import anndata
@@ -166,7 +168,7 @@ def test_results_of_steps_that_are_trained_anew_are_dropped(tmp_path, place):
     assert results_of(folder) == before
 
 
-@pytest.mark.parametrize("key", ["own_file", "result", "output", "cells", "baselines", "shared"])
+@pytest.mark.parametrize("key", ["own_file", "output", "cells", "baselines", "shared"])
 @pytest.mark.parametrize("where", ["../precious", "{tmp_path}/precious", ".."])
 @pytest.mark.parametrize("step", [0, 99])
 def test_a_request_that_names_files_elsewhere_is_passed_over(tmp_path, key, where, step, monkeypatch, capsys):
@@ -190,6 +192,34 @@ def test_a_request_that_names_files_elsewhere_is_passed_over(tmp_path, key, wher
     ScoringQueue(run, tmp_path / "run").close(wait=True)
     assert (tmp_path / "precious").exists() and (tmp_path / "run" / "precious").exists()
     assert "is nothing that a run has left there, and is passed over" in capsys.readouterr().out
+
+
+def test_a_process_that_outlived_its_run_does_not_answer_for_the_next(tmp_path, monkeypatch):
+    where = {"kind": "benchmark", "global_step": 0, "phase": "p", "phase_step": 0, "epoch": 0}
+    answers, recorded = [], []
+
+    def start(command, **options):
+        _, answer, parent = command[-3:]
+        assert parent == str(os.getpid())
+        answers.append(Path(answer))
+        # The one that was left behind by the start before: it writes where it was told to.
+        for place in [folder / "a.result.json", *answers[:-1]]:
+            place.write_text(json.dumps({**where, "error": "an orphan's"}))
+        answers[-1].write_text(json.dumps({**where, "rows": [], "notes": {}}))
+        return SimpleNamespace(poll=lambda: 0, wait=lambda: 0, returncode=0)
+
+    monkeypatch.setattr(scoring_queue.subprocess, "Popen", start)
+    folder = tmp_path / "benchmarks"
+    folder.mkdir()
+    recorder = SimpleNamespace(benchmarked=lambda record, headline: recorded.append(record))
+    run = SimpleNamespace(progress=SimpleNamespace(global_step=0), recorder=recorder)
+    for _ in range(2):
+        (folder / "a.result.json").unlink(missing_ok=True)
+        queue = ScoringQueue(run, tmp_path)
+        queue.submit("a", {**where, "own_file": "a"})
+        queue.close(wait=True)
+    assert recorded == [where, where] and answers[0] != answers[1]
+    assert json.loads((folder / "a.result.json").read_text()) == {**where, "rows": [], "notes": {}}
 
 
 def test_a_failed_benchmark_is_said_and_the_run_goes_on(tmp_path, place, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Scores of embeddings: what each benchmark measures, that every option acts, and the figures of real cells."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -336,6 +337,16 @@ def test_cells_come_back_from_their_file(tmp_path):
 def test_the_scoring_process_imports_no_torch():
     code = "import trainer.scoring.worker, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("module", ["worker", "vcc_calls"])
+def test_a_process_whose_parent_was_gone_before_it_looked_ends_at_once(tmp_path, module):
+    request, answer, gone = tmp_path / "request.json", tmp_path / "answer.json", str(os.getpid() + 1)
+    request.write_text("no request")  # a process that goes on fails with a traceback
+    paths = [str(request), str(answer), gone] if module == "worker" else [str(request), gone]
+    command = [sys.executable, "-m", f"trainer.scoring.{module}", *paths]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr, answer.exists()) == (1, "", False)
 
 
 def test_the_documentation_lists_every_option_with_its_default():

@@ -1,7 +1,8 @@
 """What rank 0 of a run has scored beside training: one process at a time, requests on disk, results as records.
 
 Requests lie in the run folder's `benchmarks/`. A result is recorded when it is there, at the latest at the end of the
-run. A request lies on disk until it is scored, so that a resumed run finds it.
+run. A request lies on disk until it is scored, so that a resumed run finds it. A process answers into a file of its own
+in `benchmarks/scratch/`: one that outlives its run for a moment cannot answer for the next.
 """
 
 import json
@@ -25,7 +26,7 @@ BENCHMARK, SCORE = "benchmark", "score"
 """Kinds of requests, and of their records: of embeddings, and of predicted cells."""
 _MODEL = "model"
 _WHERE = ("kind", "global_step", "phase", "phase_step", "epoch")
-_FILES = ("own_file", "result", "output", "cells", "baselines", "shared")
+_FILES = ("own_file", "output", "cells", "baselines", "shared")
 """What names files of the queue's folder."""
 _HEADLINES = {
     "linear_probe": "accuracy",
@@ -44,7 +45,8 @@ class ScoringQueue:
         self._run = run
         self.folder = folder / FOLDER
         self._metrics = folder / "metrics.jsonl"
-        self._worker: tuple[subprocess.Popen[bytes], Path] | None = None
+        self._worker: tuple[subprocess.Popen[bytes], Path, Path] | None = None
+        """The process under way, its request, and the file in which it answers."""
         self._waiting: list[Path] = []
         self._notes: dict[str, list[str]] = {}
         # A resumed run may hold other cells out: what it describes does not replace what is still being scored.
@@ -66,32 +68,20 @@ class ScoringQueue:
         The request holds `kind`, the position in the run, `own_file`, and what `trainer.scoring.worker` needs.
         """
         path = self.folder / f"{name}.request.json"
-        replace_text(path, json.dumps({**request, "result": f"{name}.result.json"}, indent=2) + "\n")
+        replace_text(path, json.dumps(request, indent=2) + "\n")
         self._waiting.append(path)
         self.poll()
 
     def poll(self) -> None:
         """Record what has been scored, and start on what comes next."""
         if self._worker is not None:
-            process, request = self._worker
+            process, request, answer = self._worker
             if process.poll() is None:
                 return
             self._worker = None
-            self._finish(request, process.returncode)
+            self._finish(request, answer, process.returncode)
         if self._waiting:
-            request = self._waiting.pop(0)
-            scratch = self._clear_scratch()
-            scratch.mkdir()
-            with open(request.with_name("worker.log"), "ab") as log:
-                search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
-                process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "trainer.scoring.worker", str(request)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, "PYTHONPATH": search_path, "TMPDIR": str(scratch.absolute())},
-                )
-            self._worker = process, request
+            self._start(self._waiting.pop(0))
 
     def close(self, *, wait: bool) -> None:
         """Wait for what is still to be scored, or leave it to the next start of the run."""
@@ -140,20 +130,36 @@ class ScoringQueue:
         self._waiting = [path for path in self._waiting if not _result_of(path).exists()]
         self.poll()
 
+    def _start(self, request: Path) -> None:
+        scratch = self._clear_scratch()
+        scratch.mkdir(exist_ok=True)  # a process that a killed run left behind may still write there
+        answer = scratch / f"{secrets.token_hex(8)}.json"
+        with open(request.with_name("worker.log"), "ab") as log:
+            search_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            arguments = [str(request), str(answer), str(os.getpid())]
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "trainer.scoring.worker", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": search_path, "TMPDIR": str(scratch.absolute())},
+            )
+        self._worker = process, request, answer
+
     def _clear_scratch(self) -> Path:
         """Remove what a process that was killed left of its temporary files, and return where they go."""
         scratch = self.folder / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         return scratch
 
-    def _finish(self, request: Path, exit_code: int) -> None:
-        result, asked = _result_of(request), json.loads(request.read_text())
-        if result.exists():
-            told = json.loads(result.read_text())
+    def _finish(self, request: Path, answer: Path, exit_code: int) -> None:
+        asked = json.loads(request.read_text())
+        if answer.exists():
+            told = json.loads(answer.read_text())
         else:
             told = {key: asked[key] for key in _WHERE}
             told["error"] = f"the process ended with exit code {exit_code} and left no result"
-            replace_text(result, json.dumps(told, indent=2) + "\n")
+        replace_text(_result_of(request), json.dumps(told, indent=2) + "\n")
         self._record(told)
         request.unlink(missing_ok=True)
         (self.folder / asked["own_file"]).unlink(missing_ok=True)

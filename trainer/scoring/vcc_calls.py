@@ -1,7 +1,8 @@
-"""The process that runs cell-eval or cell-eval2: `python -m trainer.scoring.vcc_calls CALLS.json`.
+"""The process that runs cell-eval or cell-eval2: `python -m trainer.scoring.vcc_calls CALLS.json PARENT`.
 
 It gives the program's own `main` one command line after the other, as a shell would, in one process, because the first
-run of each process spends most of its time on compiling. What a call prints goes into a file of its own.
+run of each process spends most of its time on compiling. What a call prints goes into a file of its own. PARENT is the
+process id of the one that started it, with which it ends.
 """
 
 import importlib
@@ -19,7 +20,7 @@ from trainer.scoring.parent import end_with_parent
 
 def main(argv: list[str]) -> int:
     """Run the calls of a file, and write beside it how each one ended."""
-    end_with_parent()
+    end_with_parent(int(argv[1]))
     path = Path(argv[0])
     request = json.loads(path.read_text())
     package, name = request["main"].split(":")

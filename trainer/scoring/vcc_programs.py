@@ -204,7 +204,7 @@ def _run_process(request: Path, program: str, timeout_seconds: float) -> tuple[i
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer.scoring.vcc_calls", str(request)],
+        [sys.executable, "-m", "trainer.scoring.vcc_calls", str(request), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,6 +1,8 @@
-"""The process that scores embeddings and predictions beside a training run: `python -m trainer.scoring.worker REQUEST`.
+"""The process that scores beside a training run: `python -m trainer.scoring.worker REQUEST ANSWER PARENT`.
 
-It imports no torch for embeddings, obeys the process that started it alone, and ends with it.
+It imports no torch for embeddings, obeys the process that started it alone, and ends with it. ANSWER is the file that
+it writes, a new one for each start, so that one which outlives its run for a moment answers nobody else; PARENT is the
+process id of the one that started it.
 """
 
 import json
@@ -29,7 +31,7 @@ _NICE = 5
 
 def main(argv: list[str]) -> int:
     """Score what a request file names and write its result, or why there is none."""
-    _obey_parent()
+    _obey_parent(int(argv[2]))
     request_path = Path(argv[0])
     request = json.loads(request_path.read_text())
     folder = request_path.parent
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     except Exception as error:
         traceback.print_exc()
         result["error"] = f"{type(error).__name__}: {error}"
-    replace_text(folder / request["result"], json.dumps(result, indent=2) + "\n")
+    replace_text(argv[1], json.dumps(result, indent=2) + "\n")
     return 1 if "error" in result else 0
 
 
@@ -81,12 +83,12 @@ def _baselines(path: Path, specs: list[Spec], cells: Cells) -> Results:
     return found
 
 
-def _obey_parent() -> None:
+def _obey_parent(parent: int) -> None:
     """Let signals to a launcher's processes pass, and end when the parent is gone."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     os.nice(_NICE)
-    end_with_parent()
+    end_with_parent(parent)
 
 
 if __name__ == "__main__":
