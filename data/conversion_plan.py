@@ -13,7 +13,7 @@ import numpy as np
 from data.cell_rows import BadValueError, ValueKind, ValueVerdict, exact_counts, exact_lognorm, judge_values
 from data.conversion import FILE_LABEL, ConversionPlan, SourcePlan, bad_value
 from data.errors import DataError, listed
-from data.gene_vocabulary import gene_vocabulary
+from data.gene_vocabulary import gene_vocabulary, that_would_match
 from data.genes import GeneSpace, SourceGenes, combine_genes, common_key, match_genes
 from data.h5ad import PREFERRED_MATRICES, H5adFile, layers_of_counts, matrix_name
 from data.h5ad_matrix import CscMatrix
@@ -27,6 +27,8 @@ OBS_DEFAULTS = {
 """Obs columns that are taken where a file has them and --obs does not say otherwise."""
 MAX_CLASSES = 100_000
 MAX_SOURCES = 2**15
+_SOME_MATCH = 0.05
+"""Share of matched genes under which names agree by accident, so that a lower threshold is no advice."""
 DEFAULT_CONTROL_LABEL = "non-targeting"
 _LIKE_CONTROL = re.compile(
     r"control|ctrl|negative|non.?targ|scramble|\bntc?\b|dmso|vehicle|untreated|mock", re.IGNORECASE
@@ -304,13 +306,16 @@ def match_source(space: GeneSpace, genes: SourceGenes, settings: ConversionSetti
     if matched == 0:
         raise DataError(
             f"{genes.where}: no gene in common with the gene space: it names them like "
-            f"{', '.join(names[:3])}, the gene space like {', '.join(space.ids[:3])}; name the right column of "
-            "var with --gene-column, or give --genes a table with the columns id,symbol"
+            f"{', '.join(names[:3])}, the gene space like {', '.join(space.ids[:3])}; {_other_genes(genes)}name the "
+            "right column of var with --gene-column, or give --genes a table with the columns id,symbol"
         )
     if settings.genes != "intersection" and share < settings.min_match:
+        other = _other_genes(genes)
+        is_some = share >= _SOME_MATCH and not other
+        lower = "; if so few are right, lower it with --min-match" if is_some else ""
         raise DataError(
             f"{genes.where}: {account}: {share:.1%} of the {possible:,} possible, under the threshold of "
-            f"{settings.min_match:.0%}; lower it with --min-match, or name another column with --gene-column"
+            f"{settings.min_match:.0%}; {other}name another column with --gene-column{lower}"
         )
     say(f"{genes.where}: {account} ({share:.1%} of the possible; refused under {settings.min_match:.0%})")
     if key != space.key:
@@ -329,6 +334,12 @@ def match_source(space: GeneSpace, genes: SourceGenes, settings: ConversionSetti
     for notice in genes.notices():
         say(notice)
     return genes.by_column(remap)
+
+
+def _other_genes(genes: SourceGenes) -> str:
+    """Advise the vocabulary that a source's genes are of, where there is one."""
+    found = that_would_match(genes)
+    return f"{found}: take that if the cells are of this organism, or " if found else ""
 
 
 def parse_obs(requests: Sequence[str]) -> dict[str, str]:

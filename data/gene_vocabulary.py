@@ -7,9 +7,11 @@ The tables are GENCODE's genes (release 48 for human, M37 for mouse) with Ensemb
 import functools
 from pathlib import Path
 
+import numpy as np
+
 from data.errors import DataError
 from data.gene_tables import read_table
-from data.genes import GeneSpace, read_gene_list
+from data.genes import GeneSpace, SourceGenes, match_genes, read_gene_list
 
 VOCABULARIES = ("human_protein_coding", "human_all", "mouse_protein_coding", "mouse_all")
 FROM_DATA = "from_data"
@@ -47,6 +49,17 @@ def shipped_vocabulary(name: str) -> GeneSpace:
     species, _, selection = name.partition("_")
     genes = [gene for gene in read_table(species) if selection == "all" or gene.biotype == "protein_coding"]
     return GeneSpace(tuple(gene.id for gene in genes), tuple(gene.symbol for gene in genes), key="ensembl_id")
+
+
+def that_would_match(genes: SourceGenes, least: float = 0.5) -> str:
+    """Say which vocabularies hold at least this share of a source's genes, to tell a wrong organism; empty for none."""
+    found = []
+    for name in VOCABULARIES:
+        space = shipped_vocabulary(name)
+        share = np.count_nonzero(match_genes(space, genes)[0] >= 0) / min(len(genes), len(space))
+        if share >= least:
+            found.append(f"{name} would match {share:.1%}")
+    return ", ".join(found)
 
 
 def _of_folder(folder: Path) -> GeneSpace:

@@ -12,7 +12,8 @@ from scipy import sparse
 from data.cell_rows import BadValueError, ValueVerdict, judge_values, sum_rows
 from data.errors import DataError
 from data.exported import ExportedTokenizer
-from data.genes import NOT_A_GENE, match_genes
+from data.gene_vocabulary import that_would_match
+from data.genes import NOT_A_GENE, SourceGenes, match_genes
 from data.h5ad import PREFERRED_MATRICES, H5adFile, layers_of_counts, matrix_name
 from data.h5ad_matrix import CscMatrix, Matrix, MatrixChunk
 
@@ -59,7 +60,7 @@ class H5adCells:
             genes = self.file.genes(self.matrix_name, gene_column)
             index, key = match_genes(tokenizer.gene_space, genes)
             self.remap = genes.by_column(index)
-            self.account = self._check_match(genes.where, genes.names(key), key, min_match)
+            self.account = self._check_match(genes, key, min_match)
             for line in (self.account, *genes.notices()):
                 say(line)
             self._is_gene = self.remap != NOT_A_GENE
@@ -158,9 +159,9 @@ class H5adCells:
         matrix.transpose_to(path)
         return matrix.open_transposed(path)
 
-    def _check_match(self, where: str, names: tuple[str, ...], key: str, min_match: float) -> str:
+    def _check_match(self, genes: SourceGenes, key: str, min_match: float) -> str:
         """Return the account of matched genes; refuse too few."""
-        space = self.tokenizer.gene_space
+        where, names, space = genes.where, genes.names(key), self.tokenizer.gene_space
         matched = int((self.remap >= 0).sum())
         lacking = len(space) - len(np.unique(self.remap[self.remap >= 0]))
         account = f"{where}: {matched:,} of {len(names):,} genes are the model's, by {key}"
@@ -168,15 +169,21 @@ class H5adCells:
             raise DataError(
                 f"{where}: no gene in common with the model: the file names them like "
                 f"{', '.join(names[:3])}, the model like {', '.join(space.ids[:3])}; name the right column of var "
-                "with --gene-column"
+                f"with --gene-column{_organism(genes)}"
             )
         if matched < min_match * min(len(names), len(space)):
-            raise DataError(f"{account}, fewer than --min-match {min_match:g} asks for")
+            raise DataError(f"{account}, fewer than --min-match {min_match:g} asks for{_organism(genes)}")
         if lacking:
             missing = np.setdiff1d(np.arange(len(space)), self.remap)[:_NAMES_SHOWN]
             shown = ", ".join(space.ids[index] for index in missing)
             account += f"; it lacks {lacking:,} of the model's {len(space):,}, such as {shown}"
         return account
+
+
+def _organism(genes: SourceGenes) -> str:
+    """Say which vocabularies the genes of a file are of, which may not be the model's."""
+    found = that_would_match(genes)
+    return f"; are its cells of the model's organism? Of the gene vocabularies, {found}" if found else ""
 
 
 def _choose_matrix(file: H5adFile, layer: str, value_kind: str, say: Say) -> str:

@@ -474,6 +474,28 @@ def test_too_few_matched_genes_are_refused(tmp_path, capsys, cells):
     assert convert(cells, "--output", tmp_path / "c", "--genes", genes, "--min-match", 0.3) == 0
 
 
+MOUSE = ["Gnai3", "Lhx2", "Cdc45", "Scml2", "Apoh", "Narf", "Cav2", "Klf6", "Scmh1", "Cox5a"]
+
+
+@pytest.mark.parametrize("human", [[], ["TP53"], ["TP53", "BRCA1"]])
+def test_genes_of_another_organism_are_recognised(tmp_path, capsys, human):
+    names = [*MOUSE, *human]
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(10, len(names)), genes=names)
+    message = fails(capsys, path, "--output", tmp_path / "c", "--genes", "human_protein_coding")
+    share = f"{10 / len(names):.1%}"
+    assert f"mouse_protein_coding would match {share}, mouse_all would match {share}: take that" in message
+    assert "--min-match" not in message
+    assert convert(path, "--output", tmp_path / "c", "--genes", "mouse_protein_coding") == 0
+
+
+def test_a_lower_threshold_is_no_advice_where_nearly_nothing_matches(tmp_path, capsys):
+    names = ["TP53", *(f"STRANGE{number}" for number in range(39))]
+    path = write_h5ad(tmp_path / "a.h5ad", random_counts(10, 40), genes=names)
+    message = fails(capsys, path, "--output", tmp_path / "c", "--genes", "human_protein_coding")
+    assert "1 of 40 genes matched by symbol: 2.5%" in message
+    assert message.endswith("name another column with --gene-column")
+
+
 def test_the_gene_column_is_the_users_choice(tmp_path, capsys):
     assert convert(TENX, "--output", tmp_path / "c", "--gene-column", "index") == 0
     assert open_corpus(tmp_path / "c").gene_space.key == "symbol"

@@ -164,6 +164,9 @@ def test_a_file_without_a_common_gene_is_refused(place, tmp_path, cells, capsys)
     path = write_h5ad(tmp_path / "other.h5ad", cells, genes=[f"OTHER{index}" for index in range(NUM_GENES)])
     assert embed(place, path, tmp_path / "out.h5ad") == 2
     assert "no gene in common with the model: the file names them like OTHER0" in capsys.readouterr().err
+    path = write_h5ad(tmp_path / "human.h5ad", cells[:, :3], genes=["TP53", "BRCA1", "ACTB"])
+    assert embed(place, path, tmp_path / "out.h5ad") == 2
+    assert "cells of the model's organism? Of the gene vocabularies, human_" in capsys.readouterr().err
     assert not (tmp_path / "out.h5ad").exists()
 
 
