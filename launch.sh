@@ -9,7 +9,7 @@
 # Start a training on a workstation, on several nodes, or as a SLURM job; docs/clusters.md says how.
 #
 # Between the ranks and this script stands a folder, trainer/control.py: each rank leaves rank<N>.runs.<process id>
-# there, which at its end becomes rank<N>.exited.<exit code>; the script leaves `preempt`. So a signal reaches the ranks
+# there, which at its end becomes rank<N>.exited.<exit code>; the script leaves preempt.<its signal>. So a signal reaches the ranks
 # themselves and their exit codes come back, neither of which a launcher passes on.
 
 if [ -z "${BASH_VERSION:-}" ] || [ "${BASH_VERSINFO[0]}" -lt 4 ]; then
@@ -357,9 +357,14 @@ live_ranks() {
     done
 }
 
-# Ask the ranks for a checkpoint and an end. The file comes first: a rank that starts later finds it.
+is_asked() {
+    compgen -G "$control/preempt.*" >/dev/null
+}
+
+# Ask the ranks for a checkpoint and an end, because of $1; the first reason stands. The file comes before the signals:
+# a rank that starts later finds it, and those that are told by SIGTERM what this script was told itself.
 ask_ranks() {
-    : >"$control/preempt"
+    is_asked || : >"$control/preempt.$1"
     local pid pids
     pids=$(live_ranks)
     for pid in $pids; do
@@ -387,10 +392,10 @@ on_node_signal() {
             return
         fi
     fi
-    if [[ ! -e $control/preempt ]]; then
+    if ! is_asked; then
         say "SIG$1: asks the ranks for a checkpoint and waits for them"
     fi
-    ask_ranks
+    ask_ranks "SIG$1"
 }
 
 # Start a command out of the reach of what the terminal or SLURM sends to process groups. A launcher that SLURM
@@ -461,7 +466,7 @@ wait_for_begin() {
     trap '' TERM USR1 HUP INT
     while sleep 1 && [[ -d $control ]] && ! compgen -G "$control/rank*" >/dev/null; do
         second=$((second + 1))
-        if [[ -e $control/preempt ]] && ((++asked > BEGIN_SECONDS)); then
+        if is_asked && ((++asked > BEGIN_SECONDS)); then
             say "no rank has begun, so there is nothing to save: ends"
             kill_all
             return
@@ -511,7 +516,7 @@ wait_for_ranks() {
     pids=$(live_ranks)
     if [[ -n $pids ]]; then
         say "the launcher is gone (exit code $code) and ranks still run: asks them for a checkpoint"
-        ask_ranks
+        ask_ranks "the end of the launcher"
     fi
     while pids=$(live_ranks) && [[ -n $pids ]]; do
         if ((SECONDS >= end)); then
@@ -548,7 +553,7 @@ answer() {
         result=$INTERRUPTED
     elif [[ $codes =~ ^\ ($PREEMPTED\ )+$ ]]; then
         result=$PREEMPTED
-    elif [[ $codes == " " && -e $control/preempt ]]; then
+    elif [[ $codes == " " ]] && is_asked; then
         result=$PREEMPTED # before any rank began
     elif ((code > 128)) && [[ $codes =~ ^\ (0\ )+$ ]]; then
         result=0 # the launcher was killed, and its ranks finished all the same
@@ -571,7 +576,7 @@ build_slurm_command() {
         ${trainer_arguments[@]+"${trainer_arguments[@]}"})
 }
 
-# Signal launch.sh on every node, and nothing else there. srun would pass SIGUSR1 to every process of the step, also
+# Signal launch.sh on every node with SIG$1, and nothing else there. srun would pass SIGUSR1 to every process of the step, also
 # to those that load data, which die of it; and SIGTERM would make it kill them all.
 # shellcheck disable=SC2329  # called by a trap
 tell_nodes() {
@@ -580,15 +585,17 @@ tell_nodes() {
 found=1
 for file in $(grep -lzxsF "CELLPHASE_SLURM_NODE=$SLURM_JOB_ID" /proc/[0-9]*/environ); do
     file=${file#/proc/}
-    kill -USR1 "${file%/environ}" 2>/dev/null && found=0
+    kill "-$1" "${file%/environ}" 2>/dev/null && found=0
 done
-exit "$found"' </dev/null
+exit "$found"' - "$1" </dev/null
 }
 
 # shellcheck disable=SC2329  # called by a trap
 on_job_signal() {
+    local name=$1
     signalled=1
     if [[ $1 == INT ]]; then
+        name=TERM # the nodes may have been started with SIGINT ignored
         interrupts=$((interrupts + 1))
         if ((interrupts > 1)); then
             say "interrupted twice: ends at once, without a checkpoint"
@@ -597,7 +604,7 @@ on_job_signal() {
         fi
     fi
     say "SIG$1: asks all nodes for a checkpoint and waits for them"
-    if ! tell_nodes; then
+    if ! tell_nodes "$name"; then
         say "the nodes could not be told by a step of their own; SIGUSR1 goes to the whole step instead"
         kill -USR1 "$child" 2>/dev/null
     fi
@@ -658,8 +665,12 @@ find_role() {
 }
 
 main() {
+    local name
     early=''
-    trap 'early=TERM' TERM USR1 HUP
+    for name in TERM USR1 HUP; do
+        # shellcheck disable=SC2064  # the name is to be expanded here
+        trap "early=$name" "$name"
+    done
     find_repository
     parse_command_line "$@"
     find_role

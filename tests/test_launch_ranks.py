@@ -1,6 +1,7 @@
 """The processes that a run is for: what is refused, what is said, and ranks that a command starts itself."""
 
 import errno
+import json
 import os
 import signal
 import sys
@@ -188,8 +189,9 @@ def test_a_request_to_end_reaches_the_started_ranks_and_they_go_on_afterwards(tm
         while not list(tmp_path.glob("runs/*/metrics.jsonl")):
             assert time.monotonic() < deadline, "the ranks did not begin to train"
             time.sleep(0.1)
-        group.processes[0].send_signal(signal.SIGTERM)
+        group.processes[0].send_signal(signal.SIGUSR1)
         group.wait(90, 75)
+    assert json.loads((newest_run(tmp_path) / "exit_status.json").read_text())["reason"].startswith("SIGUSR1")
     run_command(["python", "-m", "trainer", "train", "--config", path, "resume_from=auto"], env=ENVIRONMENT)
     # Two global batches of 24 cells an epoch, each once.
     assert [record["global_step"] for record in records(newest_run(tmp_path))] == list(range(1, 81))

@@ -35,8 +35,7 @@ if os.environ.get("DATA_WORKER"):
     worker = subprocess.Popen(["sleep", "60"])
 runs = control / f"rank{rank}.runs.{os.getpid()}"
 runs.touch()
-if (control / "preempt").exists():
-    asked.append("preempt")
+asked += control.glob("preempt.*")
 write(notes / f"arguments{rank}.json", json.dumps(sys.argv[1:]))
 sys.stdout.write(f"rank {rank} runs" + chr(10))  # one write: the ranks share the output
 sys.stdout.flush()
@@ -66,7 +65,8 @@ sys.path.insert(0, {str(ROOT)!r})
 from trainer import control, preemption
 preemption.install()
 control.note_run_folder(os.environ["NOTES"])
-print("rank", os.environ.get("RANK", "0"), "runs", flush=True)
+sys.stdout.write(f"rank {{os.environ.get('RANK', '0')}} runs" + chr(10))
+sys.stdout.flush()
 while (request := preemption.request()) is None:
     time.sleep(0.02)
 if os.environ.get("FILL"):
@@ -74,6 +74,8 @@ if os.environ.get("FILL"):
         Path(os.environ["TMPDIR"], "filling").write_bytes(bytes(10**7))
     except OSError as error:
         print(error.strerror, flush=True)
+sys.stdout.write(f"asked by {{request}}" + chr(10))
+sys.stdout.flush()
 control.leave_exit(75, f"{{request}} at step 42")
 sys.exit(75)
 """
@@ -573,6 +575,19 @@ def test_a_signal_reaches_every_rank_and_waits_longer_than_the_launcher_would(pl
     assert not list(place.temporary.iterdir())
 
 
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_the_ranks_learn_which_signal_the_script_was_sent(place, name):
+    (place.root / "trainer" / "train.py").write_text(TALKING_RANK)
+    with place.start("my runs/first.yml", env=TWO) as group:
+        group.wait_for("rank 0 runs")
+        group.wait_for("rank 1 runs")
+        group.processes[0].send_signal(getattr(signal, name))
+        group.wait_for("asks the ranks")
+        group.processes[0].send_signal(signal.SIGTERM)
+        output = group.wait(30, expect=75).stdout
+    assert output.count(f"asked by {name}") == 2
+
+
 def test_a_signal_before_the_ranks_are_up_is_not_lost(place):
     with place.start("my runs/first.yml", env={**TWO, "LAUNCHER_SECONDS": "1"}) as group:
         group.wait_for("launcher")
@@ -689,6 +704,13 @@ def test_a_signal_to_the_batch_script_ends_all_nodes_with_a_checkpoint_and_reque
         group.processes[0].send_signal(getattr(signal, name))
         assert group.wait(30, expect=75).stdout.count("ends with 75") == 4
     assert (place.notes / "requeued").read_text() == "41234\n"
+
+
+def test_the_nodes_of_a_job_learn_which_signal_it_was_sent(place):
+    with start_job(place) as group:
+        group.processes[0].send_signal(signal.SIGHUP)
+        output = group.wait(30, expect=75).stdout
+    assert output.count("launch.sh: SIGHUP: asks the ranks") == 2
 
 
 def test_an_srun_that_starts_no_second_step_passes_the_signal_on(place):

@@ -229,7 +229,7 @@ def test_a_run_asked_to_end_before_its_folder_exists_ends_at_once(tmp_path, by):
     control = tmp_path / "control"
     control.mkdir()
     if by == "preempt":
-        (control / "preempt").touch()
+        (control / "preempt.SIGUSR1").touch()
     environment = {"CELLPHASE_CONTROL": str(control), "TOY_PAUSE": "building:1:1"}
     with start(1, tmp_path, configuration(1), env=environment) as group:
         group.wait_for("toy: building")
@@ -238,6 +238,7 @@ def test_a_run_asked_to_end_before_its_folder_exists_ends_at_once(tmp_path, by):
         output = end(group)
     account = json.loads((control / "rank0.exit.json").read_text())
     assert account["exit_code"] == 75 and account["run_folder"] is None
+    assert account["reason"].startswith("SIGTERM" if by == "signal" else "SIGUSR1")
     assert (
         "before its run folder was made" in account["reason"] and "before its run folder was made" in output
     )

@@ -1,10 +1,10 @@
 """The folder through which a launch script and the ranks of its node talk, named by CELLPHASE_CONTROL.
 
 The script reads process ids there to signal the ranks themselves, because launchers do not pass every signal on,
-and leaves `preempt` there first, for a rank that starts later. Each rank says at its end how it ended, because
-launchers turn every failure into 1. What decides stands in the names of empty files, which a full disk still takes:
-`rank<rank>.runs.<process id>` becomes `rank<rank>.exited.<exit code>`. Why a rank ended is in `rank<rank>.exit.json`,
-for people. Without the variable nothing here does anything.
+and leaves `preempt.<its own signal>` there first, for a rank that starts later and for what is said of the end. Each
+rank says at its end how it ended, because launchers turn every failure into 1. What decides stands in the names of
+empty files, which a full disk still takes: `rank<rank>.runs.<process id>` becomes `rank<rank>.exited.<exit code>`. Why
+a rank ended is in `rank<rank>.exit.json`, for people. Without the variable nothing here does anything.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from pathlib import Path
 from trainer.atomicfile import replace_text
 
 VARIABLE = "CELLPHASE_CONTROL"
+_REQUEST = "preempt."
 
 _run_folder: str | None = None
 _has_left_exit = False
@@ -31,9 +32,20 @@ def write_process_id() -> None:
         _running().touch()
 
 
-def asks_to_stop() -> bool:
-    """Tell whether the launch script asks for a checkpoint and an end."""
-    return has_folder() and (_folder() / "preempt").exists()
+def request() -> str | None:
+    """Return what made the launch script ask for a checkpoint and an end, None while it does not."""
+    if not has_folder():
+        return None
+    try:
+        names = sorted(os.listdir(_folder()))
+    except OSError:  # the script is gone, and its folder with it
+        return None
+    return next((name.removeprefix(_REQUEST) for name in names if name.startswith(_REQUEST)), None)
+
+
+def ask(folder: Path, why: str) -> None:
+    """Ask the ranks of a control folder for a checkpoint and an end, also those that start later."""
+    (folder / f"{_REQUEST}{why}").touch()
 
 
 def note_run_folder(folder: str | Path) -> None:

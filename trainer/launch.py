@@ -179,9 +179,9 @@ def _wait(ranks: list[subprocess.Popen[bytes]], folder: Path) -> None:
             time.sleep(_POLL_SECONDS)
         except KeyboardInterrupt:  # the terminal has told the ranks as well
             failed_at = failed_at or time.monotonic()
-        if preemption.request() is not None and not is_told:
+        if not is_told and (request := preemption.request()) is not None:
             is_told = True
-            (folder / "preempt").touch()  # for a rank that has no handlers yet
+            control.ask(folder, request)
             for process in ranks:
                 if process.poll() is None:
                     process.send_signal(signal.SIGTERM)

@@ -46,8 +46,8 @@ def install() -> None:
     if any(name in os.environ for name in LAUNCHER_VARIABLES):
         _launcher = os.getppid()
     control.write_process_id()
-    if control.asks_to_stop():
-        _received.append("a request of the launch script")
+    if (asked := control.request()) is not None:
+        _received.append(asked)
 
 
 def uninstall() -> None:
@@ -71,7 +71,8 @@ def request(limit_seconds: float | None = None) -> str | None:
         limit_seconds: How long the process may run; None: as long as it likes.
     """
     if _received:
-        return _received[0]
+        # The launch script says SIGTERM to its ranks, whatever it was told itself.
+        return control.request() or _received[0]
     if _launcher is not None and os.getppid() != _launcher:
         return "the end of the launcher"
     if limit_seconds is not None and running_seconds() >= limit_seconds:
