@@ -1,13 +1,19 @@
 import csv
+import json
 import math
 import random
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from launching import ROOT, start_ranks
+from running import toy, train, write_config
 
+from trainer.activity import Activity
 from trainer.errors import ConfigError, UserError
 from trainer.trackers import Trackers, build_trackers, check_trackers, namespaced_scalars
 
@@ -162,6 +168,140 @@ def test_wandb_without_a_key_records_offline_and_goes_on_with_the_same_run(tmp_p
     assert b"validation/loss" in files[0].read_bytes() and b"train/loss" in files[-1].read_bytes()
 
 
+class StandIn(BaseHTTPRequestHandler):
+    """W&B's server as far as a run needs it; `status` is what it answers with."""
+
+    status = 200
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        project = {"id": "p", "name": "atlas", "entity": {"id": "e", "name": "lab"}}
+        bucket = {"id": "b", "name": "run1", "displayName": "test", "historyLineCount": 0, "project": project}
+        content = {"data": {"upsertBucket": {"bucket": bucket, "inserted": True}}}
+        if self.status != 200:
+            content = {"errors": [{"message": f"status {self.status}"}], "data": None}
+        text = json.dumps(content).encode()
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.fixture
+def wandb_server(monkeypatch, no_wandb_key):
+    """A stand-in for W&B's server, and an environment with a key and little patience for it."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(StandIn, "status", 200)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("WANDB_FINISH_TIMEOUT", "1")
+        yield StandIn
+        server.shutdown()
+
+
+@pytest.mark.parametrize("trouble", ["no server", "overloaded"])
+def test_a_wandb_server_that_cannot_be_reached_does_not_end_the_run(
+    tmp_path, capsys, monkeypatch, wandb_server, trouble
+):
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    if trouble == "no server":
+        monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    wandb_server.status = 503
+    trackers = build(tmp_path, Spec("wandb", {"project": "atlas", "mode": "online"}))
+    log_all(trackers, training(1))
+    said = capsys.readouterr().out
+    assert "waiting 1 s at most" in said and "CANNOT BE REACHED" in said
+    assert f"`wandb sync {tmp_path}/wandb/offline-run-" in said
+    sys.modules["wandb"].teardown()
+    assert b"train/loss" in next((tmp_path / "wandb").glob("offline-run-*/*.wandb")).read_bytes()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wandb_server_that_refuses_is_a_mistake(tmp_path, wandb_server, status):
+    wandb_server.status = status
+    with pytest.raises(UserError, match=f"could not start a run: .*{status}.*; check the API key, project"):
+        build(tmp_path, "wandb")
+    assert not list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_other_ranks_do_not_wait_for_wandb_until_their_timeout(tmp_path, capsys, monkeypatch, wandb_server):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    trackers = build_trackers([Spec("wandb")], tmp_path, "test", {}, timeout_seconds=4)
+    trackers.finish(0)
+    assert "waiting 1 s at most" in capsys.readouterr().out
+
+
+def test_a_wandb_server_that_is_lost_does_not_hold_up_the_end(tmp_path, capsys, wandb_server):
+    trackers = build(tmp_path, "wandb")
+    log(trackers, training(1))
+    wandb_server.status = 503
+    log(trackers, training(2))
+    trackers.finish(0)
+    said = capsys.readouterr().out
+    assert "CANNOT BE REACHED" not in said
+    assert f"not everything was uploaded within 1 s of the end; `wandb sync {tmp_path}/wandb/run-" in said
+
+
+class BrokenRun:
+    """A run of W&B's whose own process is gone."""
+
+    offline, url, id = False, None, "x"
+
+    def __init__(self, folder):
+        self.dir = f"{folder}/wandb/run-x/files"
+
+    def log(self, values, step):
+        raise ConnectionResetError("Connection lost")
+
+
+@pytest.mark.usefixtures("no_wandb_key")
+def test_wandb_that_breaks_is_said_once_and_left(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("wandb.init", lambda **settings: BrokenRun(tmp_path))
+    trackers = build(tmp_path, "csv", "wandb")
+    log_all(trackers, training(1), training(2))
+    said = capsys.readouterr().out
+    assert said.count("W&B: lost (ConnectionResetError: Connection lost); the run goes on without it") == 1
+    assert len(read_csv(tmp_path)) == 2
+
+
+def test_ranks_that_wait_for_a_tracker_say_so(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(Activity, "move_on", lambda self: said.append(self.now))
+    train(tmp_path, toy(), trackers=["csv"])
+    first = said.index(("starting the trackers (csv)", 0, False))
+    assert said[first + 1] == ("waiting for rank 0's trackers", 0, True)
+
+
+def start_two_ranks(tmp_path, **changes):
+    trackers = ["csv", {"name": "wandb", "mode": "online"}]
+    path = write_config(tmp_path, toy({"max_steps": 2}), trackers=trackers, **changes)
+    env = {"PYTHONPATH": str(ROOT / "tests"), "WANDB_ERROR_REPORTING": "false"}
+    return start_ranks(2, [ROOT / "trainer" / "train.py", "--config", path], env=env)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_without_a_wandb_server(tmp_path, monkeypatch, wandb_server):
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    with start_two_ranks(tmp_path, distributed_timeout_seconds=20) as group:
+        output = group.wait(expect=0).stdout
+    assert "waiting 5 s at most" in output and output.count("CANNOT BE REACHED") == 1
+
+
+@pytest.mark.slow
+def test_every_rank_ends_with_2_where_wandb_refuses(tmp_path, wandb_server):
+    wandb_server.status = 401
+    with start_two_ranks(tmp_path) as group:
+        output = group.wait(expect=2).stdout
+        assert [process.returncode for process in group.processes] == [2, 2]
+    assert "could not start a run" in output and "Traceback" not in output
+
+
 @pytest.mark.parametrize("source", ["environment", "netrc"])
 def test_a_wandb_key_is_found(monkeypatch, tmp_path, source):
     from trainer.trackers import _has_wandb_key
@@ -175,6 +315,16 @@ def test_a_wandb_key_is_found(monkeypatch, tmp_path, source):
         (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password k\n")
         (tmp_path / ".netrc").chmod(0o600)
     assert _has_wandb_key("https://api.wandb.ai")
+
+
+@pytest.mark.usefixtures("no_wandb_key")
+def test_a_wandb_key_is_looked_for_under_the_server_of_the_environment(tmp_path, capsys, monkeypatch):
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1:9 login user password " + "0" * 40 + "\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr("wandb.init", lambda **settings: BrokenRun(tmp_path))
+    build(tmp_path, "wandb")
+    assert "no API key" not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("no_wandb_key")

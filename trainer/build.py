@@ -198,12 +198,7 @@ def begin(run: Run, facts: DataFacts, resume: Resume, folder: Path, notes: list[
         assert resume.checkpoint is not None
         notes += restore_reference_checkpoint(resume.checkpoint, run)
     step = None if saved is None else saved.step
-    if ranks.is_main:
-        trackers = {} if saved is None else saved.state["trackers"]
-        run.recorder = Recorder.open(config, folder, step, trackers, redone_record(run))
-        if step is not None:
-            run.recorder.goes_on(step, run.cells_seen.epochs)
-        start_scoring(run, folder)
+    open_records(run, folder, step, {} if saved is None else saved.state["trackers"])
     resumed_from = (
         None if resume.checkpoint is None else f"{resume.checkpoint} (step {run.progress.global_step})"
     )
@@ -214,6 +209,23 @@ def begin(run: Run, facts: DataFacts, resume: Resume, folder: Path, notes: list[
             folder, account, world_size=ranks.count, strategy=run.strategy.name, resumed_step=step
         )
     return saved is not None
+
+
+def open_records(run: Run, folder: Path, step: int | None, tracker_state: dict[str, Any]) -> None:
+    """Let rank 0 open what it records into, trackers too; the others wait, and end as it does if it refuses."""
+    names = ", ".join(tracker.name for tracker in run.config.trackers)
+    run.activity.begin(f"starting the trackers ({names or 'none'})", run.progress.global_step)
+    error: UserError | None = None
+    if run.ranks.is_main:
+        try:
+            run.recorder = Recorder.open(run.config, folder, step, tracker_state, redone_record(run))
+            if step is not None:
+                run.recorder.goes_on(step, run.cells_seen.epochs)
+            start_scoring(run, folder)
+        except UserError as failure:
+            error = failure
+    run.activity.begin("waiting for rank 0's trackers", run.progress.global_step, is_collective=True)
+    run.ranks.agree_on_error(error)
 
 
 def train_with_fallback(run: Run, writer: CheckpointWriter, folder: Path, facts: DataFacts) -> None:

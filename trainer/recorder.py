@@ -52,6 +52,7 @@ class Recorder:
             config=config.model_dump(mode="json"),
             resume_state=tracker_state,
             redone=redone,
+            timeout_seconds=config.distributed_timeout_seconds,
         )
         return recorder
 

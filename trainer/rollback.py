@@ -46,6 +46,7 @@ def roll_back(
     restore(run, saved, config, facts)
     ranks.barrier()  # the next save may delete what a slower rank still reads
     progress.rollbacks, progress.bf16_until = rollbacks, saved.step + steps
+    run.activity.begin("starting the trackers again", saved.step)
     if ranks.is_main:
         run.recorder.close(0)
         trackers = saved.state["trackers"]

@@ -8,8 +8,10 @@ import csv
 import importlib
 import inspect
 import io
+import math
 import netrc
 import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +49,8 @@ class TrackedRun:
     """Global step of the checkpoint that the run goes on from; None for a new run."""
     redone: Mapping[str, Any] = field(default_factory=dict)
     """Fields of a record at that step that the run writes again; empty: none."""
+    timeout_seconds: float = math.inf
+    """How long the other ranks wait for this one; starting a tracker and ending one both take far less."""
 
 
 class Tracker(Protocol):
@@ -127,6 +131,7 @@ def build_trackers(
     config: Mapping[str, Any],
     resume_state: Mapping[str, Any] | None = None,
     redone: Mapping[str, Any] | None = None,
+    timeout_seconds: float = math.inf,
 ) -> Trackers:
     """Build the trackers; call on rank 0 only.
 
@@ -139,6 +144,7 @@ def build_trackers(
             empty for a new run. What came after its step is dropped from CSV, hidden by TensorBoard, and sent
             to W&B again, which keeps what it got first. A tracker that is new since then starts there.
         redone: Fields of a record at that step itself that is dropped from CSV too, because it comes again.
+        timeout_seconds: How long the other ranks wait for this one.
 
     Raises:
         ConfigError: a tracker cannot be built as asked.
@@ -147,7 +153,7 @@ def build_trackers(
     check_trackers(specs)
     resume_step = resume_state["step"] if resume_state else None
     states = resume_state["trackers"] if resume_state else {}
-    run = TrackedRun(Path(run_folder), run_name, config, resume_step, redone or {})
+    run = TrackedRun(Path(run_folder), run_name, config, resume_step, redone or {}, timeout_seconds)
     trackers = {
         spec.name: _KINDS[spec.name].build(run, spec.args, states.get(spec.name, {})) for spec in specs
     }
@@ -234,16 +240,22 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Log to Weights & Biases, offline where there is no API key; its files go into `wandb/` of the run."""
+    """Log to Weights & Biases; its files go into `wandb/` of the run.
+
+    Where there is no API key, or the server cannot be reached, the run is recorded offline. What W&B then fails in
+    does not end the run: W&B's own process sends what it is given, and goes on trying.
+    """
 
     def __init__(self, run: TrackedRun, arguments: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """Start a run there, or go on with the one that the checkpoint names."""
         import wandb
 
-        mode = arguments.get("mode") or os.environ.get("WANDB_MODE")
-        if mode is None and not _has_wandb_key(wandb.Settings().base_url):
-            mode = "offline"
-            notice("W&B: no API key (WANDB_API_KEY or `wandb login`), so the run is recorded offline")
+        from_environment = wandb.setup().settings
+        server = from_environment.base_url
+        mode = _wandb_mode(arguments, server)
+        share = run.timeout_seconds * _WANDB_SHARE
+        self._finish_seconds = min(from_environment.finish_timeout or _WANDB_FINISH_SECONDS, share)
+        init_seconds = min(from_environment.init_timeout, share)
         settings = {
             "project": "cellphase",
             "name": run.name,
@@ -253,17 +265,28 @@ class WandbTracker:
             "config": dict(run.config),
             "id": state.get("run_id"),
             "resume": "allow",
-            # The terminal is the trainer's; W&B's copy of it garbles progress bars.
-            "settings": wandb.Settings(console="off", silent=True),
+            "settings": wandb.Settings(
+                # The terminal is the trainer's; W&B's copy of it garbles progress bars.
+                console="off",
+                silent=True,
+                init_timeout=init_seconds,
+                finish_timeout=self._finish_seconds,
+                finish_timeout_raises=True,
+            ),
         }
+        if mode in (None, "online", "shared"):
+            notice(f"W&B: starting a run at {server}; waiting {init_seconds:.0f} s at most")
         try:
-            self._run = wandb.init(**settings)
+            self._run = _start_wandb(settings, server)
         except (wandb.Error, OSError, ValueError, TypeError) as error:
             raise UserError(
-                f"trackers: wandb could not start a run: {error}; mode: offline records it in the run folder"
+                f"trackers: wandb could not start a run: {error}; check the API key, project and entity, or let "
+                "mode: offline record it in the run folder"
             ) from error
-        if mode == "offline":
-            notice(f"W&B: `wandb sync {Path(self._run.dir).parent}` uploads it")
+        self._is_lost = False
+        self._sync = f"`wandb sync {Path(self._run.dir).parent}`"
+        if self._run.offline:
+            notice(f"W&B: {self._sync} uploads it")
         elif self._run.url:
             notice(f"W&B: {self._run.url}")
 
@@ -272,15 +295,33 @@ class WandbTracker:
         values: dict[str, Any] = dict(namespaced_scalars(record))
         if "phase" in record:
             values[f"{record.get('kind', 'train')}/phase"] = record["phase"]
-        self._run.log(values, step=step)
+        self._send(lambda: self._run.log(values, step=step))
 
     def state(self) -> dict[str, Any]:
         """Return the id of the run at W&B."""
         return {"run_id": self._run.id}
 
     def finish(self, exit_code: int) -> None:
-        """Tell W&B how the run ended, and wait until everything is written."""
-        self._run.finish(exit_code=exit_code)
+        """Tell W&B how the run ended, and wait for a while until everything is written."""
+        self._send(lambda: self._run.finish(exit_code=exit_code))
+
+    def _send(self, what: Callable[[], None]) -> None:
+        """Give W&B something; where it fails, say so once and go on without it: metrics.jsonl has everything."""
+        if self._is_lost:
+            return
+        try:
+            what()
+        except TimeoutError:
+            notice(
+                f"W&B: not everything was uploaded within {self._finish_seconds:.0f} s of the end; {self._sync} "
+                "uploads the rest, and metrics.jsonl has everything"
+            )
+        except Exception as error:  # its process may be gone, for which its errors have no class in common
+            self._is_lost = True
+            notice(
+                f"W&B: lost ({type(error).__name__}: {error}); the run goes on without it. {self._sync} uploads what "
+                "it was given until now, and metrics.jsonl has everything"
+            )
 
 
 @dataclass(frozen=True)
@@ -309,6 +350,11 @@ class _Kind:
             if key not in allowed
         ]
 
+
+_WANDB_FINISH_SECONDS = 60.0
+"""How long the end of a run waits for W&B's server."""
+_WANDB_SHARE = 0.25
+"""Share of the time for which other ranks wait that starting a run at W&B may take, and ending one too."""
 
 _KINDS = {
     "csv": _Kind(lambda run, arguments, state: CsvTracker(run), None),
@@ -370,6 +416,33 @@ def _csv_cell(value: Any) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     return repr(plain_number(value))
+
+
+def _wandb_mode(arguments: Mapping[str, Any], server: str) -> str | None:
+    """Return the mode that is asked for; where none is and there is no key, offline."""
+    mode = arguments.get("mode") or os.environ.get("WANDB_MODE")
+    if mode is None and not _has_wandb_key(server):
+        notice("W&B: no API key (WANDB_API_KEY or `wandb login`), so the run is recorded offline")
+        return "offline"
+    return mode
+
+
+def _start_wandb(settings: Mapping[str, Any], server: str) -> Any:
+    """Return a new run of W&B's, recorded offline where its server does not answer; one that refuses is an error."""
+    import wandb
+
+    began = time.monotonic()
+    try:
+        return wandb.init(**settings)
+    except (wandb.errors.CommError, TimeoutError) as error:
+        # A refusal comes at once. Where there is no answer, or one as `503`, W&B asks again until its time is over.
+        if time.monotonic() - began < settings["settings"].init_timeout:
+            raise
+        notice(
+            f"W&B: {server} CANNOT BE REACHED ({' '.join(str(error).split())}), so the run is recorded offline. Check "
+            "the network, WANDB_BASE_URL and HTTPS_PROXY; a restart tries again"
+        )
+        return wandb.init(**{**settings, "mode": "offline"})
 
 
 def _has_wandb_key(base_url: str) -> bool:
