@@ -89,6 +89,43 @@ def test_a_checkpoint_between_the_decision_and_the_end_ends_the_phase_too(tmp_pa
     assert records(resumed)[-1]["global_step"] == 3 and same_weights(resumed, whole)
 
 
+def streamed(**changes):
+    data = {"num_cells": 96, "validation": True}  # 4 steps in each epoch
+    return {"dataloader_factory": "toy.stream_loader", "dataloader_args": data, "epochs": 2, **changes}
+
+
+def evaluated_steps(folder):
+    return [record["global_step"] for record in records(folder, "validation")]
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"max_steps_per_epoch": 4, "eval_every_steps": 4}, [4, 8]),
+        ({"max_steps": 4, "eval_every_steps": 2}, [2, 4]),
+        ({"max_steps": 20, "eval_every_steps": 4}, [4, 8]),  # runs dry where an evaluation is due
+        ({"max_steps": 20, "eval_every_steps": 3, "eval_every_epochs": 1}, [3, 4, 6, 8]),  # and where none is
+    ],
+)
+def test_a_stream_is_evaluated_once_at_a_step(tmp_path, limits, steps):
+    config = toy(streamed(**limits), optimizer=STILL, early_stopping=stopping(patience=9))
+    folder = train(tmp_path, config)
+    assert evaluated_steps(folder) == steps
+    state = open_checkpoint(folder / f"checkpoint_{steps[-1]}").shared("run_state.safetensors")
+    assert state["progress"]["phase_index"] == 1
+
+
+def test_a_resumed_stream_that_runs_dry_is_not_evaluated_again(tmp_path):
+    changes = {"max_steps": 20, "eval_every_steps": 4, "save_every_steps": 4, "save_every_epochs": 5}
+    config = toy(streamed(**changes), early_stopping=stopping(patience=9))
+    whole = train(tmp_path / "whole", config)
+    cut = copy_until(whole, 4, tmp_path / "cut")
+    progress = open_checkpoint(cut / "checkpoint_4").shared("run_state.safetensors")["progress"]
+    assert (progress["epoch"], progress["epoch_step"], progress["evaluated_step"]) == (0, 4, 4)
+    resumed = train(tmp_path / "cut", config, resume_from=str(cut))
+    assert comparable_records(resumed) == comparable_records(whole) and evaluated_steps(whole) == [4, 8]
+
+
 def test_an_unknown_metric_is_an_error_that_lists_those_there_are(tmp_path):
     with pytest.raises(ConfigError, match="early_stopping.metric: .* have no 'accuracy'; they have: loss"):
         train(tmp_path, toy({}, early_stopping=stopping(metric="accuracy")))

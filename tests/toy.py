@@ -136,8 +136,11 @@ def tensor_loader(num_cells=24, batch_size=4):
     return DataLoader([row for row in ToyCells(num_cells).tokens], batch_size=batch_size, shuffle=True)
 
 
-def stream_loader(num_cells=48, batch_size=4, num_workers=0):
-    return DataLoader(StreamedCells(num_cells), batch_size=batch_size, num_workers=num_workers)
+def stream_loader(num_cells=48, batch_size=4, num_workers=0, validation=False):
+    loader = DataLoader(StreamedCells(num_cells), batch_size=batch_size, num_workers=num_workers)
+    if validation:
+        loader.val_dataset = ValidationCells(10)
+    return loader
 
 
 def sharded_loader(num_cells=48, batch_size=4, *, rank, world_size):

@@ -36,7 +36,7 @@ def evaluate(run: Run, phase: Phase) -> None:
                 output = strategy.module(batch, progress.phase_step, phase.total_steps, announced)
                 sums.add(output.sum, output.metrics, weight)
                 num_cells += micro.num_cells
-    progress.evaluation_due = 0
+    progress.evaluation_due, progress.evaluated_step = 0, progress.global_step
     [means] = NamedMeans(run.ranks).of([sums])
     [cells] = run.ranks.sum([num_cells])
     run.recorder.evaluated(

@@ -69,8 +69,7 @@ def run_epoch(run: Run, phase: Phase, meters: Meters) -> None:
                 leave(run, meters)
             run.activity.begin("forward and backward", progress.global_step + 1, is_collective=True)
             train_step(run, phase, micro_batches, totals, meters)
-            epoch_is_over = progress.epoch_step == stop and not phase.loader.may_run_dry
-            after_step(run, phase, meters, epoch_is_over)
+            after_step(run, phase, meters, epoch_is_over=progress.epoch_step == stop)
             if totals.is_asked_to_stop:  # a stream cannot give back a step that it has yielded
                 leave(run, meters)
     end_epoch(run, phase, meters)
@@ -133,14 +132,15 @@ def end_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     """Evaluate where the epoch is due for it, count the epoch, and save unless the phase's end does."""
     progress, config = run.progress, phase.config
     write_records(run, meters)
-    was_stopped = bool(progress.is_stopped)  # by an evaluation at this very step
+    # At this very step, because early stopping ended the phase there, or a stream has run dry since.
+    is_evaluated = progress.evaluated_step == progress.global_step
     by_steps = is_due(progress.phase_step, config.eval_every_steps)
     every = config.eval_every_epochs or (None if config.eval_every_steps else 1)
     run.cells_seen.end_epoch(phase, progress)
     progress.next_epoch()
     is_last = is_over(progress, phase)
     is_due_now = by_steps or is_last or is_due(progress.epoch, every)
-    if phase.validation is not None and is_due_now and not was_stopped:
+    if phase.validation is not None and is_due_now and not is_evaluated:
         evaluate(run, phase)
     benchmark_if_due(run, phase)
     score_if_due(run, phase)

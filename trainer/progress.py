@@ -30,6 +30,8 @@ class Progress:
     """Such steps since the last good one."""
     evaluation_due: int = 0
     """1 from the beginning of an evaluation until it is recorded: a start from there begins with it."""
+    evaluated_step: int = -1
+    """The global step of this phase's last evaluation: an epoch that ends there has it already; -1: there is none."""
     rollbacks: int = 0
     """How often FP8 failed and the run went back to a checkpoint."""
     bf16_until: int = 0
@@ -59,6 +61,7 @@ class Progress:
         self.phase_index += 1
         self.phase_step = self.epoch = self.epoch_step = 0
         self.best_metric, self.evaluations_since_best, self.is_stopped = None, 0, 0
+        self.evaluated_step = -1
 
     def to_dict(self) -> dict[str, int | float | None]:
         """Return the counters as a plain dict."""
