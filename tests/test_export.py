@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from corpora import gene_space, make_cells, write_corpus
-from hostile_checkpoints import changed_checkpoint
+from hostile_checkpoints import changed_checkpoint, changed_state
 from launching import run_command
 from running import newest_run, toy, train, train_ranks
 from safetensors.torch import load_file, save_file
@@ -783,3 +783,51 @@ def test_an_anndata_object_can_be_embedded(exported, new_cells):
     batch = load_tokenizer(exported).tokenize(cells.X, cells.var_names)
     with torch.no_grad():
         assert MaskedCellEncoder.from_pretrained(exported).encode(batch).shape == (20, 16)
+
+
+def put(*path):
+    """Return a change of a state: the last of `path` in the place that the others name."""
+    *parents, last, value = path
+
+    def change(state):
+        for key in parents:
+            state = state[key]
+        state[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (put("sizes", "vocab_size", {}), "sizes is not a table of whole numbers"),
+        (put("sizes", "vocab_size", 1 << 20_000), "sizes is not a table of whole numbers"),
+        (put("sizes", "vocab_size", -1), "sizes is not a table of whole numbers"),
+        (put("n_technical_batches", ""), "n_technical_batches is not a whole number"),
+        (put("technical_batches", 0), "technical_batches is not a table"),
+        (put("tokenizer_options", [1]), "tokenizer_options is not a table"),
+        (
+            put("tokenizer_options", "chips | and pipes", "n_bins", torch.ones(1)),
+            "cell_tokenizer.json cannot be",
+        ),
+        (put("tokenizer_options", {"p": {"gate_pool": 1}}), "tokenizer_options is not a table"),
+        (put("label_names", [1]), "label_names is not a list of names"),
+        (put("value_kinds", "counts"), "value_kinds is not a table of text"),
+        (put("aliases", {"a": 1}), "aliases is not a table of names"),
+        (put("progress", "cells", "many"), "progress is not a table of counters"),
+        (put("trajectory", "phases", [{}]), "trajectory is not a seed and a list of phases"),
+        (lambda state: state.pop("technical_batches"), "it does not say technical_batches"),
+        (lambda state: state.pop("progress"), "it does not say progress"),
+        (lambda state: state.pop("optimizer"), "its optimizer state is no table by parameter"),
+        (put("optimizer", "model.gene_head.bias", "none"), "its optimizer state is no table by parameter"),
+        (
+            put("optimizer", "model.gene_head.bias", "weight_average", 1.0),
+            "weight_average of model.gene_head.bias",
+        ),
+    ],
+)
+def test_a_state_that_no_run_saved_is_refused(run, tmp_path, change, why):
+    hostile = changed_state(newest(run), tmp_path, change)
+    code, said = command(hostile, tmp_path / "exported")
+    assert code == 2 and why in said and "edited" in said
+    assert not (tmp_path / "exported").exists()

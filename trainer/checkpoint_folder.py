@@ -21,6 +21,7 @@ import torch
 
 from trainer.atomicfile import sync_folder
 from trainer.errors import CheckpointError
+from trainer.saved_state import check_state
 from trainer.statefile import FileFacts, Tree, load_tree, open_tree
 
 MANIFEST = "manifest.json"
@@ -74,7 +75,8 @@ class SavedCheckpoint:
 
         All readers take it from here, so that what an earlier format had otherwise is put right in one place.
         """
-        return load_tree(self._path(RUN_STATE), leave_out=("optimizer",))
+        path = self._path(RUN_STATE)
+        return check_state(load_tree(path, leave_out=("optimizer",)), str(path))
 
     def has(self, name: str) -> bool:
         """Whether there is a shared file `name`, or at least one rank's file of this name."""

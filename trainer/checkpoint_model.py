@@ -182,10 +182,20 @@ def tokenizer_settings(trained: Trained) -> dict[str, Any] | None:
 def perturbation_entries(trained: Trained) -> list[dict[str, Any]]:
     """Return how the phases made sets of perturbed cells (see `data.perturbation_settings`), of those that did."""
     kinds, options = trained.state.get("value_kinds", {}), trained.facts.tokenizer_options
-    return [
-        settings_entry(phase.name, phase.dataloader_args, kinds[phase.name], options[phase.name])
+    phases = [
+        phase
         for phase in trained.config.datasets
         if phase.dataloader_factory.replace(":", ".") == PERTURBATION_LOADER and phase.name in options
+    ]
+    unknown = [phase.name for phase in phases if phase.name not in kinds]
+    if unknown:
+        raise CheckpointError(
+            f"{trained.saved.folder}: it does not say what the values of phase '{unknown[0]}' are (value_kinds); its "
+            "files were edited"
+        )
+    return [
+        settings_entry(phase.name, phase.dataloader_args, kinds[phase.name], options[phase.name])
+        for phase in phases
     ]
 
 

@@ -349,7 +349,14 @@ def _named(error: Exception) -> str:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{path.name} cannot be written, because the checkpoint says of its data what no run does ({error}); its "
+            "files were edited"
+        ) from error
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

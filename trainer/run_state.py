@@ -238,8 +238,8 @@ def check_trajectory(
         old, new = then["phases"][current], now["phases"][current]
         # An epoch that has not begun may have other steps, but no cells that its phase has held out so far.
         kept = old if progress["epoch_step"] > 0 else ("data",)
-        for key in (key for key in kept if old[key] != new[key]):
-            same = f"datasets.{current}: {key} was {old[key]} and is {new[key]}"
+        for key in (key for key in kept if old[key] != new.get(key)):
+            same = f"datasets.{current}: {key} was {old[key]} and is {new.get(key)}"
             problems += (_changed_data(saved, config, current) if key == "data" else []) or [same]
     if problems:
         raise CheckpointError(

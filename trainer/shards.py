@@ -7,8 +7,10 @@ overlap it. DeepSpeed's own checkpoints are not used: they are pickles, and its 
 mixes up the settings of parameter groups and their step counters.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor
 from trainer.averaging import AVERAGE
 from trainer.checkpoint_folder import MODEL, RUN_STATE, SavedCheckpoint
 from trainer.errors import CheckpointError
+from trainer.saved_state import check_state, is_size, is_table
 from trainer.statefile import LazyTensor
 
 SHARD = "shard"
@@ -94,11 +97,16 @@ class WholeTensors:
 
     def __init__(self, saved: SavedCheckpoint) -> None:
         """Open the checkpoint's files; nothing is read before it is asked for."""
-        self._model = saved.lazy(MODEL)
+        self._folder = saved.folder
+        self._model = _weights(saved)
         state = saved.lazy(RUN_STATE)
-        self.aliases: Mapping[str, str] = state.get("aliases") or {}
-        self._optimizer: Mapping[str, Mapping[str, Any]] = state["optimizer"] or {}
+        check_state(state, str(saved.folder / RUN_STATE))
+        self.aliases: Mapping[str, str] = state["aliases"]
+        optimizer = state.get("optimizer", ())
+        self._optimizer: Mapping[str, Mapping[str, Any]] = {} if optimizer is None else optimizer
         self._loss: Mapping[str, Any] = state.get("loss") or {}
+        if not is_table(self._optimizer, lambda kept: is_table(kept, lambda _: True)):
+            raise _damaged(saved.folder, "its optimizer state is no table by parameter")
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every entry of the model's state dict."""
@@ -123,7 +131,11 @@ class WholeTensors:
             found = (self._loss if kind == "loss" else self._model).get(own)
         else:
             found = self._optimizer.get(name, {}).get(key)
-        return None if found is None else found.read().reshape(-1)[start : start + num]
+        if found is None:
+            return None
+        if not isinstance(found, LazyTensor) or math.prod(found.shape) < start + num:
+            raise _damaged(self._folder, f"{key or 'the weight'} of {name} is no tensor of its size")
+        return found.read().reshape(-1)[start : start + num]
 
     def optimizer_keys(self, name: str) -> tuple[list[str], dict[str, Any]]:
         """Return which tensors of optimizer state have the parameter's shape, and the rest by key."""
@@ -155,13 +167,16 @@ class ShardedTensors:
     def __init__(self, saved: SavedCheckpoint, own_rank: int | None = None) -> None:
         """Take the checkpoint; ranks' files are opened as they are needed."""
         self._saved = saved
-        self._whole = saved.lazy(MODEL)
+        self._whole = _weights(saved)
         self._loss: Mapping[str, Any] = saved.lazy(RUN_STATE).get("loss") or {}
         """What of the loss is not sharded; versions before also kept what is, of no use."""
         self._loss_aliases: Mapping[str, str] = saved.state.get("loss_aliases") or {}
-        shapes: Mapping[str, Iterable[int]] = saved.state["sharded_shapes"]
+        shapes: Mapping[str, Iterable[int]] = saved.state.get("sharded_shapes", {})
         self._shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.aliases: Mapping[str, str] = saved.state["aliases"]
+        unknown = set(self.aliases.values()) - {*self._whole, *map(_own, self._shapes)}
+        if unknown:
+            raise _damaged(saved.folder, f"it ties weights to {sorted(unknown)[0]}, which it lacks")
         self._files: dict[int, dict[str, _Piece]] = {}
         self._own_rank = own_rank
 
@@ -243,12 +258,40 @@ class ShardedTensors:
         for rank in ranks:
             if rank not in self._files:
                 tree = self._saved.lazy_rank(SHARD, rank)
+                if not is_table(tree, _is_piece):
+                    raise _damaged(
+                        self._saved.folder, f"the shard of rank {rank} holds no stretches of weights"
+                    )
                 self._files[rank] = {
-                    name: _Piece(p["start"], _numel(p["weight"].shape), p["weight"], p["state"], p["scalars"])
+                    name: _Piece(p["start"], p["weight"].shape[0], p["weight"], p["state"], p["scalars"])
                     for name, p in tree.items()
                 }
             if name in self._files[rank]:
                 yield self._files[rank][name]
+
+
+def _weights(saved: SavedCheckpoint) -> Mapping[str, LazyTensor]:
+    weights = saved.lazy(MODEL)
+    if not is_table(weights, lambda weight: isinstance(weight, LazyTensor)):
+        raise _damaged(saved.folder, f"{MODEL} is no table of tensors")
+    return weights
+
+
+def _is_piece(piece: Any) -> bool:
+    """Tell whether something is a stretch of a flattened parameter, with tensors of optimizer state as long."""
+    if not isinstance(piece, dict) or not isinstance(piece.get("weight"), LazyTensor):
+        return False
+    shape = piece["weight"].shape
+    return (
+        len(shape) == 1
+        and is_size(piece.get("start"))
+        and is_table(piece.get("state"), lambda kept: isinstance(kept, LazyTensor) and kept.shape == shape)
+        and is_table(piece.get("scalars"), lambda _: True)
+    )
+
+
+def _damaged(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(f"{folder}: {what}; its files were edited")
 
 
 def _value(value: Any) -> Any:
@@ -266,4 +309,4 @@ def _own(name: str) -> str:
 
 
 def _numel(shape: Iterable[int]) -> int:
-    return int(torch.Size(shape).numel())
+    return math.prod(shape)
