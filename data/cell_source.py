@@ -14,7 +14,15 @@ from data.columns import RowTable
 from data.corpus import ROWS_PER_GROUP, CorpusInfo, open_corpus
 from data.errors import DataError
 from data.hashing import DrawKey, sha256_of
-from data.labels import LabelColumn, LabelTask, open_labels, read_labels, read_obs, stratified_masks
+from data.labels import (
+    LabelColumn,
+    LabelTask,
+    describe_labels,
+    open_labels,
+    read_labels,
+    read_obs,
+    stratified_masks,
+)
 from data.masking import Masking, build_masking
 from data.memory import keep_freed_memory
 from data.options import Options
@@ -224,6 +232,8 @@ def cell_loader(
     info = open_corpus(path)
     labels = _labels(info, label, label_task)
     training, validation, notices = _split(info, labels, stratify, val_fraction, split_seed, limit_cells)
+    if labels is not None:
+        notices = [describe_labels(info, labels, training), *notices]
     built = _tokenizer(info, fitted_options(tokenizer, info, training, split_seed), layout)
     _warn_of_row_groups(info, shuffle_block, shuffle_window)
     masks = None if masking is None else build_masking(masking)

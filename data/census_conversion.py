@@ -280,9 +280,12 @@ class _Conversion:
             raise DataError(
                 f"{self._column(column)}: {len(names)} different labels; at most {MAX_CLASSES} can be kept"
             )
-        notice = f"; {num_unlabelled:,} cells without a label are {UNLABELLED!r}" if num_unlabelled else ""
+        notice = (
+            f", and {UNLABELLED!r} for the {num_unlabelled:,} cells without a label" if num_unlabelled else ""
+        )
+        num_labels = len(names - {UNLABELLED}) if num_unlabelled else len(names)
         self.say(
-            f"{name}: {len(names)} class{'es' if len(names) != 1 else ''} from obs column {column}{notice}"
+            f"{name}: {num_labels} class{'es' if num_labels != 1 else ''} from obs column {column}{notice}"
         )
         return ObsColumn("class", tuple(sorted(names)))
 

@@ -452,8 +452,9 @@ def _merge_column(
         raise DataError(
             f"--obs {name}={where}: {len(classes)} different labels; at most {MAX_CLASSES} can be kept"
         )
-    notice = f"; {unlabelled} cells without a label are {UNLABELLED!r}" if unlabelled else ""
-    say(f"{name}: {len(classes)} class{'es' if len(classes) != 1 else ''} from obs column {where}{notice}")
+    num_labels = len(classes - {UNLABELLED}) if unlabelled else len(classes)
+    notice = f", and {UNLABELLED!r} for the {unlabelled:,} cells without a label" if unlabelled else ""
+    say(f"{name}: {num_labels} class{'es' if num_labels != 1 else ''} from obs column {where}{notice}")
     if name == "technical_batch":
         shared = sorted({label for label in classes if sum(label in names for names in names_of) > 1})
         if shared:

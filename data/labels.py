@@ -111,6 +111,24 @@ def read_labels(info: CorpusInfo, labels: LabelColumn) -> NDArray[Any]:
     return result
 
 
+def describe_labels(info: CorpusInfo, labels: LabelColumn, training: NDArray[np.bool_] | None) -> str:
+    """Say how many training cells there are of each class, and how many have no label, which teach nothing."""
+    counts, num_without = np.zeros(len(labels.names), np.int64), 0
+    for rows, columns in number_pieces(info, labels.columns):
+        found = labels.read(columns) if training is None else labels.read(columns)[training[rows]]
+        if labels.task == "regression":
+            num_without += int(np.isnan(found.reshape(len(found), -1)).any(axis=1).sum())
+        else:
+            counts += np.bincount(found[found >= 0], minlength=len(counts))
+            num_without += int((found < 0).sum())
+    what = "numbers"
+    if labels.task == "classification":
+        each = [f"{name} {count:,}" for name, count in zip(labels.names, counts.tolist(), strict=True)]
+        what = f"{len(each):,} classes ({listed(each)})"
+    without = f"; {num_without:,} cells have no label and teach nothing" if num_without else ""
+    return f"label {', '.join(labels.columns)} of the training cells: {what}{without}"
+
+
 def read_obs(info: CorpusInfo, names: Sequence[str], rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
     """Return kept obs columns of some rows by name: labels as text, numbers as they are stored."""
     missing = [name for name in names if name not in info.columns]

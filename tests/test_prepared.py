@@ -409,6 +409,26 @@ def test_labels_that_cannot_be_are_named(cells, cache, options, message):
         load(cells, cache_dir=cache, **options)
 
 
+def test_the_account_counts_the_classes_that_are_learned_and_the_cells_that_teach_nothing(
+    cache, tmp_path, capsys
+):
+    kinds = pd.Categorical([*["a"] * 20, *["b"] * 9, *[None] * 10])
+    obs = {"kind": kinds, "age": [*np.arange(35.0), *[np.nan] * 4]}
+    path = write_h5ad(tmp_path / "some.h5ad", random_counts(40, 12)[:39], obs=obs)
+    source = load(path, cache_dir=cache, label="kind", stratify=True, val_fraction=0.2)
+    assert (
+        "kind: 2 classes from obs column kind, and 'unlabelled' for the 10 cells" in capsys.readouterr().err
+    )
+    said = "label kind of the training cells: 2 classes (a 16, b 7); 8 cells have no label and teach nothing"
+    assert source.notices == [said]
+    whole = load(path, cache_dir=cache, label="kind")
+    assert "2 classes (a 20, b 9); 10 cells have no label" in whole.notices[0]
+    numbers = load(path, cache_dir=cache, label=["age"], label_task="regression")
+    assert numbers.notices == [
+        "label age of the training cells: numbers; 4 cells have no label and teach nothing"
+    ]
+
+
 def test_a_stratified_split_holds_out_some_of_every_class(cache, tmp_path):
     kinds = ["a"] * 50 + ["b"] * 6 + ["c"] * 2 + ["d"]
     counts = random_counts(60, 12)[:59]
@@ -424,7 +444,7 @@ def test_a_stratified_split_holds_out_some_of_every_class(cache, tmp_path):
         "c": 1,
         "d": 0,
     }
-    assert source.notices == ["1 class of one cell cannot be split and stays in training: d"]
+    assert source.notices[1:] == ["1 class of one cell cannot be split and stays in training: d"]
     again = load(path, cache_dir=cache, label="kind", stratify=True, val_fraction=0.1, split_seed=1)
     assert again.validation is not None and not np.array_equal(again.validation.row_mask, validation)
 
