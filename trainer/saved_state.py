@@ -115,6 +115,7 @@ _OPTIONAL: dict[str, _Rule] = {
     "label_names": ("a list of names", lambda value: is_list(value, is_text)),
     "tokenizer_options": ("a table of options by phase", lambda value: is_table(value, _is_options)),
     "loss": ("a table", _is_section),
+    "loss_aliases": ("a table of names", lambda value: is_table(value, is_text)),
     "gradient_scaler": ("a table, or nothing", _is_nothing_or_section),
     "sharded_shapes": (
         "a table of shapes",
