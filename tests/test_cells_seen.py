@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import toy as toys
 from launching import ROOT, start_ranks
-from running import newest_run, toy, train, train_ranks, write_config
+from running import newest_run, records, toy, train, train_ranks, write_config
 
 from data.loader import StepLoader
 from data.order import GlobalOrder
@@ -49,7 +49,7 @@ def phase_of(source, order=None, drop_last=False, **config):
         prefetch=0,
         drop_last=drop_last,
     )
-    limits = {"max_steps": None, "max_steps_per_epoch": None, **config}
+    limits = {"epochs": 1, "max_steps": None, "max_steps_per_epoch": None, **config}
     return SimpleNamespace(index=0, name="one", unit="cells", loader=loader, config=SimpleNamespace(**limits))
 
 
@@ -176,6 +176,18 @@ def test_cells_behind_a_limit_of_steps_are_no_fault(limit):
     epoch = account_of_an_epoch(phase_of(Rows(30), **{limit: 2}), last_step=2)
     assert not epoch.faults
     assert describe(epoch).startswith(f"16 of 30 seen once, 0 repeated, 0 skipped, 14 not reached: {limit} ")
+
+
+def test_fewer_epochs_at_a_resume_end_the_one_under_way(tmp_path, capsys):
+    whole = train(tmp_path / "whole", toy({**PHASE, "epochs": 3}))
+    folder = resumed_at(whole, tmp_path / "runs" / whole.name, 4, toy({**PHASE, "epochs": 1}))
+    last = epochs_of(folder)[-1]
+    assert last.epoch == 2 and last.is_over and not last.faults
+    said = "24 of 50 seen once, 0 repeated, 0 skipped, 26 not reached: epochs ended the phase"
+    assert describe(last) == said
+    evaluated = records(folder, "validation")[-1]
+    assert (evaluated["global_step"], evaluated["epoch"]) == (4, 2)
+    assert [record["global_step"] for record in records(folder)] == [1, 2, 3, 4]
 
 
 def test_an_epoch_that_ends_early_without_a_reason_shows():

@@ -187,6 +187,8 @@ def _left_out(phase: Phase, progress: Progress, num_cells: int) -> tuple[int, st
         why = "drop_last leaves them out" if loader.drop_last else "they are not in the phase's order"
     elif progress.is_stopped:
         why = "early stopping ended the phase"
+    elif progress.epoch >= config.epochs:
+        why = "epochs ended the phase"
     elif config.max_steps is not None and progress.phase_step >= config.max_steps:
         why = "max_steps ended the phase"
     elif config.max_steps_per_epoch is not None and num_steps >= config.max_steps_per_epoch:

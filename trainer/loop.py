@@ -53,7 +53,10 @@ def begin_phase(run: Run, phase: Phase) -> None:
 def run_epoch(run: Run, phase: Phase, meters: Meters) -> None:
     """Train to the end of the current epoch, then evaluate and save as the phase says."""
     progress = run.progress
-    stop = progress.epoch_step + phase.steps_left(progress.epoch_step, progress.phase_step)
+    # A resume with fewer epochs may stand within one that is no longer to be trained: it ends where it is.
+    is_given = progress.epoch < phase.config.epochs
+    left = phase.steps_left(progress.epoch_step, progress.phase_step) if is_given else 0
+    stop = progress.epoch_step + left
     meters.restart_clock()
     with contextlib.closing(phase.loader.steps(progress.epoch, progress.epoch_step, stop)) as steps:
         while progress.epoch_step < stop and not progress.is_stopped:

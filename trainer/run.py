@@ -133,8 +133,8 @@ def is_over(progress: Progress, phase: Phase) -> bool:
     """Tell whether a phase has nothing left to do, its last epoch's end included."""
     config = phase.config
     at_limit = config.max_steps is not None and progress.phase_step >= config.max_steps
-    is_at_end = at_limit or bool(progress.is_stopped)
-    return progress.epoch >= config.epochs or (is_at_end and progress.epoch_step == 0)
+    is_at_end = at_limit or bool(progress.is_stopped) or progress.epoch >= config.epochs
+    return is_at_end and progress.epoch_step == 0
 
 
 def is_due(count: int, every: int | None) -> bool:
