@@ -99,7 +99,11 @@ def plan_conversions(
             kinds.append(chosen.value_kind)
             genes.append(file.genes(chosen.name, settings.gene_column))
             sources.append(SourcePlan(path, chosen.name, shape[0], np.empty(0, np.int32), {}))
+    if not is_per_file:
+        _require_one_kind(inputs, kinds)
     space = choose_gene_space(genes, settings.genes, say)
+    if settings.genes == "union":
+        _check_overlap(genes, space.key, settings.min_match, is_per_file=is_per_file)
     sources = [
         replace(source, remap=match_source(space, names, settings, say))
         for source, names in zip(sources, genes, strict=True)
@@ -107,7 +111,6 @@ def plan_conversions(
     if is_per_file:
         plans = _plan_per_file(output, sources, kinds, space, settings, say)
     else:
-        _require_one_kind(inputs, kinds)
         plans = [plan_corpus(output, sources, kinds[0], space, settings, say)]
     if settings.control_label is not None and not any(plan.control_label for plan in plans):
         raise DataError(
@@ -290,9 +293,44 @@ def choose_gene_space(genes: Sequence[SourceGenes], wanted: str | GeneSpace, say
     if key == "symbol" and len(without) < len(genes):
         say(f"genes are matched by symbol: no Ensembl ids in {', '.join(without)}")
     space = combine_genes(genes, how)
-    files = f"{how} of {len(genes)} files" if len(genes) > 1 else "those of the file"
+    files = "those of the file"
+    if len(genes) > 1:
+        shared = set(genes[0].names(key)).intersection(*(source.names(key) for source in genes[1:]))
+        in_all = f", of which all files have {len(shared):,}" if how == "union" else ""
+        files = f"{how} of {len(genes)} files{in_all}"
     say(f"gene space: {len(space):,} genes ({files}), by {space.key}, sha256 {space.sha256[:12]}")
     return space
+
+
+def _check_overlap(genes: Sequence[SourceGenes], key: str, min_match: float, *, is_per_file: bool) -> None:
+    """Refuse a union of files that are of different organisms, or name their genes differently.
+
+    Files that become a corpus each may share few genes, but not none.
+    """
+    names = [source.names(key) for source in genes]
+    largest = max(range(len(names)), key=lambda index: len(names[index]))
+    joined = set(names[largest])
+
+    def share(index: int) -> float:
+        return len(joined.intersection(names[index])) / min(len(joined), len(names[index]))
+
+    waiting = [index for index in range(len(names)) if index != largest]
+    while fitting := [i for i in waiting if share(i) >= min_match or (is_per_file and share(i) > 0)]:
+        joined.update(*(names[index] for index in fitting))
+        waiting = [index for index in waiting if index not in fitting]
+    if not waiting:
+        return
+    other = names[waiting[0]]
+    shared = len(joined.intersection(other))
+    alone = listed([name for name in other if name not in joined], 3)
+    each = "" if is_per_file else " or make a corpus of each file with --per-file"
+    lower = "; if so few are right, lower it with --min-match" if share(waiting[0]) >= _SOME_MATCH else ""
+    raise DataError(
+        f"{genes[waiting[0]].where}: {shared:,} of its {len(other):,} genes are in the other files (such as "
+        f"{genes[largest].where}): {share(waiting[0]):.1%} of the {min(len(joined), len(other)):,} possible, under the "
+        f"threshold of {min_match:.0%}; alone it has {alone}. If the files are of one organism, name a column of var "
+        f"that names genes alike in all of them (--gene-column); else give the genes with --genes{each}{lower}"
+    )
 
 
 def match_source(space: GeneSpace, genes: SourceGenes, settings: ConversionSettings, say: Say) -> np.ndarray:

@@ -234,6 +234,42 @@ def test_files_of_different_genes_share_a_union_or_intersection(tmp_path):
     assert open_corpus(tmp_path / "j").gene_space == union.gene_space
 
 
+@pytest.mark.parametrize("shared", [0, 1, 5])
+def test_a_union_of_files_that_share_few_genes_is_refused(tmp_path, capsys, shared):
+    upper = [f"GENE{number}" for number in range(12)]
+    lower = [*upper[:shared], *(name.lower() for name in upper[shared:])]
+    one = write_h5ad(tmp_path / "one.h5ad", random_counts(8, 12), genes=upper)
+    two = write_h5ad(tmp_path / "two.h5ad", random_counts(8, 12), genes=lower)
+    message = fails(capsys, one, two, "--output", tmp_path / "c")
+    assert f"two.h5ad: var: {shared} of its 12 genes are in the other files (such as {one}: var)" in message
+    assert f": {shared / 12:.1%} of the 12 possible, under the threshold of 50%" in message
+    assert f"alone it has {lower[shared]}, {lower[shared + 1]}, {lower[shared + 2]} and" in message
+    assert ("lower it with --min-match" in message) == (shared > 0)
+    assert convert(one, two, "--output", tmp_path / "c", "--min-match", shared / 12) == 0
+    assert f"(union of 2 files, of which all files have {shared})" in capsys.readouterr().out
+    if shared:
+        assert convert(one, two, "--output", tmp_path / "each", "--per-file") == 0
+    else:
+        assert "0 of its 12 genes" in fails(capsys, one, two, "--output", tmp_path / "each", "--per-file")
+
+
+def test_files_that_fit_each_other_in_two_groups_are_refused(tmp_path, capsys):
+    groups = [[f"{name}{number}" for number in range(6)] for name in ("GENE", "GENE", "gene", "gene")]
+    paths = [
+        write_h5ad(tmp_path / f"{index}.h5ad", random_counts(8, 6), genes=names)
+        for index, names in enumerate(groups)
+    ]
+    assert "2.h5ad: var: 0 of its 6 genes" in fails(capsys, *paths, "--output", tmp_path / "c")
+
+
+def test_a_panel_of_genes_joins_a_file_of_all_genes(tmp_path):
+    names = [f"GENE{number}" for number in range(30)]
+    whole = write_h5ad(tmp_path / "whole.h5ad", random_counts(8, 30), genes=names)
+    panel = write_h5ad(tmp_path / "panel.h5ad", random_counts(8, 3), genes=names[4:7])
+    assert convert(whole, panel, "--output", tmp_path / "c") == 0
+    assert len(open_corpus(tmp_path / "c").gene_space) == 30
+
+
 def test_cells_with_few_genes_are_dropped_and_counted(tmp_path, capsys):
     values = np.array([[1, 1, 1], [1, 0, 1], [0, 0, 0], [0, 0, 4]])
     path = write_h5ad(tmp_path / "a.h5ad", values, obs={"batch": ["a", "b", "c", "d"]})
