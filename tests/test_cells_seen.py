@@ -13,10 +13,11 @@ from running import newest_run, records, toy, train, train_ranks, write_config
 from data.loader import StepLoader
 from data.order import GlobalOrder
 from data.weighted_order import WeightedOrder
-from trainer import run_state
+from trainer import recorder, run_state
 from trainer.cells_index import FILE, CellsIndex, EpochCells, Stretch, describe, lines, read_index, unit_of
 from trainer.cells_seen import CellsSeen
 from trainer.distributed import Ranks
+from trainer.errors import UserError
 from trainer.progress import Progress
 
 NUM_CELLS = 50
@@ -114,6 +115,19 @@ def test_what_two_kills_lost_adds_up(finished, tmp_path):
     once = resumed_at(finished, tmp_path / "runs" / "once", 2, toy(PHASE))
     twice = resumed_at(once, tmp_path / "runs" / "twice", 4, toy(PHASE))
     assert read_index(twice).cells_computed_again == 52 + 26
+
+
+def test_a_start_that_ends_while_its_trackers_start_loses_no_count(finished, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("the tracker's service refuses")
+
+    with monkeypatch.context() as broken, pytest.raises(UserError, match="refuses"):
+        broken.setattr(recorder, "build_trackers", fail)
+        resumed_at(finished, tmp_path / "runs" / "copy", 2, toy(PHASE))
+    folder = tmp_path / "runs" / "copy"
+    train(tmp_path, toy(PHASE), resume_from=str(folder))
+    index = read_index(folder)
+    assert (index.steps_computed_again, index.cells_computed_again) == (4, 52)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """FP8 steps that are not finite: back to the last checkpoint, on in bf16 for a while, then in FP8 again."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from corpora import make_cells, write_corpus
@@ -8,7 +9,9 @@ from running import comparable_records, newest_run, records, toy, train, train_r
 
 from models.encoder import MaskedCellEncoder
 from models.fp8_switch import switch
+from trainer import evaluation
 from trainer.cells_index import read_index
+from trainer.preemption import Preempted
 from trainer.run import TrainingStopped
 from trainer.statefile import load_tree
 
@@ -95,6 +98,22 @@ def test_a_resume_within_the_fallback_goes_on_in_bf16(corpus, tmp_path):
     # A new process would overflow again from its ninth pass in FP8 on: it takes six.
     train(tmp_path / "cut", content, resume_from="latest")
     assert comparable_records(folder) == comparable_records(whole)
+
+
+def test_an_evaluation_that_the_checkpoint_owes_is_recorded_once(corpus, tmp_path, monkeypatch):
+    """Asked to end in the evaluation at step 2, held at the resume, and held again after going back to that step."""
+    content = config(corpus, 3, trackers=["csv"])
+    content["datasets"][0] |= {"save_every_steps": None, "save_every_epochs": 9, "eval_every_steps": 2}
+    content["datasets"][0]["dataloader_args"]["val_fraction"] = 0.25
+    with monkeypatch.context() as stopped:
+        stopped.setattr(evaluation, "add_up", lambda *_: SimpleNamespace(is_asked_to_stop=True))
+        with pytest.raises(Preempted):
+            train(tmp_path / "cut", content)
+    monkeypatch.setattr(FragileEncoder, "passes", FAILS_FROM - 1)
+    folder = train(tmp_path / "cut", content, resume_from="latest")
+    assert records(folder)[-1]["rollbacks"] == 1
+    assert [each["global_step"] for each in records(folder, "validation")] == [2, 4, 6, 8, 9]
+    assert (folder / "metrics.csv").read_text().count("validation") == 5
 
 
 def test_without_fallback_steps_the_run_stops(corpus, tmp_path):

@@ -24,7 +24,7 @@ from trainer.atomicfile import replace_text
 from trainer.averaging import keep_average
 from trainer.benchmarking import check_benchmarks
 from trainer.checkpoint import CheckpointWriter
-from trainer.checkpoint_folder import open_checkpoint
+from trainer.checkpoint_folder import SavedCheckpoint, open_checkpoint
 from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.console import notice
@@ -49,7 +49,7 @@ from trainer.recorder import Recorder
 from trainer.rehearsal import rehearse
 from trainer.report import report_at_end
 from trainer.retention import Retention
-from trainer.rollback import roll_back
+from trainer.rollback import open_records, roll_back
 from trainer.run import Run, TrainingStopped
 from trainer.run_state import Saver, restore
 from trainer.saved_run import check_destination, write_result
@@ -198,7 +198,7 @@ def begin(run: Run, facts: DataFacts, resume: Resume, folder: Path, notes: list[
         assert resume.checkpoint is not None
         notes += restore_reference_checkpoint(resume.checkpoint, run)
     step = None if saved is None else saved.step
-    open_records(run, folder, step, {} if saved is None else saved.state["trackers"])
+    start_recording(run, folder, saved)
     resumed_from = (
         None if resume.checkpoint is None else f"{resume.checkpoint} (step {run.progress.global_step})"
     )
@@ -211,16 +211,14 @@ def begin(run: Run, facts: DataFacts, resume: Resume, folder: Path, notes: list[
     return saved is not None
 
 
-def open_records(run: Run, folder: Path, step: int | None, tracker_state: dict[str, Any]) -> None:
+def start_recording(run: Run, folder: Path, saved: SavedCheckpoint | None) -> None:
     """Let rank 0 open what it records into, trackers too; the others wait, and end as it does if it refuses."""
     names = ", ".join(tracker.name for tracker in run.config.trackers)
     run.activity.begin(f"starting the trackers ({names or 'none'})", run.progress.global_step)
     error: UserError | None = None
     if run.ranks.is_main:
         try:
-            run.recorder = Recorder.open(run.config, folder, step, tracker_state, redone_record(run))
-            if step is not None:
-                run.recorder.goes_on(step, run.cells_seen.epochs)
+            run.recorder = open_records(run, folder, saved)
             start_scoring(run, folder)
         except UserError as failure:
             error = failure
@@ -303,14 +301,6 @@ def start_watch(run: Run, folder: Path) -> Watch:
         on_end=say_why,
     )
     return watcher
-
-
-def redone_record(run: Run) -> dict[str, Any] | None:
-    """Return what tells the record of an evaluation that the checkpoint says is still due; None: none is."""
-    if not run.progress.evaluation_due:
-        return None
-    phase = run.phases[run.progress.phase_index]
-    return {"kind": "validation", "phase": phase.name, "epoch": run.progress.epoch}
 
 
 def build_writer(config: RunConfig, ranks: Ranks, folder: Path) -> CheckpointWriter:

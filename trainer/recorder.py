@@ -35,25 +35,37 @@ class Recorder:
         cls,
         config: RunConfig,
         folder: Path,
-        resume_step: int | None,
-        tracker_state: dict[str, Any],
+        resume_step: int | None = None,
+        tracker_state: Mapping[str, Any] | None = None,
         redone: Mapping[str, Any] | None = None,
+        epochs: Sequence[EpochCells] = (),
     ) -> "Recorder":
-        """Open the run's files; a resumed run drops the records after its checkpoint's step, and those redone at it."""
+        """Open the run's files.
+
+        A run that goes on from a checkpoint drops the records after its step, and those redone at it, and puts the
+        account of cells back to the checkpoint's `epochs`. It says what it computes again, and writes it down before
+        the trackers start: a start that ends there has dropped the records that told it.
+        """
         recorder = cls(folder)
         recorder._metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step, redone=redone)
         recorder._cells = _cells_so_far(folder) or recorder._cells
         recorder._cells.steps_computed_again += recorder._metrics.num_dropped_steps
         recorder._cells.cells_computed_again += recorder._metrics.num_dropped_cells
-        recorder._trackers = build_trackers(
-            config.trackers,
-            run_folder=_tracker_folder(config, folder),
-            run_name=config.run_name,
-            config=config.model_dump(mode="json"),
-            resume_state=tracker_state,
-            redone=redone,
-            timeout_seconds=config.distributed_timeout_seconds,
-        )
+        if resume_step is not None:
+            recorder._goes_on(resume_step, epochs)
+        try:
+            recorder._trackers = build_trackers(
+                config.trackers,
+                run_folder=_tracker_folder(config, folder),
+                run_name=config.run_name,
+                config=config.model_dump(mode="json"),
+                resume_state=tracker_state,
+                redone=redone,
+                timeout_seconds=config.distributed_timeout_seconds,
+            )
+        except BaseException:
+            recorder._metrics.close()
+            raise
         return recorder
 
     def phase_begins(self, phase: Phase, progress: Progress) -> None:
@@ -110,19 +122,6 @@ class Recorder:
         if self._metrics is not None:
             checkpoint_line(step, folder, seconds)
 
-    def goes_on(self, step: int, epochs: Sequence[EpochCells]) -> None:
-        """Put the account of cells back to the checkpoint that the run goes on from, and say what it computes again."""
-        if self._folder is None or self._metrics is None:
-            return
-        unit = unit_of([*self._cells.epochs, *epochs])
-        self._cells.step, self._cells.epochs = step, [epoch.model_copy() for epoch in epochs]
-        if self._metrics.num_dropped_steps:
-            notice(
-                f"{self._metrics.num_dropped_cells:,} {unit} of {self._metrics.num_dropped_steps:,} steps after step "
-                f"{step} are computed again: they were lost, and count once"
-            )
-        self._write_cells()
-
     def account_for_cells(self, step: int, epochs: Sequence[EpochCells]) -> None:
         """Write what each epoch has been given, and say it of the open one and of those ended since the last time."""
         if self._folder is None or self._metrics is None:
@@ -141,6 +140,18 @@ class Recorder:
     def tracker_state(self) -> dict[str, Any]:
         """Return what the trackers need to go on after a resume."""
         return {} if self._trackers is None else self._trackers.state()
+
+    def _goes_on(self, step: int, epochs: Sequence[EpochCells]) -> None:
+        """Put the account of cells back to the checkpoint that the run goes on from, and say what it computes again."""
+        assert self._metrics is not None
+        unit = unit_of([*self._cells.epochs, *epochs])
+        self._cells.step, self._cells.epochs = step, [epoch.model_copy() for epoch in epochs]
+        if self._metrics.num_dropped_steps:
+            notice(
+                f"{self._metrics.num_dropped_cells:,} {unit} of {self._metrics.num_dropped_steps:,} steps after step "
+                f"{step} are computed again: they were lost, and count once"
+            )
+        self._write_cells()
 
     def _write_cells(self) -> None:
         assert self._folder is not None

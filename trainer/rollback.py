@@ -5,7 +5,7 @@ from typing import Any
 
 from models.fp8_switch import switch
 from trainer.checkpoint import CheckpointWriter
-from trainer.checkpoint_folder import list_checkpoints, open_checkpoint
+from trainer.checkpoint_folder import SavedCheckpoint, list_checkpoints, open_checkpoint
 from trainer.console import notice
 from trainer.phases import DataFacts
 from trainer.recorder import Recorder
@@ -49,9 +49,7 @@ def roll_back(
     run.activity.begin("starting the trackers again", saved.step)
     if ranks.is_main:
         run.recorder.close(0)
-        trackers = saved.state["trackers"]
-        run.recorder = Recorder.open(config, folder, saved.step, trackers)
-        run.recorder.goes_on(saved.step, run.cells_seen.epochs)
+        run.recorder = open_records(run, folder, saved)
     if run.scores is not None:
         run.scores.rewind(saved.step)
     run.saver = Saver(writer, config, facts, progress)
@@ -59,3 +57,18 @@ def roll_back(
         f"rollback {rollbacks}: FP8 steps up to {failed_at} were not finite; on from step {saved.step} in bf16 until "
         f"step {progress.bf16_until}"
     )
+
+
+def open_records(run: Run, folder: Path, saved: SavedCheckpoint | None) -> Recorder:
+    """Open the records of a run on rank 0, at the checkpoint that it has been put back to, if any.
+
+    The record of an evaluation that the checkpoint says is still due is dropped: the run holds it again.
+    """
+    if saved is None:
+        return Recorder.open(run.config, folder)
+    redone: dict[str, Any] | None = None
+    if run.progress.evaluation_due:
+        phase = run.phases[run.progress.phase_index]
+        redone = {"kind": "validation", "phase": phase.name, "epoch": run.progress.epoch}
+    trackers = saved.state["trackers"]
+    return Recorder.open(run.config, folder, saved.step, trackers, redone, run.cells_seen.epochs)
