@@ -317,7 +317,7 @@ def _check_overlap(genes: Sequence[SourceGenes], key: str, min_match: float, *, 
     waiting = [index for index in range(len(names)) if index != largest]
     while fitting := [i for i in waiting if share(i) >= min_match or (is_per_file and share(i) > 0)]:
         joined.update(*(names[index] for index in fitting))
-        waiting = [index for index in waiting if index not in fitting]
+        waiting = sorted({*waiting} - {*fitting})
     if not waiting:
         return
     other = names[waiting[0]]
