@@ -19,10 +19,11 @@ fi
 set -u
 
 readonly USER_MISTAKE=2 PREEMPTED=75 INTERRUPTED=130
-# How long ranks whose launcher is gone may take to save and end, before they are killed.
+# How long ranks whose launcher is gone, or whose run other ranks have given up, may take to end before they are killed.
 readonly ORPHAN_SECONDS=300
-# How long a node that is asked to end waits for ranks that have not begun, and when it says that it waits for nodes.
-readonly BEGIN_SECONDS=20 PATIENCE_SECONDS=60
+# How long a node that is asked to end waits for ranks that have not begun; after what time it says that it waits for
+# other nodes, and five times that between the next ones; how often it looks whether other ranks have given the run up.
+readonly BEGIN_SECONDS=20 PATIENCE_SECONDS=60 LOOK_SECONDS=10
 # What the folder for temporary files must take.
 readonly LEAST_FREE_BYTES=65536
 
@@ -46,6 +47,8 @@ Environment:
   NODES, NODE_RANK                number of nodes (1), and which one this is (0 ... NODES - 1)
   MASTER_ADDR, MASTER_PORT        address of node 0, and a free port there (29500)
   PYTHON                          default: .venv/bin/python of the repository, else python3
+  CELLPHASE_SAVE_SECONDS          how long processes that are asked to end may take before they are killed (1800)
+  CELLPHASE_MEET_SECONDS          how long a node waits for the others before it ends (1800)
   CELLPHASE_HOME                  the repository, where SLURM runs a copy of this script and it is not found
 
 Signals: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end the run with a checkpoint; a second Ctrl-C ends it at once.
@@ -168,6 +171,9 @@ check_numbers() {
         [[ -n ${MASTER_ADDR:-} ]] || die "NODES=$nodes needs MASTER_ADDR, the address of node 0 as the others reach it"
         port=${port:-29500}
     fi
+    save_seconds=${CELLPHASE_SAVE_SECONDS:-1800} meet_seconds=${CELLPHASE_MEET_SECONDS:-1800}
+    is_count "$save_seconds" || die "CELLPHASE_SAVE_SECONDS=$save_seconds is not a whole number of at least 1 (seconds)"
+    is_count "$meet_seconds" || die "CELLPHASE_MEET_SECONDS=$meet_seconds is not a whole number of at least 1 (seconds)"
     if [[ -n ${PROCESSES_PER_NODE:-} ]]; then
         is_count "$PROCESSES_PER_NODE" ||
             die "PROCESSES_PER_NODE=$PROCESSES_PER_NODE is not a whole number of at least 1"
@@ -374,6 +380,7 @@ ask_ranks() {
 
 kill_all() {
     local file
+    touch -- "$control/killed" 2>/dev/null
     # All descendants have the variable, whatever session or parent they have now; this script has it not.
     grep -lzxsF "CELLPHASE_CONTROL=$control" /proc/[0-9]*/environ | while read -r file; do
         file=${file#/proc/}
@@ -393,7 +400,8 @@ on_node_signal() {
         fi
     fi
     if ! is_asked; then
-        say "SIG$1: asks the ranks for a checkpoint and waits for them"
+        say "SIG$1: asks the ranks for a checkpoint and waits for them, for at most $save_seconds seconds" \
+            "(CELLPHASE_SAVE_SECONDS)"
     fi
     ask_ranks "SIG$1"
 }
@@ -446,7 +454,8 @@ run_node() {
         say "node $node_rank of $nodes (${HOSTNAME:-}): $processes of $((nodes * processes)) processes, which meet at" \
             "$MASTER_ADDR:$port"
     fi
-    wait_for_begin &
+    attend &
+    attendant=$!
     start deaf env -u CELLPHASE_SLURM_NODE "CELLPHASE_CONTROL=$control" "${environment[@]}" "${command[@]}"
     wait_for_child
     if ((code > 128)); then
@@ -457,56 +466,126 @@ run_node() {
     if ((result == USER_MISTAKE || result == 1)); then
         tell_ends
     fi
+    trap '' TERM USR1 HUP INT
+    rm -rf -- "$control" # the attendant ends with it
+    wait "$attendant"
 }
 
-# Attend, in the background, to a launcher whose ranks have not begun: it waits for the other nodes for many minutes,
-# silently, and is deaf. Ends with the first rank, or with the folder.
-wait_for_begin() {
-    local second=0 asked=0
+# Attend to the node in the background: first to a launcher whose ranks have not begun, then to ranks that do not end.
+attend() {
     trap '' TERM USR1 HUP INT
-    while sleep 1 && [[ -d $control ]] && ! compgen -G "$control/rank*" >/dev/null; do
+    wait_for_begin && wait_for_end
+}
+
+# Wait until a rank begins, or end the launcher: it waits for the other nodes for many minutes, silently, and is deaf.
+wait_for_begin() {
+    local second=0 asked=0 place="the other nodes at ${MASTER_ADDR:-}:$port"
+    while sleep 1 && [[ -d $control ]]; do
+        compgen -G "$control/rank*" >/dev/null && return
         second=$((second + 1))
         if is_asked && ((++asked > BEGIN_SECONDS)); then
             say "no rank has begun, so there is nothing to save: ends"
             kill_all
-            return
+            break
         fi
-        if ((nodes > 1 && second == PATIENCE_SECONDS)); then
-            say "node $node_rank still waits for the other nodes at $MASTER_ADDR:$port: have all $nodes been started," \
-                "with this MASTER_ADDR and MASTER_PORT, and can they reach it?"
+        ((nodes > 1)) || continue
+        if ((second >= meet_seconds)); then
+            say "node $node_rank has waited $second seconds in vain for $place: ends; start all $nodes nodes within" \
+                "this time of each other, or set CELLPHASE_MEET_SECONDS to more"
+            kill_all
+            break
+        elif ((second == PATIENCE_SECONDS || second % (5 * PATIENCE_SECONDS) == 0)); then
+            say "node $node_rank still waits for $place: have all $nodes been started, with this MASTER_ADDR and" \
+                "MASTER_PORT, and can they reach it? Ends after $meet_seconds seconds (CELLPHASE_MEET_SECONDS)," \
+                "of which $second have passed"
         fi
     done
+    return 1
+}
+
+# Kill ranks that do not end, after they were asked to or after ranks of other nodes have given the run up: one that is
+# stopped, or hangs below Python, answers to nothing else, and nobody else sees it.
+wait_for_end() {
+    local second=0 asked='' failed=''
+    failure=''
+    while sleep 1 && [[ -d $control ]]; do
+        second=$((second + 1))
+        is_asked && asked=${asked:-$second}
+        if [[ -z $failed ]] && ((second % LOOK_SECONDS == 0)) && has_failed; then
+            failed=$second
+        fi
+        if [[ -n $asked ]] && ((second - asked >= save_seconds)); then
+            say "ranks still run $save_seconds seconds after they were asked to end (CELLPHASE_SAVE_SECONDS): kills them"
+        elif [[ -n $failed ]] && ((second - failed >= ORPHAN_SECONDS)); then
+            say "ranks still run $ORPHAN_SECONDS seconds after the run has failed: kills them; it failed because $failure"
+        else
+            continue
+        fi
+        kill_all
+        return
+    done
+}
+
+# Tell whether a rank has left a reason why the run failed, and set `failure` to it. The run folder's disk may hang.
+has_failed() {
+    local run
+    run=$(cat -- "$control/run_folder" 2>/dev/null) || return
+    failure=$(timeout -s KILL "$LOOK_SECONDS" \
+        find "$run/heartbeats" -maxdepth 1 -name 'failure.*.json' -exec head -qc 2000 {} + 2>/dev/null)
+    failure=${failure#'{"reason": "'} failure=${failure%'"}'}
+    [[ -n $failure ]]
 }
 
 # Say last how the ranks ended: launchers end with a traceback of their own, which calls each node's first rank the
 # root cause.
 tell_ends() {
-    "$python" - "$control" "$code" >&2 <<'PYTHON'
+    timeout -s KILL 60 "$python" -u - "$control" "$code" "$result" >&2 <<'PYTHON' # the run folder's disk may hang
 import json
 import pathlib
 import sys
 
-folder, ends, runs = pathlib.Path(sys.argv[1]), {}, set()
+folder, ends, run = pathlib.Path(sys.argv[1]), {}, None
+
+
+def text_of(path):
+    try:
+        return path.read_text().strip()
+    except (OSError, ValueError):
+        return ""
+
+
 for file in [*folder.glob("rank*.runs.*"), *folder.glob("rank*.exited.*")]:
     rank, state, code = file.name[len("rank"):].split(".")
     rank = int(rank)
     try:
         account = json.loads((folder / ("rank%d.exit.json" % rank)).read_text())
         reason = account["reason"]
-        runs.add(account["run_folder"])
+        run = account["run_folder"] or run
     except (OSError, ValueError, KeyError):
         reason = "why could not be written to %s; is it full?" % folder.parent
     end = "ended with %s: %s" % (code, reason)
     if state == "runs":
         end = "left no account of its end: it was killed, or memory ran out (see the kernel's log)"
+        if (folder / "killed").exists():
+            end = "did not end by itself: launch.sh killed it"
     ends.setdefault("".join(letter if letter.isprintable() else " " for letter in end)[:2000], []).append(rank)
 for end, ranks in sorted(ends.items(), key=lambda item: min(item[1])):
     text = ", ".join(map(str, sorted(ranks)))
     print("launch.sh: rank%s %s %s" % ("" if len(ranks) == 1 else "s", text, end))
 if not ends:
     print("launch.sh: no rank of this node began; the launcher ended with %s" % sys.argv[2])
-for run in sorted(runs - {None}):
+run = text_of(folder / "run_folder") or run
+if run is not None:
     print("launch.sh: run folder %s" % run)
+if sys.argv[3] != "1":
+    sys.exit()
+newest = "" if run is None else text_of(pathlib.Path(run, "latest"))
+if newest and pathlib.Path(run, newest, "manifest.json").is_file():
+    print("launch.sh: the last complete checkpoint is %s; the same command goes on from it" % newest)
+elif run is not None:
+    print("launch.sh: there is no complete checkpoint yet; the same command starts again")
+else:
+    print("launch.sh: the run was not opened; the same command starts again")
 PYTHON
 }
 

@@ -413,6 +413,8 @@ def test_a_spooled_copy_finds_the_repository(place, tmp_path, how):
         (["my runs/first.yml"], {"NODES": "2", "NODE_RANK": "2"}, "go from 0 to 1"),
         (["my runs/first.yml"], {"NODES": "2", "NODE_RANK": "first"}, "NODE_RANK=first"),
         (["my runs/first.yml"], {"NODES": "2"}, "needs MASTER_ADDR"),
+        (["my runs/first.yml"], {"CELLPHASE_SAVE_SECONDS": "5m"}, "CELLPHASE_SAVE_SECONDS=5m is not a whole"),
+        (["my runs/first.yml"], {"CELLPHASE_MEET_SECONDS": "0"}, "CELLPHASE_MEET_SECONDS=0 is not a whole"),
         (["my runs/first.yml"], {"MASTER_PORT": "http"}, "MASTER_PORT=http is not a port"),
         (["my runs/first.yml"], {"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is not a port"),
         (["my runs/first.yml"], {"PYTHON": "/no/python"}, "there is no Python at '/no/python'"),
@@ -526,8 +528,35 @@ def test_a_rank_that_leaves_no_exit_code_is_a_failure(place):
 
 
 def test_how_the_ranks_ended_is_the_last_that_is_said(place):
+    output = place.run("my runs/first.yml", "exit=2,2", env=TWO, expect=2)
+    assert output.splitlines()[-1] == "launch.sh: ranks 0, 1 ended with 2: x"
+
+
+@pytest.mark.parametrize("saved", ["checkpoint_130", None])
+def test_a_failure_ends_with_the_run_folder_and_what_to_do(place, saved):
+    (place.root / "trainer" / "train.py").write_text(TALKING_RANK)
+    (place.notes / "checkpoint_130").mkdir()
+    (place.notes / "latest").write_text("checkpoint_130\n")
+    if saved:
+        (place.notes / "checkpoint_130" / "manifest.json").touch()
+    with place.start("my runs/first.yml") as group:
+        group.wait_for("rank 0 runs")
+        os.kill(pid_of_rank(place, 0), signal.SIGKILL)
+        output = group.wait(30, expect=1).stdout
+    assert output.splitlines()[-2:] == [
+        f"launch.sh: run folder {place.notes}",
+        "launch.sh: the last complete checkpoint is checkpoint_130; the same command goes on from it"
+        if saved
+        else "launch.sh: there is no complete checkpoint yet; the same command starts again",
+    ]
+
+
+def test_a_failure_before_the_run_is_opened_says_what_to_do(place):
     output = place.run("my runs/first.yml", "exit=1,1", env=TWO, expect=1)
-    assert output.splitlines()[-1] == "launch.sh: ranks 0, 1 ended with 1: x"
+    assert output.splitlines()[-2:] == [
+        "launch.sh: ranks 0, 1 ended with 1: x",
+        "launch.sh: the run was not opened; the same command starts again",
+    ]
 
 
 def test_a_disk_for_temporary_files_that_is_full_keeps_no_exit_code_back(place):
@@ -606,12 +635,46 @@ def test_a_signal_ends_a_launcher_that_waits_for_other_nodes(place):
         assert "there is nothing to save" in group.wait(30, expect=75).stdout
 
 
-def test_a_node_that_waits_long_for_the_others_says_where(place):
+def with_constant(place, name, value):
     script = place.root / "launch.sh"
-    script.write_text(script.read_text().replace("PATIENCE_SECONDS=60", "PATIENCE_SECONDS=1"))
-    env = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "LAUNCHER_SECONDS": "4"}
-    output = place.run("my runs/first.yml", "exit=0", env={**TWO, **env})
-    assert "node 1 still waits for the other nodes at 127.0.0.1:29500" in output
+    text, count = re.subn(rf"\b{name}=[0-9]+", f"{name}={value}", script.read_text())
+    assert count == 1
+    script.write_text(text)
+
+
+def test_a_node_that_waits_long_for_the_others_says_where_and_ends(place):
+    with_constant(place, "PATIENCE_SECONDS", 1)
+    env = {"NODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "127.0.0.1", "LAUNCHER_SECONDS": "100"}
+    output = place.run("my runs/first.yml", env={**TWO, **env, "CELLPHASE_MEET_SECONDS": "7"}, expect=1)
+    said = "node 1 still waits for the other nodes at 127.0.0.1:29500"
+    assert re.findall(rf"{said}.* after 7 seconds .* of which (\d) have", output) == ["1", "5"]
+    assert "node 1 has waited 7 seconds in vain for the other nodes at 127.0.0.1:29500: ends" in output
+
+
+def test_ranks_that_do_not_end_when_they_are_asked_are_killed(place):
+    with place.start("my runs/first.yml", env={"CELLPHASE_SAVE_SECONDS": "2"}) as group:
+        group.wait_for("rank 0 runs")
+        os.kill(pid_of_rank(place, 0), signal.SIGSTOP)
+        group.processes[0].send_signal(signal.SIGUSR1)
+        output = group.wait(30, expect=1).stdout
+        assert not group._members()
+    assert "still run 2 seconds after they were asked to end (CELLPHASE_SAVE_SECONDS): kills" in output
+    assert "launch.sh: rank 0 did not end by itself: launch.sh killed it" in output
+
+
+def test_ranks_that_the_others_have_given_up_are_killed(place):
+    (place.root / "trainer" / "train.py").write_text(TALKING_RANK)
+    with_constant(place, "ORPHAN_SECONDS", 1)
+    with_constant(place, "LOOK_SECONDS", 1)
+    with place.start("my runs/first.yml") as group:
+        group.wait_for("rank 0 runs")
+        os.kill(pid_of_rank(place, 0), signal.SIGSTOP)
+        (place.notes / "heartbeats").mkdir()
+        (place.notes / "heartbeats" / "failure.a1.json").write_text('{"reason": "rank 3 is stopped"}\n')
+        output = group.wait(30, expect=1).stdout
+        assert not group._members()
+    assert "still run 1 seconds after the run has failed: kills them" in output
+    assert "it failed because rank 3 is stopped\n" in output
 
 
 def test_a_signal_during_the_checks_is_not_lost(place):

@@ -201,6 +201,7 @@ def test_a_launched_run_leaves_its_accounts_for_the_launch_script(tmp_path):
         assert account["exit_code"] == 75 and account["reason"].startswith("SIGTERM"), account
         assert (control / f"rank{rank}.exited.75").exists()
         assert Path(account["run_folder"]) == newest_run(tmp_path)
+    assert (control / "run_folder").read_text() == f"{newest_run(tmp_path)}\n"
     assert status(tmp_path)["exit_code"] == 75
     assert not list(newest_run(tmp_path).glob("heartbeats/*.json"))
 

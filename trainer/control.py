@@ -4,7 +4,8 @@ The script reads process ids there to signal the ranks themselves, because launc
 and leaves `preempt.<its own signal>` there first, for a rank that starts later and for what is said of the end. Each
 rank says at its end how it ended, because launchers turn every failure into 1. What decides stands in the names of
 empty files, which a full disk still takes: `rank<rank>.runs.<process id>` becomes `rank<rank>.exited.<exit code>`. Why
-a rank ended is in `rank<rank>.exit.json`, for people. Without the variable nothing here does anything.
+a rank ended is in `rank<rank>.exit.json`, for people; `run_folder` is the run's, where the script looks whether other
+ranks have given the run up. Without the variable nothing here does anything.
 """
 
 import contextlib
@@ -49,9 +50,12 @@ def ask(folder: Path, why: str) -> None:
 
 
 def note_run_folder(folder: str | Path) -> None:
-    """Remember the run folder, for the account of this rank's end."""
+    """Remember the run folder, for the account of this rank's end, and tell it to the launch script."""
     global _run_folder
     _run_folder = str(folder)
+    if has_folder():
+        with contextlib.suppress(OSError):  # no room; the script then knows less of the run
+            replace_text(_folder() / "run_folder", os.path.abspath(folder) + "\n")
 
 
 def run_folder() -> str | None:
