@@ -323,5 +323,7 @@ def test_only_errors_of_talking_to_other_ranks_are_explained():
     assert is_collective_failure(
         RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer")
     )
+    # What Gloo says in a backward pass.
+    assert is_collective_failure(RuntimeError("Application timeout caused pair closure"))
     assert not is_collective_failure(RuntimeError("CUDA out of memory"))
     assert not is_collective_failure(ValueError("gloo"))

@@ -42,6 +42,7 @@ _FAILURE_WORDS = (
     "c10d",
     "Connection closed by peer",
     "Connection reset by peer",
+    "pair closure",
 )
 
 
