@@ -417,7 +417,7 @@ def test_fields_that_contradict_each_other_are_refused(written, overrides, messa
 
 def test_every_example_is_read_as_it_was_written():
     for path in sorted((ROOT / "configs" / "cells").glob("*.yaml")):
-        raw, _ = compose(path, [])
+        raw, *_ = compose(path, [])
         written = written_values(load_config(path))
         for section, values in raw.items():
             assert written[section].keys() == values.keys(), path

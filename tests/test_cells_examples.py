@@ -109,7 +109,7 @@ def test_every_example_is_a_whole_configuration(path, place):
 
 def shrunk(path, place, census_uri=None):
     """Return the overrides that an example needs beside the common ones."""
-    raw, _ = compose(path, [])
+    raw, *_ = compose(path, [])
     extra = []
     if raw.get("tokenizer", {}).get("strategy") == "gene_embedding":
         extra.append(f"tokenizer.embedding_path={place / 'vectors.npy'}")

@@ -334,7 +334,7 @@ def test_all_mistakes_are_told_at_once_with_their_places():
         )
     lines = str(caught.value).splitlines()
     assert lines[0].endswith("3 mistakes") and len(lines) == 4
-    assert all(line.strip().startswith("training.") for line in lines[1:])
+    assert all(line.strip().startswith("the command line: training.") for line in lines[1:])
 
 
 # The classes

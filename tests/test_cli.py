@@ -286,9 +286,9 @@ def test_a_wrong_config_is_one_message_and_exit_code_2(user_folder, command):
     assert result.returncode == 2
     assert result.stderr.splitlines() == [
         "error: run.yml: 3 mistakes",
-        "  seed: expected a whole number, got 'x'",
-        "  precision: got 'fp4'; allowed: bf16, fp16, fp32, fp8 or null; did you mean 'fp8'?",
-        "  datasets.0.epoch: unknown key; did you mean 'epochs'?",
+        "  the command line: seed: expected a whole number, got 'x'",
+        "  the command line: precision: got 'fp4'; allowed: bf16, fp16, fp32, fp8 or null; did you mean 'fp8'?",
+        "  the command line: datasets.0.epoch: unknown key; did you mean 'epochs'?",
     ]
 
 

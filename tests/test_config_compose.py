@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def composed(folder, *overrides, name="main.yml"):
-    content, problems = compose(folder / name, list(overrides))
+    content, problems, _ = compose(folder / name, list(overrides))
     assert not problems
     return content
 
@@ -361,13 +361,86 @@ def test_later_values_replace_earlier_ones(folder):
         ("a[-1]=1", r"is not a key"),
         ("b.c=1", r"^b\.c: b is 3, which has no keys below it"),
         ("a..b=1", r"is not a key"),
-        ("lr", r"^command line: 'lr' is not key=value"),
-        ("=3", r"^command line: '=3' is not key=value"),
+        ("lr", r"^'lr' is not key=value"),
+        ("=3", r"^'=3' is not key=value"),
     ],
 )
 def test_an_override_that_reaches_nothing_is_told(folder, override, message):
-    _, problems = compose(folder(main="a: [1, 2]\nb: 3\n") / "main.yml", [override])
+    _, problems, _ = compose(folder(main="a: [1, 2]\nb: 3\n") / "main.yml", [override])
     assert len(problems) == 1 and re.search(message, problems[0].line())
+
+
+# Who wrote a mistake
+
+PHASES = """run_name: a
+model: {model_class: toy.ToyModel}
+optimizer: {optimizer_args: {lr: 1.0}}
+datasets: [{name: b, dataloader_factory: toy.map_loader}]
+"""
+"""A configuration without mistakes."""
+KINDS = {
+    "phases": (PHASES, "seed"),
+    "cells": ("data: {paths: [x]}\n", "data.hvg_n_top_genes"),
+    "circuits": ("general: {dataset: x, output_path: out}\n", "training.num_epochs"),
+}
+
+
+def refused(path, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load_run_config(path, list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "key"), KINDS.values(), ids=KINDS)
+def test_a_mistake_names_the_file_or_the_command_line_that_it_stands_in(folder, text, key):
+    wrong = yaml.safe_dump(nested(key, "many"))
+    path = (
+        folder(main=f"defaults: [own]\n{text}", own=wrong, right=text, both=f"defaults: [own]\n{text}")
+        / "main.yml"
+    )
+    assert refused(path).startswith(f"{path.parent / 'own.yml'}: {key}: ")
+    assert refused(path.parent / "right.yml", f"{key}=many").startswith(f"the command line: {key}: ")
+    first, *listed = refused(path, "sede=1").splitlines()
+    assert first == f"{path}: 2 mistakes"
+    assert {line.split(": ")[0].strip() for line in listed} == {
+        "the command line",
+        str(path.parent / "own.yml"),
+    }
+
+
+def nested(key, value):
+    head, _, rest = key.partition(".")
+    return {head: nested(rest, value) if rest else value}
+
+
+def test_a_mistake_in_a_preset_names_the_preset(folder):
+    path = (
+        folder(main=f"{PHASES}defaults: [{{checkpoint: few}}]\n", checkpoint__few="keep_lats: 1\n")
+        / "main.yml"
+    )
+    assert refused(path).startswith(
+        f"{path.parent / 'checkpoint' / 'few.yml'}: checkpoint.keep_lats: unknown key"
+    )
+
+
+def test_a_value_that_the_command_line_replaces_is_no_longer_the_files(folder):
+    path = folder(main=PHASES) / "main.yml"
+    wrong = "datasets=[{name: b, dataloader_factory: toy.map_loader, epoch: 1}]"
+    assert refused(path, wrong).startswith("the command line: datasets.0.epoch: unknown key")
+    assert refused(path, "model.size=3").startswith("the command line: model.size: unknown key")
+    assert refused(path, "early_stopping.patience=0").startswith(
+        "the command line: early_stopping.patience: "
+    )
+
+
+def test_a_contradiction_says_what_the_command_line_has_to_do_with_it(folder):
+    path = folder(main=f"{PHASES}global_batch_size: 8\n") / "main.yml"
+    assert refused(path, "gradient_accumulation_steps=2").endswith(
+        "; gradient_accumulation_steps is from the command line"
+    )
+    assert refused(path, "use_wandb=false", "wandb_project=x", "trackers=[wandb]").count("is from") == 0
+    assert refused(path, "fp8.fallback_steps=1").endswith("set precision: fp8, or remove it")
+    assert refused(path, "data.paths=x").endswith("keep one; data is from the command line")
 
 
 # Interpolations
@@ -413,7 +486,7 @@ def test_an_override_may_interpolate(folder):
     ],
 )
 def test_an_interpolation_that_gives_nothing_is_told_with_its_place(folder, text, message):
-    _, problems = compose(folder(main=text) / "main.yml", [])
+    _, problems, _ = compose(folder(main=text) / "main.yml", [])
     assert re.search(message, "\n".join(problem.line() for problem in problems))
 
 

@@ -77,9 +77,9 @@ def read_benchmarks(path: str | Path, overrides: Sequence[str] = ()) -> tuple[li
     Raises:
         ConfigError, UserError: it is not valid, or names no benchmark.
     """
-    raw, problems = compose(Path(path).expanduser(), list(overrides))
-    if check_front_door(raw, str(path)) == "cells":
-        settings = cells_config(raw, str(path), problems).eval
+    raw, problems, sources = compose(Path(path).expanduser(), list(overrides))
+    if check_front_door(raw, sources) == "cells":
+        settings = cells_config(raw, sources, problems).eval
         specs, batch_size, where = (
             parse_specs(settings.benchmarks, "eval.benchmarks"),
             settings.batch_size,

@@ -26,7 +26,7 @@ from trainer.config.fields import (
     path_text,
     precision_word,
 )
-from trainer.config.messages import Problem, ValidationError, config_error
+from trainer.config.messages import Problem, Sources, ValidationError, config_error
 from trainer.config.schema import EarlyStoppingConfig, Fp8Config
 
 
@@ -475,11 +475,13 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> ScModel
         ConfigError: there is no such file, or it is not YAML.
     """
     path = Path(path).expanduser()
-    raw, problems = compose(path, list(overrides or []))
-    return cells_config(raw, str(path), problems)
+    raw, problems, sources = compose(path, list(overrides or []))
+    return cells_config(raw, sources, problems)
 
 
-def cells_config(raw: dict[str, Any], source: str, known: list[Problem] | None = None) -> ScModelForgeConfig:
+def cells_config(
+    raw: dict[str, Any], source: str | Sources, known: list[Problem] | None = None
+) -> ScModelForgeConfig:
     """Return the typed configuration of composed values; `known` are mistakes that composing them found.
 
     Raises:

@@ -15,7 +15,7 @@ from trainer.config.cells_section import CellsSection, build
 from trainer.config.circuits_checks import cross_field_problems, without_foreign_keys
 from trainer.config.compose import compose
 from trainer.config.fields import Arguments, Count, PathText, PositiveCount, Share, Text
-from trainer.config.messages import Problem, ValidationError, config_error
+from trainer.config.messages import Problem, Sources, ValidationError, config_error
 from trainer.config.schema import EarlyStoppingConfig, EmaConfig, OneCycleConfig
 
 LrScheduler = Literal["OneCycleLR", "CosineAnnealingLR", "one_cycle", "cosine", "linear", "constant"]
@@ -409,11 +409,13 @@ def load_circuits_config(path: str | Path, overrides: list[str] | None = None) -
         ConfigError: there is no such file, or it is not YAML.
     """
     path = Path(path).expanduser()
-    raw, problems = compose(path, list(overrides or []))
-    return circuits_config(raw, str(path), problems)
+    raw, problems, sources = compose(path, list(overrides or []))
+    return circuits_config(raw, sources, problems)
 
 
-def circuits_config(raw: dict[str, Any], source: str, known: list[Problem] | None = None) -> CircuitsConfig:
+def circuits_config(
+    raw: dict[str, Any], source: str | Sources, known: list[Problem] | None = None
+) -> CircuitsConfig:
     """Return the configuration of composed values; `known` are mistakes that composing them found.
 
     Raises:

@@ -7,6 +7,7 @@ another preset where such a folder exists beside the file; any other `a.b=c` set
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
-from trainer.config.messages import Problem, unknown_name
+from trainer.config.messages import COMMAND_LINE, Problem, Sources, unknown_name
 from trainer.config.yaml_text import describe, parse_yaml, read_yaml_section
 from trainer.errors import ConfigError
 
@@ -22,8 +23,8 @@ _SUFFIXES = (".yml", ".yaml")
 _PACKAGE = re.compile(r"^#\s*@package\s+(\S+)\s*$", re.MULTILINE)
 
 
-def compose(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[Problem]]:
-    """Return the merged configuration with interpolations resolved, and the mistakes that did not prevent it.
+def compose(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[Problem], Sources]:
+    """Return the merged configuration, interpolations resolved, the mistakes in it, and where its values were written.
 
     Raises:
         ConfigError: a file is missing or not YAML, or `defaults` lists go round in a circle.
@@ -33,13 +34,13 @@ def compose(path: Path, overrides: list[str]) -> tuple[dict[str, Any], list[Prob
     content = files.merge_all(path)
     for key, value in settings:
         try:
-            _set_value(content, key, value)
+            _set_value(content, key, value, files.sources)
         except ConfigError as error:
-            problems.append(Problem(key, str(error)))
+            problems.append(Problem(key, str(error), source=COMMAND_LINE))
     content.pop("hydra", None)
     # For data and presets that lie beside the file, wherever the command is given.
     OmegaConf.register_resolver("config_dir", lambda: str(path.parent.resolve()), replace=True)
-    return _resolve_interpolations(content, problems), problems
+    return _resolve_interpolations(content, problems), problems, Sources(str(path), files.sources)
 
 
 def list_presets(folder: Path) -> list[str]:
@@ -59,13 +60,14 @@ class _Files:
         self.choices = dict(choices)
         self.unused = dict(choices)
         self.content: dict[str, Any] = {}
+        self.sources: dict[str, str] = {}
         self.open_files: list[Path] = []
 
     def merge_all(self, path: Path) -> dict[str, Any]:
         """Merge the main file, then the groups that only the command line names."""
         self.merge_file(path, (), "")
         for group, choice in list(self.unused.items()):
-            self._merge_group(self.root, group, choice, (), "", source="the command line")
+            self._merge_group(self.root, group, choice, (), "", source=COMMAND_LINE)
         return self.content
 
     def merge_file(self, path: Path, package: tuple[str, ...], group: str) -> None:
@@ -151,12 +153,15 @@ class _Files:
 
     def _merge_content(self, own: dict[str, Any], package: tuple[str, ...], path: Path) -> None:
         target = self.content
-        for key in package:
-            inner = target.setdefault(key, {})
+        for depth, key in enumerate(package):
+            if key not in target:
+                target[key] = {}
+                _note(self.sources, package[: depth + 1], str(path))
+            inner = target[key]
             if not isinstance(inner, dict):
                 raise ConfigError(f"{path}: belongs under {'.'.join(package)}, which is {describe(inner)}")
             target = inner
-        _merge(target, own)
+        _merge(target, own, package, str(path), self.sources)
 
 
 def read_text(path: Path) -> str:
@@ -226,7 +231,7 @@ def _sort_overrides(
         key, equals, text = override.partition("=")
         key = key.strip().lstrip("+")
         if not equals or not key:
-            problems.append(Problem("command line", f"'{override}' is not key=value"))
+            problems.append(Problem("", f"'{override}' is not key=value", source=COMMAND_LINE))
         elif re.match(r"hydra([./]|$)", key):
             continue
         elif re.fullmatch(r"[\w/-]+", key) and list_presets(folder / key):
@@ -236,7 +241,7 @@ def _sort_overrides(
     return choices, settings, problems
 
 
-def _set_value(content: dict[str, Any], key: str, value: Any) -> None:
+def _set_value(content: dict[str, Any], key: str, value: Any, sources: dict[str, str]) -> None:
     """Set one value in the tree, making the sections on its way."""
     *parents, last = split_key(key)
     node: Any = content
@@ -246,6 +251,7 @@ def _set_value(content: dict[str, Any], key: str, value: Any) -> None:
         else:
             if node.get(part) is None:
                 node[part] = {}
+                _note(sources, parents[: depth + 1], COMMAND_LINE)
             node = node[part]
         if not isinstance(node, (dict, list)):
             where = ".".join(parents[: depth + 1])
@@ -254,6 +260,15 @@ def _set_value(content: dict[str, Any], key: str, value: Any) -> None:
         node[_index(node, last, parents)] = value
     else:
         node[last] = value
+    _note(sources, [*parents, last], COMMAND_LINE)
+
+
+def _note(sources: dict[str, str], keys: Sequence[str], source: str) -> None:
+    """Note where a value was written, which takes the place of one with all that was below it."""
+    path = ".".join(keys)
+    for below in [known for known in sources if known.startswith(f"{path}.")]:
+        del sources[below]
+    sources[path] = source
 
 
 def _index(items: list[Any], part: str, path: list[str]) -> int:
@@ -273,13 +288,21 @@ def _join(group: str, key: str) -> str:
     return key.strip("/") if not group or key.startswith("/") else f"{group}/{key}"
 
 
-def _merge(target: dict[str, Any], update: dict[str, Any]) -> None:
+def _merge(
+    target: dict[str, Any],
+    update: dict[str, Any],
+    keys: tuple[str, ...],
+    source: str,
+    sources: dict[str, str],
+) -> None:
     """Merge sections key by key; anything else replaces what was there."""
     for key, value in update.items():
+        path = (*keys, str(key))
         if isinstance(value, dict) and isinstance(target.get(key), dict):
-            _merge(target[key], value)
+            _merge(target[key], value, path, source, sources)
         else:
             target[key] = value
+            _note(sources, path, source)
 
 
 def _resolve_interpolations(content: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:

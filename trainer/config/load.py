@@ -8,6 +8,7 @@ from trainer.config.checks import cross_field_problems
 from trainer.config.compose import compose, read_text
 from trainer.config.messages import (
     Problem,
+    Sources,
     config_error,
     field_at,
     inner_section,
@@ -40,13 +41,13 @@ def load_run_config(
         ConfigError: lists every mistake with its YAML path.
     """
     path = Path(path).expanduser()
-    raw, problems = compose(path, list(overrides or []))
-    door = check_front_door(raw, str(path))
+    raw, problems, sources = compose(path, list(overrides or []))
+    door = check_front_door(raw, sources)
     if door == "cells":
         from trainer.config.cells import cells_config
         from trainer.config.cells_run import run_of
 
-        return run_of(cells_config(raw, str(path), problems), command)
+        return run_of(cells_config(raw, sources, problems), command)
     if door == "circuits":
         from trainer.config.circuits import circuits_config
         from trainer.config.circuits_run import circuits_run
@@ -56,7 +57,7 @@ def load_run_config(
                 f"{path}: `general` makes this a circuits config, which finetune does not run; `train` does, with "
                 "general.init_from_pipeline_dir for the weights"
             )
-        return circuits_run(circuits_config(raw, str(path), problems))
+        return circuits_run(circuits_config(raw, sources, problems))
     if command == "finetune":
         raise ConfigError(
             f"{path}: `datasets` makes this a phases config, which finetune does not run; `train` does, with init_from "
@@ -65,7 +66,7 @@ def load_run_config(
     config, more = validate(raw, problems)
     problems += more
     if problems or config is None:
-        raise config_error(str(path), problems)
+        raise config_error(sources, problems)
     return config
 
 
@@ -105,7 +106,7 @@ def validate(
     )
 
 
-def check_front_door(raw: dict[str, Any], source: str) -> Literal["phases", "cells", "circuits"]:
+def check_front_door(raw: dict[str, Any], source: Sources) -> Literal["phases", "cells", "circuits"]:
     """Return which kind of configuration this is.
 
     Raises:
@@ -120,16 +121,18 @@ def check_front_door(raw: dict[str, Any], source: str) -> Literal["phases", "cel
     if isinstance(model, dict) and "architecture" in model:
         cells.append("model.architecture")
     if "datasets" in raw and (circuits or cells):
+        others = circuits or cells
         raise ConfigError(
-            f"{source}: `datasets` makes this a phases config and `{'`, `'.join(circuits or cells)}` a "
+            f"{source}: `datasets` makes this a phases config and `{'`, `'.join(others)}` a "
             f"{'circuits' if circuits else 'cells'} config; keep one"
+            + source.elsewhere(["datasets", *others], source.file)
         )
     if "datasets" in raw:
         return "phases"
     if circuits and cells:
         raise ConfigError(
             f"{source}: `{'`, `'.join(circuits)}` makes this a circuits config and `{'`, `'.join(cells)}` a cells "
-            "config; keep one"
+            "config; keep one" + source.elsewhere([*circuits, *cells], source.file)
         )
     if len(circuits) == 2:
         raise ConfigError(

@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
@@ -20,15 +21,47 @@ class Problem(NamedTuple):
         path: where in the YAML, as `datasets.0.epochs`.
         text: what is wrong and what to do.
         involves: further paths whose values the mistake rests on.
+        source: who wrote it, where its path does not tell.
     """
 
     path: str
     text: str
     involves: tuple[str, ...] = ()
+    source: str = ""
 
     def line(self) -> str:
         """Return the mistake as one line."""
         return f"{self.path}: {self.text}" if self.path else self.text
+
+
+COMMAND_LINE = "the command line"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the values of a configuration were written."""
+
+    file: str
+    """The configuration's own file."""
+    by_path: Mapping[str, str]
+    """The file, or `COMMAND_LINE`, by dotted path; a value without one was written where the section around it was."""
+
+    def __str__(self) -> str:
+        """Return the configuration's own file."""
+        return self.file
+
+    def of(self, path: str) -> str:
+        """Return where the value at a path was written, or the section that lacks it."""
+        while path:
+            if path in self.by_path:
+                return self.by_path[path]
+            path = path.rpartition(".")[0]
+        return self.file
+
+    def elsewhere(self, paths: Iterable[str], here: str) -> str:
+        """Return a remark on those paths that were written neither in the own file nor `here`; empty: none."""
+        found = {path: self.of(path) for path in paths}
+        return "".join(f"; {path} is from {s}" for path, s in found.items() if s not in (here, self.file))
 
 
 class ValidationError(ConfigError):
@@ -36,13 +69,19 @@ class ValidationError(ConfigError):
 
 
 def config_error(
-    source: str, problems: Sequence[Problem], kind: type[ConfigError] = ConfigError
+    source: str | Sources, problems: Sequence[Problem], kind: type[ConfigError] = ConfigError
 ) -> ConfigError:
-    """Return one error that lists every mistake, a line each."""
-    lines = list(dict.fromkeys(problem.line() for problem in problems))
+    """Return one error that lists every mistake, a line each, with who wrote it where it is not the source itself."""
+    sources = source if isinstance(source, Sources) else Sources(source, {})
+    lines = {}
+    for problem in problems:
+        written = problem.source or sources.of(problem.path)
+        lines[problem.line() + sources.elsewhere(problem.involves, written)] = written
     if len(lines) == 1:
-        return kind(f"{source}: {lines[0]}")
-    return kind("\n  ".join([f"{source}: {len(lines)} mistakes", *lines]))
+        line, written = next(iter(lines.items()))
+        return kind(f"{written}: {line}")
+    listed = [line if written == str(source) else f"{written}: {line}" for line, written in lines.items()]
+    return kind("\n  ".join([f"{source}: {len(lines)} mistakes", *listed]))
 
 
 def is_touched(path: str, wrong: Iterable[str]) -> bool:
