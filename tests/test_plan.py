@@ -1,5 +1,6 @@
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -347,10 +348,39 @@ def test_a_number_of_ranks_that_does_not_divide_says_why(corpus, tmp_path):
     assert "does not run" in render(plan) and "one on 3: global batch 16" in render(plan)
 
 
+@pytest.mark.parametrize(
+    ("hours", "text"),
+    [
+        (6.64e-08, "under a second"),
+        (0.01, "36 s"),
+        (0.5, "30 min"),
+        (3.14159, "3.14 h"),
+        (47.0, "47 h"),
+        (99.0, "4.1 days"),
+        (1e6, "41,666.7 days"),
+        (None, "-"),
+    ],
+)
+def test_times_are_in_units_that_people_read(corpus, tmp_path, hours, text):
+    plan = planned(tmp_path, run_config(corpus), world_sizes=(1,))
+    phase = plan.phases[0]
+    timed = replace(phase.on_ranks[0], hours=hours, cells_per_second=999_999.0)
+    written = render(replace(plan, phases=[replace(phase, on_ranks=[timed])]))
+    row = next(line for line in written.splitlines() if "999,999" in line)
+    assert row.split("999,999")[0].rstrip().endswith(f"  {text}")
+    assert "No loader gives" not in written
+
+
+def test_a_rate_that_no_loader_gives_is_said_to_be_one(corpus, tmp_path):
+    written = render(planned(tmp_path, run_config(corpus), world_sizes=(1,)))
+    assert "over 1,000,000" in written
+    assert "No loader gives 1,000,000 cells/s: the GPU will wait for the data and the host" in written
+
+
 def test_without_a_peak_hours_are_left_out_and_that_is_said(corpus, tmp_path):
     plan = planned(tmp_path, run_config(corpus, precision="fp32"))
     assert plan.phases[0].on_ranks[0].hours is None
-    assert "the table has no peak of H100 in fp32, so hours are left out" in render(plan)
+    assert "the table has no peak of H100 in fp32, so times are left out" in render(plan)
 
 
 def test_dimensions_that_fp8_cannot_take_are_named_whatever_the_precision(corpus, tmp_path):

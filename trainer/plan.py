@@ -32,6 +32,8 @@ from trainer.random_state import seed_everything
 DEFAULT_GPU = "H100"
 DEFAULT_MFU = 0.35
 DEFAULT_SAMPLE_CELLS = 512
+_MOST_OF_A_LOADER = 1_000_000
+"""Cells a second that no loader gives: the GPU waits for the data and the host."""
 
 
 @dataclass(frozen=True)
@@ -420,9 +422,9 @@ def _notes(
     if precision == "fp8":
         notes.append("activations are counted as in bf16, an upper bound; attention and heads run in bf16")
         if config.fp8 is not None and config.fp8.backend == "emulate":
-            notes.append("fp8.backend: emulate computes in fp32; hours are for FP8 on the GPU itself")
+            notes.append("fp8.backend: emulate computes in fp32; times are for FP8 on the GPU itself")
     if peak is None:
-        notes.append(f"the table has no peak of {gpu.name} in {precision}, so hours are left out")
+        notes.append(f"the table has no peak of {gpu.name} in {precision}, so times are left out")
     if not any(callable(getattr(model, name, None)) for name in ("training_flops", "batch_flops")):
         notes.append(
             "operations are an estimate, 6 x parameters x tokens: the model has no method training_flops"
@@ -461,6 +463,7 @@ def render(plan: Plan) -> str:
             for on in phase.on_ranks
             if on.problem is not None
         ),
+        *_times_too_short(plan),
         "",
         f"Each rank, bytes kept from step to step, and micro-batch that fits a {plan.gpu}",
         _states_table(plan),
@@ -472,6 +475,17 @@ def render(plan: Plan) -> str:
         *([f"  {misfit}" for misfit in plan.fp8_misfits] or ["  none"]),
     ]
     return "\n".join(lines)
+
+
+def _times_too_short(plan: Plan) -> list[str]:
+    """Say where the GPU's operations are not what the time will go to."""
+    rates = [on.cells_per_second for phase in plan.phases for on in phase.on_ranks]
+    if not any(rate is not None and rate >= _MOST_OF_A_LOADER for rate in rates):
+        return []
+    return [
+        f"  No loader gives {_MOST_OF_A_LOADER:,} {_unit(plan)}/s: the GPU will wait for the data and the host, and "
+        "the run take longer"
+    ]
 
 
 def _unit(plan: Plan) -> str:
@@ -513,7 +527,7 @@ def _cells_table(plan: Plan) -> str:
 
 def _phases_table(plan: Plan) -> str:
     unit = _unit(plan)
-    headers = ["phase", "GPUs", "batch", "steps", unit, "hours", f"loader {unit}/s"]
+    headers = ["phase", "GPUs", "batch", "steps", unit, "time", f"loader {unit}/s"]
     rows = []
     for phase in plan.phases:
         for on in phase.on_ranks:
@@ -527,8 +541,8 @@ def _phases_table(plan: Plan) -> str:
                     f"{on.micro_batch_size} x {on.accumulation} x {on.world_size} = {on.global_batch_size}",
                     f"{on.steps:,}",
                     f"{on.cells:,}" if phase.unit == unit else f"{on.cells:,} {phase.unit}",
-                    None if on.hours is None else f"{on.hours:,.3g}",
-                    None if on.cells_per_second is None else f"{on.cells_per_second:,.0f}",
+                    _time(on.hours),
+                    _rate(on.cells_per_second),
                 ]
             )
     return table(headers, rows)
@@ -571,6 +585,26 @@ def _size(num_bytes: float | None) -> str | None:
             return f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.3g} TB"
+
+
+def _time(hours: float | None) -> str | None:
+    """Return hours in the unit that leaves a number people read, of no more digits than an assumed MFU is worth."""
+    if hours is None:
+        return None
+    seconds = hours * 3600
+    if seconds < 1:
+        return "under a second"
+    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172800)):
+        if seconds < most:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{hours / 24:,.1f} days"
+
+
+def _rate(per_second: float | None) -> str | None:
+    """Return what the loaders must deliver, without digits where none could."""
+    if per_second is None:
+        return None
+    return f"{per_second:,.0f}" if per_second < _MOST_OF_A_LOADER else f"over {_MOST_OF_A_LOADER:,}"
 
 
 if __name__ == "__main__":
