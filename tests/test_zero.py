@@ -242,6 +242,28 @@ def test_a_loss_with_weights_goes_on_under_every_strategy(
 
 
 @pytest.mark.slow
+def test_running_statistics_are_those_of_ddp_and_resume_exactly(tmp_path):
+    config = toy({"epochs": 3, "save_every_steps": 1, "lr": 0.03, **CELLS}, micro_batch_size=2)
+    config |= {"global_batch_size": 12, "model": {"model_class": "toy.WithStatistics", "model_args": {}}}
+    runs = {}
+    for strategy in ("ddp", "zero2", "zero3"):
+        train_ranks(2, tmp_path / strategy, config, strategy=strategy)
+        whole = runs[strategy] = newest_run(tmp_path / strategy)
+        folder = copy_until(whole, 3, tmp_path / f"{strategy}_cut")
+        train_ranks(2, tmp_path / f"{strategy}_cut", config, strategy=strategy, resume_from="latest")
+        assert comparable_records(folder) == comparable_records(whole)
+    last = len(losses(runs["ddp"]))
+    of_ddp = full_weights(open_checkpoint(runs["ddp"] / f"checkpoint_{last}"))
+    assert of_ddp["level"] > 0 and of_ddp["norm.running_var"].std() > 0
+    for strategy in ("zero2", "zero3"):
+        for kind in ("train", "validation"):
+            assert losses(runs[strategy], kind) == pytest.approx(losses(runs["ddp"], kind), abs=1e-5)
+        found = full_weights(open_checkpoint(runs[strategy] / f"checkpoint_{last}"))
+        for name in ("level", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+            torch.testing.assert_close(found[name], of_ddp[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
 def test_dropout_continues_exactly_under_zero_3(tmp_path):
     model = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.3}}
     config = {**CONFIG, "model": model}

@@ -98,6 +98,7 @@ class ZeroStrategy(Strategy):
 
     is_sharded = True
     engine: Any
+    _begins_step = True
 
     def _prepare(self) -> Any:
         settings = settings_of(self.accelerator)
@@ -129,7 +130,24 @@ class ZeroStrategy(Strategy):
     def accumulation(self, is_last: bool) -> Iterator[None]:
         """Wrap a micro-batch's forward and backward, and tell the engine whether the update follows."""
         self.engine.set_gradient_accumulation_boundary(is_last)
+        if self._begins_step:
+            self._share_buffers()
+        self._begins_step = is_last
         yield
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Have the module in evaluation mode within the block, with rank 0's buffers on every rank."""
+        self._share_buffers()
+        with super().evaluating():
+            yield
+
+    def _share_buffers(self) -> None:
+        """Give every rank the buffers of rank 0, which checkpoints hold, when and how DDP does."""
+        buffers = [buffer.detach() for buffer in self.own_module.buffers()]
+        if buffers and self.accelerator.num_processes > 1:
+            group = torch.distributed.group.WORLD
+            torch.distributed._broadcast_coalesced(group, buffers, _BUCKET_BYTES, 0)
 
     def backward(self, loss: Tensor) -> None:
         """Add one micro-batch's gradient."""
@@ -317,4 +335,5 @@ class ZeroStrategy(Strategy):
         optimizer.invalidate_secondary_tensor()
 
 
+_BUCKET_BYTES = 250 << 20
 _SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
