@@ -46,7 +46,7 @@ class MicroBatch(NamedTuple):
 
     batch: dict[str, Any]
     num_cells: int
-    """0 marks a dummy, a copy of another cell that must count for nothing."""
+    """0 marks a dummy, a copy of another micro-batch that must count for nothing."""
     rows: NDArray[np.int64]
 
 
@@ -65,7 +65,8 @@ class StepLoader:
     Global batch g of an epoch is positions [g * size, (g + 1) * size) of the order, which the source may arrange
     among each other. Its i-th micro-batch goes to rank i % world size as accumulation index i // world size, so
     every rank takes equally many steps of equally many micro-batches, and a position to resume from is an epoch
-    and a step.
+    and a step. Of a last global batch with too few cells, indices at which no rank has any are left out; a rank
+    that has none where others do gets a dummy, the first micro-batch's rows.
     """
 
     may_run_dry = False
@@ -226,9 +227,11 @@ class StepLoader:
         if getattr(self.source, "pads_to_step", False):
             fetch = functools.partial(fetch, step_rows=rows)
         step = []
-        for number in range(self.rank, key.global_batch_size // self.micro_batch_size, self.world_size):
-            part = rows[number * self.micro_batch_size : (number + 1) * self.micro_batch_size]
-            num_cells, part = len(part), part if len(part) else rows[:1]
+        num_filled = -(-len(rows) // self.micro_batch_size)
+        for first in range(0, num_filled, self.world_size):
+            begin = (first + self.rank) * self.micro_batch_size
+            part = rows[begin : begin + self.micro_batch_size]
+            num_cells, part = len(part), part if len(part) else rows[: self.micro_batch_size]
             try:
                 batch = fetch(part, draw)
             except Exception as error:

@@ -21,6 +21,7 @@ class StreamLoader:
     The stream draws from random state of its own (seeded by run, phase, epoch and rank), so that replaying it gives
     the same cells and reading it never disturbs the model's dropout. A rank whose stream has run dry goes on with
     copies of its last micro-batch that count for nothing, until every rank has: `may_run_dry` tells the loop to ask.
+    One process has no others to wait for: its last step is shorter.
     """
 
     may_run_dry = True
@@ -36,6 +37,7 @@ class StreamLoader:
         seed: int,
         phase: int,
         rank: int,
+        world_size: int,
         num_micro_batches: int | None,
     ) -> None:
         """Take the loader, what completes its batches, and the longest rank's number of micro-batches if known."""
@@ -47,6 +49,7 @@ class StreamLoader:
         self.seed = seed
         self.phase = phase
         self.rank = rank
+        self.world_size = world_size
         self.steps_per_epoch = None if num_micro_batches is None else -(-num_micro_batches // accumulation)
         self._saved: dict[str, Any] | None = None
         self._random: tuple[Any, ...] | None = None
@@ -61,8 +64,10 @@ class StreamLoader:
         last: dict[str, Any] | None = None
         while True:
             step: list[MicroBatch] = []
-            for _ in range(self.accumulation):
+            for number in range(self.accumulation):
                 batch = self._next(stream)
+                if batch is None and number > 0 and self.world_size == 1:
+                    break
                 if batch is None:
                     last = self._first_batch(epoch) if last is None else last
                     step.append(MicroBatch(last, 0, np.empty(0, dtype=np.int64)))

@@ -52,6 +52,13 @@ def test_a_users_loader_is_divided_so_that_each_cell_is_seen_once(tmp_path, num_
     assert sorted(cells_of(log)) == list(range(96))
 
 
+def test_a_rank_without_cells_in_a_last_micro_batch_trains_with_batch_statistics(tmp_path):
+    phase = {"dataloader_args": {"num_cells": 195, "batch_size": 8}}  # 6 x 32 + 3
+    model = {"model_class": "toy.WithStatistics", "model_args": {}}
+    train_ranks(2, tmp_path, toy(phase, micro_batch_size=8, global_batch_size=32, model=model))
+    assert numbers(newest_run(tmp_path), "cells") == [32] * 6 + [3]
+
+
 def test_ranks_that_log_other_metrics_record_each_by_its_name(tmp_path):
     loss = {"loss": {"loss_class": "toy.RareMetrics"}, "distributed_timeout_seconds": 30}
     train_ranks(2, tmp_path, toy({"epochs": 2, "log_every_steps": 2}, **loss))

@@ -92,6 +92,16 @@ def test_a_partial_last_batch_weighs_its_cells(tmp_path):
     assert [record["cells"] for record in records(folder)] == [24, 5]
 
 
+@pytest.mark.parametrize("loader", ["toy.map_loader", "toy.stream_loader"])
+def test_a_partial_last_batch_feeds_running_statistics_with_its_cells_alone(tmp_path, loader):
+    phase = {"dataloader_factory": loader, "dataloader_args": {"num_cells": 203, "batch_size": 8}}
+    config = toy({"max_steps": 7, **phase}, micro_batch_size=8, global_batch_size=32)  # 203 = 6 x 32 + 8 + 3
+    config["model"] = {"model_class": "toy.WithStatistics", "model_args": {}}
+    folder = train(tmp_path, config)
+    assert [record["cells"] for record in records(folder)] == [32] * 6 + [11]
+    assert final_weights(folder)["norm.num_batches_tracked"] == 26
+
+
 def test_accumulation_may_change_between_phases(tmp_path):
     config = toy({}, {"gradient_accumulation_steps": 2}, {"global_batch_size": 48})
     folder = train(tmp_path, config)

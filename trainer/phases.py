@@ -285,6 +285,7 @@ class _LoaderBuilder:
             seed=self.seed,
             phase=self.index,
             rank=self.ranks.index,
+            world_size=self.ranks.count,
             num_micro_batches=None if longest < 0 else longest,
         )
 
