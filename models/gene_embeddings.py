@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import tokenize
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,17 +116,7 @@ def _read_file(path: Path) -> tuple[np.ndarray, list[str]]:
 def _load(path: Path) -> np.ndarray | tuple[np.ndarray, list[str]]:
     """Read what a file holds: a matrix, or a matrix and its names."""
     if path.suffix == ".npy":
-        try:
-            with path.open("rb") as file:
-                if file.read(6) != b"\x93NUMPY":
-                    raise ValueError("it does not begin as one")
-            # Mapped, so that a shape that is more than the file holds is refused before memory is taken for it.
-            return np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise ModelError(
-                f"gene_embedding_path: {path} is no plain NumPy array: {error}; save the matrix alone, with the names "
-                "in a .txt beside it"
-            ) from error
+        return _load_npy(path)
     if path.suffix == ".safetensors":
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -140,6 +131,26 @@ def _load(path: Path) -> np.ndarray | tuple[np.ndarray, list[str]]:
     if path.suffix == ".pt":
         return _load_pt(path)
     raise ModelError(f"gene_embedding_path: {path} ends in {path.suffix!r}; allowed: .npy, .safetensors, .pt")
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        with path.open("rb") as file:
+            if file.read(6) != b"\x93NUMPY":
+                raise ValueError("it does not begin as one")
+        # Mapped, so that a shape that is more than the file holds is refused before memory is taken for it.
+        with np.errstate(over="raise"):
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+    # The header is a Python literal, which NumPy gives to Python's own parser and then takes at its word.
+    except (
+        ValueError, EOFError, OSError, SyntaxError, tokenize.TokenError, MemoryError, RecursionError, TypeError,
+        ArithmeticError, KeyError,
+    ) as error:  # fmt: skip
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"gene_embedding_path: {path} is no plain NumPy array: {reason}; save the matrix alone, with the names in "
+            "a .txt beside it"
+        ) from error
 
 
 def _load_pt(path: Path) -> np.ndarray | tuple[np.ndarray, list[str]]:

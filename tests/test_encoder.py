@@ -1,4 +1,5 @@
 import copy
+import struct
 from typing import Any
 
 import numpy as np
@@ -526,10 +527,29 @@ def write_lying_array(path):
         file.write(bytes(64))
 
 
+def headed(text):
+    """Return a writer of a file with a header of its own in the place of a NumPy array's."""
+    header = b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+    return lambda path: path.write_bytes(header + bytes(64))
+
+
+def shaped(shape, descr="'<f4'"):
+    return headed(f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}")
+
+
 @pytest.mark.parametrize(
     ("name", "write"),
     [
         ("vectors.npy", write_lying_array),
+        ("vectors.npy", headed("{'descr': ('''")),
+        ("vectors.npy", headed("  x\n y")),
+        ("vectors.npy", headed("(" * 9_000 + ")" * 9_000)),
+        ("vectors.npy", headed("-" * 9_000 + "1")),
+        ("vectors.npy", headed("{[]: 1}")),
+        ("vectors.npy", shaped("(99999999999999999999, 9)")),
+        ("vectors.npy", shaped("(4611686018427387904, 4)")),
+        ("vectors.npy", shaped("(-1, 4)")),
+        ("vectors.npy", shaped("(2, 2)", descr="['a', 5]")),
         ("vectors.npy", lambda path: path.write_bytes(b"PK\x03\x04 no archive")),
         ("vectors.pt", lambda path: path.write_bytes(b"")),
         ("vectors.pt", lambda path: torch.save(torch.zeros(1).expand(2, 10**12), path)),
