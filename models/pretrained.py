@@ -9,7 +9,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -397,12 +397,13 @@ def _construct(factory: Any, description: ModelDescription, trusted: list[str], 
 def _load(model: nn.Module, weights: dict[str, Tensor], tied: Mapping[str, str], folder: Path) -> None:
     """Load the weights strictly, and tie again what was tied."""
     path = folder / WEIGHTS_FILE
+    own = model.state_dict().keys()
     for name, kept in tied.items():
         if kept not in weights or name in weights:
             raise ModelError(
                 f"{folder}: {CONFIG_FILE} ties {name} to {kept}, but {WEIGHTS_FILE} does not hold it so"
             )
-        _tie(model, name, kept, folder)
+        _tie(model, name, kept, own, folder)
     state = state_tensors(model)
     complete = {**weights, **{name: weights[kept] for name, kept in tied.items()}}
     missing, unexpected = sorted(state.keys() - complete.keys()), sorted(complete.keys() - state.keys())
@@ -421,17 +422,22 @@ def _load(model: nn.Module, weights: dict[str, Tensor], tied: Mapping[str, str],
     model.load_state_dict(complete)
 
 
-def _tie(model: nn.Module, name: str, kept: str, folder: Path) -> None:
-    """Let two names of a model share one tensor, where its constructor does not do so."""
+def _tie(model: nn.Module, name: str, kept: str, own: Collection[str], folder: Path) -> None:
+    """Let two names of a model share one tensor, where its constructor does not do so; `own` are all it has."""
+    for each in (name, kept):
+        if each not in own:
+            raise ModelError(
+                f"{folder / CONFIG_FILE}: it ties {name} to {kept}, but {type(model).__name__} has no weight {each}"
+            )
     owner_name, _, attribute = name.rpartition(".")
     kept_owner, _, kept_attribute = kept.rpartition(".")
     try:
         owner, source = model.get_submodule(owner_name), model.get_submodule(kept_owner)
         current, shared = getattr(owner, attribute), getattr(source, kept_attribute)
-    except AttributeError as error:
+        if current is not shared and current.data_ptr() != shared.data_ptr():
+            setattr(owner, attribute, shared)
+    except (AttributeError, TypeError) as error:
         raise ModelError(f"{folder / CONFIG_FILE}: it ties {name} to {kept}, but {error}") from None
-    if current is not shared and current.data_ptr() != shared.data_ptr():
-        setattr(owner, attribute, shared)
 
 
 def signature_defaults(factory: Any) -> dict[str, Any]:
