@@ -1,6 +1,7 @@
 """What a corpus says of itself: manifest, obs columns, Arrow schema and Hugging Face features (format 1)."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import PurePath
@@ -18,6 +19,9 @@ _DTYPES = ("int64", "float32", "float64")
 RESERVED_COLUMNS = ("genes", "counts", "source", "total", "n_genes")
 UNLABELLED = "unlabelled"
 """Class of the cells that have no label in a column that was asked for."""
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 Storage = Literal["arrow", "parquet"]
 
@@ -147,15 +151,26 @@ class Manifest:
             *(name for column in self.columns.values() for name in column.names),
         ]
         texts += [self.control_label] if self.control_label is not None else []
+        texts += [
+            *self.columns,
+            *(text for source in self.sources for text in (source.path_name, source.matrix)),
+        ]
+        hashes = [self.gene_sha256, *(shard.sha256 for shard in self.shards)]
+        hashes += [
+            each
+            for each in (self.conversion_sha256, *(s.sha256 for s in self.sources))
+            if each not in (None, "")
+        ]
         problems = {
             "value_kind": self.value_kind not in ("counts", "lognorm"),
             "count_dtype": self.count_dtype not in COUNT_DTYPES,
             "storage": self.storage not in ("arrow", "parquet"),
-            "a shard's file": not all(isinstance(f, str) and f and PurePath(f).name == f for f in files)
+            "a shard's file": not all(_is_name(f) and f and PurePath(f).name == f for f in files)
             or len(set(files)) < len(files),
             "rows and bytes": not all(type(count) is int and count >= 0 for count in counts),
             "measured_genes": not all(type(bound) is int and bound >= 0 for bound in ranges),
-            "a name": not all(isinstance(text, str) for text in texts),
+            "a name": not all(map(_is_name, texts)),
+            "sha256": not all(isinstance(each, str) and _SHA256.fullmatch(each) for each in hashes),
             "columns": any(
                 name in RESERVED_COLUMNS
                 or column.kind not in ("class", "number")
@@ -166,6 +181,11 @@ class Manifest:
         wrong = [what for what, is_wrong in problems.items() if is_wrong]
         if wrong:
             raise ValueError(f"{', '.join(wrong)}: what it says is nothing that a conversion writes")
+
+
+def _is_name(value: Any) -> bool:
+    """Tell whether a value is text that can be written in UTF-8."""
+    return isinstance(value, str) and _SURROGATE.search(value) is None
 
 
 def corpus_features(count_dtype: str, columns: Mapping[str, ObsColumn]) -> dict[str, Any]:

@@ -187,6 +187,10 @@ def changed_manifest(folder, change):
         ("control_label", 5, "a name"),
         ("columns", {"genes": {"kind": "number", "dtype": "int64"}}, "columns"),
         ("columns", {"age": {"kind": "number", "dtype": "O"}}, "columns"),
+        ("gene_sha256", "0" * 63, "sha256"),
+        ("conversion_sha256", 5, "sha256"),
+        ("technical_batches", ["\ud800"], "a name"),
+        ("columns", {"\ud800": {"kind": "number", "dtype": "int64"}}, "a name"),
         ("num_cells", [], "do not add up"),
         ("num_cells", 3.0, "do not add up"),
     ],
@@ -203,6 +207,15 @@ def test_a_shard_whose_rows_are_no_count_is_refused(tmp_path, value):
         manifest["shards"][0]["rows"] = value
 
     with pytest.raises(DataError, match="rows and bytes"):
+        open_corpus(changed_manifest(write_small(tmp_path / "c"), change))
+
+
+@pytest.mark.parametrize("value", [None, "\ud800", "", "0" * 65, ["0" * 64]])
+def test_a_shard_whose_hash_is_none_is_refused(tmp_path, value):
+    def change(manifest):
+        manifest["shards"][0]["sha256"] = value
+
+    with pytest.raises(DataError, match="sha256: what it says is nothing that a conversion writes"):
         open_corpus(changed_manifest(write_small(tmp_path / "c"), change))
 
 
