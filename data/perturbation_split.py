@@ -53,11 +53,13 @@ class CellGroups:
             raise DataError(
                 f"{where}: got {choice!r}; it must be a table with some of the keys {', '.join(_COMBINATION_KEYS)}"
             )
-        chosen = np.ones(len(self), np.bool_)
+        chosen, why = np.ones(len(self), np.bool_), ""
         for key, value in choice.items():
             names = read_names([value] if isinstance(value, str) else value, f"{where}.{key}")
             if key == "target_gene":
-                chosen &= np.isin(self.perturbation, targets.classes(names, f"{where}.{key}"))
+                classes = targets.classes(names, f"{where}.{key}")
+                chosen &= np.isin(self.perturbation, classes)
+                why = targets.why_left_out(classes)
                 continue
             is_type = key == "cell_type"
             known = self.cell_types if is_type else self.technical_batches
@@ -66,7 +68,7 @@ class CellGroups:
             codes = [known.index(name) for name in names]
             chosen &= np.isin(self.cell_type if is_type else self.technical_batch, codes)
         if not chosen.any():
-            raise DataError(f"{where}: no perturbed cell is of {dict(choice)!r}")
+            raise DataError(f"{where}: no perturbed cell is of {dict(choice)!r}{why}")
         return chosen
 
 

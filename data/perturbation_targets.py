@@ -55,6 +55,23 @@ class PerturbationTargets:
             raise DataError(f"{where}: {self.names[self.control]!r} is the control label, not a target")
         return np.unique(np.asarray(found, np.int64))
 
+    def why_left_out(self, classes: NDArray[np.int64]) -> str:
+        """Say which of some perturbations are skipped, by which option, and what keeps them; empty where none is."""
+        skipped = [index for index in classes.tolist() if not self.is_used[index] and self.genes[index]]
+        is_pair = [len(self.genes[index]) > self.indices.shape[1] for index in skipped]
+        pairs = [self.names[index] for index, pair in zip(skipped, is_pair, strict=True) if pair]
+        unknown = [self.names[index] for index, pair in zip(skipped, is_pair, strict=True) if not pair]
+        why = ""
+        if unknown:
+            what = "genes of the batches" if self.are_genes else "targets"
+            why += (
+                f"; cells of {listed(unknown, 6)} are there, but unknown_targets: skip leaves them out, since their "
+                f"target is not among the {len(self.target_names)} {what}: targets: corpus keeps them"
+            )
+        if pairs:
+            why += f"; pairs: skip leaves out {listed(pairs, 6)}: pairs: index keeps them"
+        return why
+
 
 def read_targets(
     info: CorpusInfo,
@@ -87,12 +104,12 @@ def read_targets(
         for name in names
     )
     num_targets = np.array([len(each) for each in genes])
-    is_pair, notices = num_targets == 2, []
+    is_pair, notices, problems = num_targets == 2, [], []
     if UNLABELLED in names and label != UNLABELLED:
         notices.append("cells without a label in target_gene are left out")
     if pairs != "index":
         _refuse_or_note(
-            pairs, np.asarray(names)[is_pair].tolist(), info.path, notices,
+            pairs, np.asarray(names)[is_pair].tolist(), problems, notices,
             "of pairs of genes",
             "set pairs: index for target_gene_idx [B, 2], or pairs: skip to leave them out",
         )  # fmt: skip
@@ -101,11 +118,13 @@ def read_targets(
     is_used &= ~is_pair | (pairs == "index")
     what = "genes of the batches" if targets == "genes" else "targets"
     _refuse_or_note(
-        unknown_targets, np.asarray(names)[is_unknown & is_used].tolist(), info.path, notices,
+        unknown_targets, np.asarray(names)[is_unknown & is_used].tolist(), problems, notices,
         f"with a target that is not among the {len(space)} {what}",
         "set unknown_targets: skip to leave them out or index to give such a target index -1, or let "
         "targets: corpus, or a file, say which targets there are",
     )  # fmt: skip
+    if problems:
+        raise DataError(f"{info.path}: {'; and '.join(problems)}")
     if unknown_targets == "skip":
         is_used &= ~is_unknown
     if not is_used.any() and not may_be_none:
@@ -223,11 +242,12 @@ def _index(space: GeneSpace, gene: str) -> int:
 
 
 def _refuse_or_note(
-    choice: str, names: list[str], path: str, notices: list[str], what: str, remedy: str
+    choice: str, names: list[str], problems: list[str], notices: list[str], what: str, remedy: str
 ) -> None:
     if not names:
         return
     if choice == "error":
-        raise DataError(f"{path}: {counted(len(names), 'perturbation')} {what}: {listed(names, 6)}; {remedy}")
+        problems.append(f"{counted(len(names), 'perturbation')} {what}: {listed(names, 6)}; {remedy}")
+        return
     done = "left out" if choice == "skip" else "index -1"
     notices.append(f"{counted(len(names), 'perturbation')} {what} ({done}): {listed(names, 6)}")

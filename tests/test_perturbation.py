@@ -460,6 +460,28 @@ def test_pairs_are_refused_skipped_and_counted_or_indexed(tmp_path: Path):
     assert found == {0: [5, -1], 1: [5, 9], 2: [7, -1]}
 
 
+def test_pairs_and_unknown_targets_are_refused_at_once(tmp_path: Path):
+    corpus = with_pairs(tmp_path, "GENE5", "GENE5+GENE9", "ELSEWHERE")
+    refused(
+        corpus, r"1 perturbation of pairs.*; and 1 perturbation with a target .*: ELSEWHERE; set unknown_"
+    )
+
+
+def test_held_out_targets_that_are_skipped_are_said_to_be_there(tmp_path: Path):
+    corpus = with_pairs(tmp_path, "GENE5", "GENE9+ELSEWHERE", "ELSEWHERE")
+    skip = {"pairs": "skip", "unknown_targets": "skip"}
+    refused(
+        corpus,
+        r"held_out_genes: no perturbed cell .*; cells of ELSEWHERE are there, but unknown_targets: skip leaves them "
+        r"out, since their target is not among the 60 genes of the batches: targets: corpus keeps them; pairs: skip "
+        r"leaves out GENE9\+ELSEWHERE: pairs: index keeps them",
+        held_out_genes=["ELSEWHERE"],
+        **skip,
+    )
+    indexed = {"pairs": "index", "unknown_targets": "skip"}
+    refused(corpus, r"cells of GENE9\+ELSEWHERE are there, but", held_out_genes=["GENE9"], **indexed)
+
+
 def test_a_perturbation_of_three_genes_is_refused(tmp_path: Path):
     refused(with_pairs(tmp_path, "GENE5+GENE9+GENE3"), "targets 3 genes; one or a pair", pairs="index")
 

@@ -164,6 +164,12 @@ def test_a_prediction_says_of_itself_what_values_it_holds(tmp_path):
     assert "it says of itself that it holds lognorm; vcc2026 takes raw counts" in problems[0]
 
 
+def test_log_normalised_values_are_sent_to_the_preset_that_scores_them(tmp_path):
+    hint = "takes raw counts (--preset vcc2025 scores log-normalised values)"
+    assert hint in problems_of(tmp_path, matrix=counts(r0c0=0.5))[0]
+    assert hint not in problems_of(tmp_path, matrix=counts(r0c0=99.5))[0]
+
+
 @pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csc_matrix, np.asarray])
 def test_values_are_judged_alike_in_every_layout(tmp_path, kind):
     matrix = counts(r0c0=0.5, r1c1=-3, r2c2=0)

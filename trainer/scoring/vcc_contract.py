@@ -17,6 +17,7 @@ from trainer.scoring.vcc_options import (
     MAX_COUNTS_PER_CELL,
     MAX_LOGNORM,
     PERTURBATION_COLUMN,
+    VCC2025,
     Preset,
     ScoreOptions,
 )
@@ -200,9 +201,11 @@ def _wrong_values(values: Values, preset: Preset, stated_kind: Any) -> list[str]
     if preset.kind == "counts":
         if values.num_fractional:
             hint = f"; it says of itself that it holds {stated_kind}" if isinstance(stated_kind, str) else ""
+            is_logged = values.highest < MAX_LOGNORM and not values.num_negative
+            other = f" (--preset {VCC2025.name} scores log-normalised values)" if is_logged else ""
             problems.append(
                 f"values: {values.num_fractional:,} are no whole numbers (such as {values.example_fractional:g})"
-                f"{hint}; {preset.name} takes raw counts"
+                f"{hint}; {preset.name} takes raw counts{other}"
             )
         deep = values.totals > MAX_COUNTS_PER_CELL
         if deep.any():
