@@ -302,7 +302,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(saved, tmp_path):
 
 
 def test_a_run_folder_that_cannot_be_taken_over_is_named(saved, tmp_path, monkeypatch):
-    folder = copy_until(saved, 4, tmp_path)
+    folder = copy_until(saved, 3, tmp_path)
 
     def refuse(path, text):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -52,6 +52,7 @@ from trainer.retention import Retention
 from trainer.rollback import open_records, roll_back
 from trainer.run import Run, TrainingStopped
 from trainer.run_state import Saver, restore
+from trainer.same_job import what_differs
 from trainer.saved_run import check_destination, write_result
 from trainer.schedule import base_learning_rates, check_momentum
 from trainer.scoring_queue import finish_scoring, start_scoring
@@ -193,7 +194,9 @@ def begin(run: Run, facts: DataFacts, resume: Resume, folder: Path, notes: list[
         saved = open_checkpoint(resume.checkpoint, verify=False)
         notes += restore(run, saved, config, facts)
         ranks.barrier()  # the next save may delete an older checkpoint, which a slower rank could still read
-        take_over(config, ranks, folder, resume.checkpoint)
+        has_ended = run.progress.phase_index >= len(run.phases)
+        take_over(config, ranks, folder, resume.checkpoint, trains=not has_ended)
+        notes += note_of_what_is_not_trained(config, resume.checkpoint) if has_ended else []
     elif resume.kind == "weights_file":
         assert resume.checkpoint is not None
         notes += restore_reference_checkpoint(resume.checkpoint, run)
@@ -234,7 +237,10 @@ def train_with_fallback(run: Run, writer: CheckpointWriter, folder: Path, facts:
     """
     if run.progress.phase_index >= len(run.phases):
         step = run.progress.global_step
-        notice(f"this run is finished: all its phases ended at step {step}, nothing is left to do")
+        notice(
+            f"this run is finished: all its phases ended at step {step}, and nothing is left to do. To train this job "
+            "anew, set resume_from: null; to train on from its weights, start a new run with init_from"
+        )
     while True:
         try:
             return train(run)
@@ -345,16 +351,27 @@ def open_run_folder(
     return folder, lease
 
 
-def take_over(config: RunConfig, ranks: Ranks, folder: Path, checkpoint: Path) -> None:
-    """Let rank 0 make the checkpoint the newest of its run, once nothing speaks against going on from it."""
+def take_over(config: RunConfig, ranks: Ranks, folder: Path, checkpoint: Path, *, trains: bool) -> None:
+    """Let rank 0 make the checkpoint the newest of its run, once nothing speaks against going on from it.
+
+    The configuration becomes the run's if it `trains`: that of a run which has ended says how it was trained.
+    """
     error: Exception | None = None
     if ranks.is_main:
         try:
             runfolder.adopt(folder, checkpoint)
-            replace_text(folder / "config.yaml", dump_yaml(config))
+            if trains:
+                replace_text(folder / "config.yaml", dump_yaml(config))
         except OSError as failure:
             error = cannot_write(folder, failure)
     ranks.agree_on_error(error)
+
+
+def note_of_what_is_not_trained(config: RunConfig, checkpoint: Path) -> list[str]:
+    """Say what of the configuration a run that has ended was not trained with."""
+    differences = what_differs(config, checkpoint)
+    kept = "its config.yaml stays as it was"
+    return [f"the run has ended and was trained otherwise ({differences}); {kept}"] if differences else []
 
 
 def cannot_write(folder: Path | None, failure: OSError) -> UserError:
@@ -369,7 +386,9 @@ def decide_resume(config: RunConfig, ranks: Ranks, *, hold: bool) -> Resume:
     lease: runfolder.RunLease | None = None
     if ranks.is_main:
         try:
-            plan = runfolder.resolve_resume(config.resume_from, config.output_dir, config.run_name, hold=hold)
+            plan = runfolder.resolve_resume(
+                config.resume_from, config.output_dir, config.run_name, hold=hold, job=config
+            )
             lease = plan.lease
             found = {
                 "kind": plan.kind,

@@ -10,6 +10,7 @@ from torch import nn
 from data.genes import GeneSpace
 from data.tokenizer_options import FITTED_OPTIONS
 from models.fp8_state import fp8_state, load_fp8_state, merged_fp8_state
+from trainer.agreement import flatten
 from trainer.averaging import drop_average
 from trainer.checkpoint import CheckpointWriter
 from trainer.checkpoint_folder import MODEL, RUN_STATE, SavedCheckpoint
@@ -255,19 +256,13 @@ def _changed_data(saved: SavedCheckpoint, config: RunConfig, index: int) -> list
     """Name the settings of a phase's loader that have changed; none: its files have."""
     then = load_saved_config(saved.folder / "config.yaml")
     old, new = (each.model_dump(mode="json")["datasets"][index] for each in (then, config))
-    keys = ("dataloader_factory", "dataloader_args")
+    kept = ("dataloader_factory", "dataloader_args")
+    old, new = (flatten({key: each[key] for key in kept}, f"datasets.{index}") for each in (old, new))
     return [
-        difference
-        for key in keys
-        for difference in _differences(old[key], new[key], f"datasets.{index}.{key}")
+        f"{key} was {_short(old.get(key))} and is {_short(new.get(key))}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
     ]
-
-
-def _differences(old: Any, new: Any, where: str) -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = sorted({*old, *new})
-        return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{where}.{key}")]
-    return [] if old == new else [f"{where} was {_short(old)} and is {_short(new)}"]
 
 
 def check_facts(state: dict[str, Any], saved: SavedCheckpoint, facts: DataFacts) -> None:

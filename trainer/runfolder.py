@@ -32,8 +32,10 @@ from trainer.checkpoint_folder import (
     unnamed_checkpoints,
     verify_checkpoint,
 )
+from trainer.config.schema import RunConfig
 from trainer.distributed import Ranks
 from trainer.errors import CheckpointError, UserError
+from trainer.same_job import Choice, choose_run
 
 _WEIGHTS_FILE_SUFFIXES = (".pt", ".pth", ".ckpt")
 _MOST_LISTED = 8
@@ -52,7 +54,7 @@ class ResumePlan:
     checkpoint: Path | None = None
     """A verified checkpoint folder of `run_folder`, or the file with weights."""
     skipped: tuple[str, ...] = ()
-    """Newer checkpoints that were passed over, and why."""
+    """Newer checkpoints, or whole runs, that were passed over, and why."""
     lease: "RunLease | None" = None
     """Held since before the checkpoints of `run_folder` were looked at, where that was asked for."""
 
@@ -91,12 +93,18 @@ def find_runs(output_dir: str | Path, run_name: str) -> list[Path]:
 
 
 def resolve_resume(
-    resume_from: str | None, output_dir: str | Path, run_name: str, *, hold: bool = False
+    resume_from: str | None,
+    output_dir: str | Path,
+    run_name: str,
+    *,
+    hold: bool = False,
+    job: RunConfig | None = None,
 ) -> ResumePlan:
     """Find what `resume_from` names and verify it.
 
     `latest` is the newest checkpoint of the run of this name that was saved last. `auto` is the same, but
-    goes back over damaged checkpoints with an account, and is a fresh start where there is no checkpoint.
+    goes back over damaged checkpoints with an account, and is a fresh start where there is no checkpoint, or where
+    none of the runs has done, or begun, the `job` (see same_job.py).
 
     With `hold` the lease of the run folder is taken first: a job that is about to end could otherwise still complete
     a checkpoint that is newer than the one found here. A run of this name that has saved nothing yet and is still
@@ -113,13 +121,16 @@ def resolve_resume(
         runs = find_runs(output_dir, run_name)
         if hold:
             _complete(runs)
-        saved = [run for run in runs if named_checkpoints(run)]
-        if saved:
-            return _newest_of_run(max(saved, key=_last_saved), resume_from, hold)
+        saved = sorted((run for run in runs if named_checkpoints(run)), key=_last_saved, reverse=True)
+        choice = Choice(saved[0] if saved else None)
+        if saved and resume_from == "auto" and job is not None:
+            choice = choose_run(job, saved, [run for run in runs if run not in saved])
+        if choice.run is not None:
+            return _newest_of_run(choice.run, resume_from, hold)
         if resume_from == "auto":
             if hold:
-                _refuse_running(runs)
-            return ResumePlan("fresh")
+                _refuse_running([run for run in runs if run not in saved])
+            return ResumePlan("fresh", skipped=choice.said)
         raise CheckpointError(_nothing_to_resume(Path(output_dir), run_name))
     path = Path(resume_from).expanduser()
     if hold:
