@@ -709,8 +709,14 @@ def test_a_damaged_newest_checkpoint_is_an_error_or_passed_over_with_an_account(
     ]
 
 
-def test_a_checkpoint_of_another_format_is_never_passed_over(run: Path) -> None:
-    forge(run / "checkpoint_10", format=checkpoint_folder.FORMAT + 1)
+@pytest.mark.parametrize("what", ["format", "a fact of a file"])
+def test_a_checkpoint_of_another_format_is_never_passed_over(run: Path, what: str) -> None:
+    if what == "format":
+        forge(run / "checkpoint_10", format=checkpoint_folder.FORMAT + 1)
+    else:
+        files = json.loads((run / "checkpoint_10" / "manifest.json").read_text())["files"]
+        files["config.yaml"]["compression"] = "zstd"
+        forge(run / "checkpoint_10", files=files, note="keys at the top are read over")
     for fall_back in (False, True):
         with pytest.raises(CheckpointError, match="go on with the version that wrote it"):
             find_newest(run, fall_back=fall_back)

@@ -253,7 +253,7 @@ class CheckpointWriter:
         is_handed_over = False
         try:
             files = self._write(save, folder)
-            self._leave(folder, "done", {"files": {name: list(facts) for name, facts in files.items()}})
+            self._leave(folder, "done", {"files": {name: facts._asdict() for name, facts in files.items()}})
             is_handed_over = self.rank != 0  # rank 0 may complete the checkpoint at any moment from here on
             if self.rank == 0:
                 self._commit(save, folder)
@@ -296,7 +296,7 @@ class CheckpointWriter:
                 f"{self.world_size} did not finish its part, and nothing was written for "
                 f"{self.timeout_seconds:g} s. Is it alive, and does it see the same file system?"
             )
-        files = {name: FileFacts(*facts) for note in notes for name, facts in note["files"].items()}
+        files = {name: FileFacts(**facts) for note in notes for name, facts in note["files"].items()}
         for name, facts in files.items():
             size = (folder / name).stat().st_size
             if size != facts.num_bytes:

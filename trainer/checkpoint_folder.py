@@ -39,7 +39,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class OtherFormatError(CheckpointError):
-    """Report a whole checkpoint of a format that this version does not read: it is not damaged."""
+    """Report a whole checkpoint of a format, or with facts of files, that this version does not read."""
 
 
 @dataclass(frozen=True)
@@ -300,6 +300,12 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format {manifest.get('format')!r}, and this version reads format {FORMAT}; it is whole: go on "
             "with the version that wrote it"
         )
+    unknown = _unknown_facts(manifest.get("files"))
+    if unknown:
+        raise OtherFormatError(
+            f"{path} says {', '.join(unknown)} of its files, which this version does not know; it is whole: go on with "
+            "the version that wrote it"
+        )
     if not _is_well_formed(manifest):
         raise CheckpointError(f"{path} does not describe a checkpoint, or lists files outside of its folder")
     return manifest
@@ -343,6 +349,13 @@ def _problem(path: Path, facts: FileFacts, hashes: bool) -> str | None:
     except OSError as error:
         return f"{path.name} cannot be read ({error.strerror})"
     return None
+
+
+def _unknown_facts(files: Any) -> list[str]:
+    """Return the keys of files' entries that this version knows nothing of: they may say how a file is to be read."""
+    entries = files.values() if isinstance(files, dict) else []
+    keys = {key for facts in entries if isinstance(facts, dict) for key in facts}
+    return sorted(keys - set(FileFacts._fields))
 
 
 def _is_well_formed(manifest: Mapping[str, Any]) -> bool:
