@@ -1,5 +1,6 @@
 """The account of cells seen, repeated and skipped: faults that are put in on purpose must show."""
 
+import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -264,6 +265,43 @@ def test_a_checkpoint_without_an_account_begins_one(tmp_path, monkeypatch, capsy
     assert describe(first) == "2 of 50 seen once, 0 repeated, unknown up to step 2"
     assert describe(second) == "50 seen once, 0 repeated, 0 skipped"
     assert read_index(folder).unknown_until_step == 2
+
+
+def later_account(known):
+    epochs = json.loads(known)
+    for epoch in epochs:
+        epoch["of_a_later_version"] = 1
+        epoch["stretches"][0]["of_a_later_version"] = 1
+    return json.dumps(epochs)
+
+
+def saved_with(tmp_path, monkeypatch, change):
+    complete = run_state.collect_shared
+
+    def changed(*arguments):
+        files = complete(*arguments)
+        return {**files, FILE: change(files[FILE])}
+
+    with monkeypatch.context() as later:
+        later.setattr(run_state, "collect_shared", changed)
+        return train(tmp_path, toy(PHASE))
+
+
+def test_an_account_with_fields_of_a_later_version_goes_on(tmp_path, monkeypatch):
+    folder = saved_with(tmp_path, monkeypatch, later_account)
+    folder = resumed_at(folder, tmp_path / "other" / "runs" / "copy", 2, toy(PHASE))
+    assert [describe(epoch) for epoch in epochs_of(folder)] == [
+        "50 seen once, 0 repeated, 0 skipped (1 restart)",
+        "50 seen once, 0 repeated, 0 skipped",
+    ]
+
+
+def test_an_account_that_this_version_cannot_read_is_as_none(tmp_path, monkeypatch, capsys):
+    folder = saved_with(tmp_path, monkeypatch, lambda known: known.replace('"start"', '"a later way"'))
+    folder = resumed_at(folder, tmp_path / "other" / "runs" / "copy", 2, toy(PHASE))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{FILE} is no account of cells that this version reads: what was seen" in said
+    assert [epoch.unknown_until_step for epoch in epochs_of(folder)] == [2, None]
 
 
 @pytest.mark.parametrize("content", [None, "{", '{"step": "two", "epochs": []}'])

@@ -1,6 +1,7 @@
 """`cells_seen.json` of a run folder: what each epoch was given, in numbers and in words; read without torch.
 
-Nothing that a run computes depends on it: the account itself is part of every checkpoint (cells_seen.py).
+Nothing that a run computes depends on it: the account itself is part of every checkpoint (cells_seen.py). Fields that
+this version does not know are read over: a later version has them.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ FILE = "cells_seen.json"
 class Stretch(BaseModel):
     """Say which steps of an epoch one process group computed without a break."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     num_ranks: int
     first_step: int
@@ -32,7 +33,7 @@ class Stretch(BaseModel):
 class EpochCells(BaseModel):
     """Count the cells that one epoch's optimizer steps were given, on all ranks."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     phase: str
     phase_index: int
@@ -101,7 +102,7 @@ _EPOCHS = TypeAdapter(list[EpochCells])
 class CellsIndex(BaseModel):
     """Hold the account of a run as of a step."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="ignore", strict=True)
 
     step: int
     """Global step that it is as of."""

@@ -17,6 +17,7 @@ from data.loader import MicroBatch
 from trainer.cells_index import FILE, EpochCells, Stretch, decode_epochs, encode_epochs
 from trainer.checkpoint_folder import SavedCheckpoint
 from trainer.distributed import Ranks
+from trainer.errors import CheckpointError
 from trainer.phases import Phase
 from trainer.progress import Progress
 
@@ -102,23 +103,15 @@ class CellsSeen:
     def restore(self, saved: SavedCheckpoint) -> list[str]:
         """Put it back to a checkpoint's and return what the user should know about it.
 
-        Without an account in the checkpoint, one begins with the next step.
+        Without an account in the checkpoint that this version can read, one begins with the next step.
         """
-        has_account, self.epochs = saved.has(FILE), []
-        self._of_all = self._own = np.empty(0, np.uint8)
-        if has_account:
-            self.epochs = decode_epochs(saved.text(FILE), str(saved.folder / FILE))
-        if has_account and self._ranks.is_main:
-            self._of_all = np.array(saved.shared(ROWS)["rows"])
+        self.epochs, self._of_all, missing = _account_of(saved, with_rows=self._ranks.is_main)
+        self._own = np.empty(0, np.uint8)
         self._waiting = []
         self._num_waiting = self._num_new = 0
         self._has_new = self._is_in_stretch = False
         self._next_begins_with = "rollback" if self._has_counted else "resume"
-        if has_account:
-            return []
-        return [
-            f"{saved.folder} has no account of cells: what was seen before step {saved.step} is not known"
-        ]
+        return [f"{missing}: what was seen before step {saved.step} is not known"] if missing else []
 
     def _is_open(self, phase: Phase, progress: Progress) -> bool:
         where = (phase.index, progress.epoch + 1, False)
@@ -167,6 +160,20 @@ class CellsSeen:
             rows = np.concatenate(self._waiting)
             np.bitwise_or.at(self._own, rows >> 3, np.left_shift(1, rows & 7).astype(np.uint8))
             self._waiting, self._num_waiting = [], 0
+
+
+def _account_of(
+    saved: SavedCheckpoint, *, with_rows: bool
+) -> tuple[list[EpochCells], NDArray[np.uint8], str]:
+    """Return the counts and the rows that a checkpoint keeps, or why there are none: no step depends on them."""
+    nothing = np.empty(0, np.uint8)
+    if not saved.has(FILE):
+        return [], nothing, f"{saved.folder} has no account of cells"
+    try:
+        epochs = decode_epochs(saved.text(FILE), str(saved.folder / FILE))
+    except CheckpointError:
+        return [], nothing, f"{saved.folder / FILE} is no account of cells that this version reads"
+    return epochs, np.array(saved.shared(ROWS)["rows"]) if with_rows else nothing, ""
 
 
 def _num_training_cells(source: Any) -> int:
