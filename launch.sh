@@ -9,8 +9,8 @@
 # Start a training on a workstation, on several nodes, or as a SLURM job; docs/clusters.md says how.
 #
 # Between the ranks and this script stands a folder, trainer/control.py: each rank leaves rank<N>.runs.<process id>
-# there, which at its end becomes rank<N>.exited.<exit code>; the script leaves preempt.<its signal>. So a signal reaches the ranks
-# themselves and their exit codes come back, neither of which a launcher passes on.
+# there, which at its end becomes rank<N>.exited.<exit code>; the script leaves preempt.<its signal>. So a signal
+# reaches the ranks themselves and their exit codes come back, neither of which a launcher passes on.
 
 if [ -z "${BASH_VERSION:-}" ] || [ "${BASH_VERSINFO[0]}" -lt 4 ]; then
     echo "launch.sh: error: needs bash 4 or newer: bash launch.sh CONFIG" >&2
@@ -378,9 +378,13 @@ ask_ranks() {
     done
 }
 
+# Kill the launcher and its ranks, and leave rank<N>.killed.<process id> of those that still ran.
 kill_all() {
-    local file
-    touch -- "$control/killed" 2>/dev/null
+    local file pid
+    for file in "$control"/rank*.runs.*; do
+        pid=${file##*.}
+        is_rank "$pid" && mv -- "$file" "${file%.runs.*}.killed.$pid" 2>/dev/null
+    done
     # All descendants have the variable, whatever session or parent they have now; this script has it not.
     grep -lzxsF "CELLPHASE_CONTROL=$control" /proc/[0-9]*/environ | while read -r file; do
         file=${file#/proc/}
@@ -471,6 +475,11 @@ run_node() {
     wait "$attendant"
 }
 
+# Let a second pass, unless the script has ended.
+still_attends() {
+    sleep 1 && [[ -d $control && -d /proc/$$ ]]
+}
+
 # Attend to the node in the background: first to a launcher whose ranks have not begun, then to ranks that do not end.
 attend() {
     trap '' TERM USR1 HUP INT
@@ -480,7 +489,7 @@ attend() {
 # Wait until a rank begins, or end the launcher: it waits for the other nodes for many minutes, silently, and is deaf.
 wait_for_begin() {
     local second=0 asked=0 place="the other nodes at ${MASTER_ADDR:-}:$port"
-    while sleep 1 && [[ -d $control ]]; do
+    while still_attends; do
         compgen -G "$control/rank*" >/dev/null && return
         second=$((second + 1))
         if is_asked && ((++asked > BEGIN_SECONDS)); then
@@ -508,7 +517,7 @@ wait_for_begin() {
 wait_for_end() {
     local second=0 asked='' failed=''
     failure=''
-    while sleep 1 && [[ -d $control ]]; do
+    while still_attends; do
         second=$((second + 1))
         is_asked && asked=${asked:-$second}
         if [[ -z $failed ]] && ((second % LOOK_SECONDS == 0)) && has_failed; then
@@ -554,7 +563,7 @@ def text_of(path):
         return ""
 
 
-for file in [*folder.glob("rank*.runs.*"), *folder.glob("rank*.exited.*")]:
+for file in folder.glob("rank*.*.*[0-9]"):
     rank, state, code = file.name[len("rank"):].split(".")
     rank = int(rank)
     try:
@@ -566,8 +575,8 @@ for file in [*folder.glob("rank*.runs.*"), *folder.glob("rank*.exited.*")]:
     end = "ended with %s: %s" % (code, reason)
     if state == "runs":
         end = "left no account of its end: it was killed, or memory ran out (see the kernel's log)"
-        if (folder / "killed").exists():
-            end = "did not end by itself: launch.sh killed it"
+    elif state == "killed":
+        end = "did not end by itself: launch.sh killed it"
     ends.setdefault("".join(letter if letter.isprintable() else " " for letter in end)[:2000], []).append(rank)
 for end, ranks in sorted(ends.items(), key=lambda item: min(item[1])):
     text = ", ".join(map(str, sorted(ranks)))
@@ -619,11 +628,10 @@ answer() {
         result=$INTERRUPTED
         return
     fi
-    for file in "$control"/rank*.runs.* "$control"/rank*.exited.*; do
-        [[ -f $file ]] || continue
-        case $file in
-            *.runs.*) codes+="none " ;;
-            *) codes+="${file##*.} " ;;
+    for file in "$control"/rank*.*.*[0-9]; do
+        case ${file##*/} in
+            *.exited.*) codes+="${file##*.} " ;;
+            *.runs.* | *.killed.*) codes+="none " ;;
         esac
     done
     if [[ $codes == *" $USER_MISTAKE "* ]]; then
@@ -645,6 +653,7 @@ answer() {
 build_slurm_command() {
     command -v srun >/dev/null || die "SLURM_JOB_ID is set, but there is no srun on PATH"
     step=(srun "--nodes=$nodes" "--ntasks=$nodes" --ntasks-per-node=1 --export=ALL)
+    # Neither one node's failure nor its end ends the others': rank 0 may save or score when they are done.
     slurm_command=("${step[@]}" --kill-on-bad-exit=0 --wait=0)
     # A step does not take this from the job.
     [[ -n ${SLURM_CPUS_PER_TASK:-} ]] && slurm_command+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
@@ -655,8 +664,8 @@ build_slurm_command() {
         ${trainer_arguments[@]+"${trainer_arguments[@]}"})
 }
 
-# Signal launch.sh on every node with SIG$1, and nothing else there. srun would pass SIGUSR1 to every process of the step, also
-# to those that load data, which die of it; and SIGTERM would make it kill them all.
+# Signal launch.sh on every node with SIG$1, and nothing else there. srun would pass a signal to every process of the
+# step, also to those that load data, which die of it; and SIGTERM would make it kill them all.
 # shellcheck disable=SC2329  # called by a trap
 tell_nodes() {
     # shellcheck disable=SC2016  # expanded on the nodes

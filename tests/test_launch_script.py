@@ -662,6 +662,16 @@ def test_ranks_that_do_not_end_when_they_are_asked_are_killed(place):
     assert "launch.sh: rank 0 did not end by itself: launch.sh killed it" in output
 
 
+def test_nothing_attends_to_a_node_whose_script_was_killed(place):
+    with place.start("my runs/first.yml") as group:
+        group.wait_for("rank 0 runs")
+        group.processes[0].kill()
+        deadline = time.monotonic() + 10
+        while any("launch.sh" in " ".join(member.cmdline()) for member in group._members()):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 def test_ranks_that_the_others_have_given_up_are_killed(place):
     (place.root / "trainer" / "train.py").write_text(TALKING_RANK)
     with_constant(place, "ORPHAN_SECONDS", 1)
