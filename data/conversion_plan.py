@@ -18,6 +18,7 @@ from data.genes import GeneSpace, SourceGenes, combine_genes, common_key, match_
 from data.h5ad import PREFERRED_MATRICES, H5adFile, layers_of_counts, matrix_name
 from data.h5ad_matrix import CscMatrix
 from data.manifest import LABEL_COLUMNS, RESERVED_COLUMNS, UNLABELLED, ObsColumn, Storage
+from data.spelling import COMMAND, Spelling
 
 OBS_DEFAULTS = {
     "technical_batch": ("batch", "gem_group"),
@@ -53,6 +54,8 @@ class ConversionSettings:
     min_match: float = 0.5
     storage: Storage = "arrow"
     rows_per_shard: int = 20_000
+    spelling: Spelling = COMMAND
+    """How messages advise whoever asked."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,10 @@ def plan_conversions(
             genes.append(file.genes(chosen.name, settings.gene_column))
             sources.append(SourcePlan(path, chosen.name, shape[0], np.empty(0, np.int32), {}))
     if not is_per_file:
-        _require_one_kind(inputs, kinds)
+        _require_one_kind(inputs, kinds, settings.spelling)
     space = choose_gene_space(genes, settings.genes, say)
     if settings.genes == "union":
-        _check_overlap(genes, space.key, settings.min_match, is_per_file=is_per_file)
+        _check_overlap(genes, space.key, settings, is_per_file=is_per_file)
     sources = [
         replace(source, remap=match_source(space, names, settings, say))
         for source, names in zip(sources, genes, strict=True)
@@ -120,7 +123,7 @@ def plan_conversions(
     return plans
 
 
-def _require_one_kind(inputs: Sequence[Path], kinds: Sequence[ValueKind]) -> None:
+def _require_one_kind(inputs: Sequence[Path], kinds: Sequence[ValueKind], spelling: Spelling) -> None:
     if len(set(kinds)) > 1:
         lists = "; ".join(
             f"{kind}: {', '.join(path.name for path, each in zip(inputs, kinds, strict=True) if each == kind)}"
@@ -128,7 +131,7 @@ def _require_one_kind(inputs: Sequence[Path], kinds: Sequence[ValueKind]) -> Non
         )
         raise DataError(
             f"one corpus holds one kind of values, but the files hold {lists}; choose matrices of one kind "
-            "with --layer, or make a corpus of each file with --per-file"
+            f"with --layer, or {spelling.one_each}"
         )
 
 
@@ -175,10 +178,12 @@ def plan_corpus(
     """Plan one corpus: decide its obs columns and control label."""
     requested = parse_obs(settings.obs)
     chosen = choose_obs(sources, requested, say)
-    _say_what_is_left(sources, chosen, say)
+    _say_what_is_left(sources, chosen, settings.spelling, say)
     columns: dict[str, ObsColumn] = {}
     for name, per_source in chosen.items():
-        columns[name] = _merge_column(name, sources, per_source, is_requested=name in requested, say=say)
+        columns[name] = _merge_column(
+            name, sources, per_source, settings.spelling, is_requested=name in requested, say=say
+        )
     return ConversionPlan(
         folder=folder,
         sources=tuple(
@@ -188,7 +193,7 @@ def plan_corpus(
         gene_space=space,
         columns=columns,
         value_kind=value_kind,
-        control_label=_control_label(columns.get("target_gene"), settings.control_label, say),
+        control_label=_control_label(columns.get("target_gene"), settings, say),
         min_genes=settings.min_genes,
         storage=settings.storage,
         rows_per_shard=settings.rows_per_shard,
@@ -302,12 +307,14 @@ def choose_gene_space(genes: Sequence[SourceGenes], wanted: str | GeneSpace, say
     return space
 
 
-def _check_overlap(genes: Sequence[SourceGenes], key: str, min_match: float, *, is_per_file: bool) -> None:
+def _check_overlap(
+    genes: Sequence[SourceGenes], key: str, settings: ConversionSettings, *, is_per_file: bool
+) -> None:
     """Refuse a union of files that are of different organisms, or name their genes differently.
 
     Files that become a corpus each may share few genes, but not none.
     """
-    names = [source.names(key) for source in genes]
+    names, min_match = [source.names(key) for source in genes], settings.min_match
     largest = max(range(len(names)), key=lambda index: len(names[index]))
     joined = set(names[largest])
 
@@ -323,7 +330,7 @@ def _check_overlap(genes: Sequence[SourceGenes], key: str, min_match: float, *, 
     other = names[waiting[0]]
     shared = len(joined.intersection(other))
     alone = listed([name for name in other if name not in joined], 3)
-    each = "" if is_per_file else " or make a corpus of each file with --per-file"
+    each = "" if is_per_file else f" or {settings.spelling.one_each}"
     lower = "; if so few are right, lower it with --min-match" if share(waiting[0]) >= _SOME_MATCH else ""
     raise DataError(
         f"{genes[waiting[0]].where}: {shared:,} of its {len(other):,} genes are in the other files (such as "
@@ -429,7 +436,9 @@ def choose_obs(sources: Sequence[SourcePlan], requested: Mapping[str, str], say:
     return chosen
 
 
-def _say_what_is_left(sources: Sequence[SourcePlan], chosen: Mapping[str, Sequence[str]], say: Say) -> None:
+def _say_what_is_left(
+    sources: Sequence[SourcePlan], chosen: Mapping[str, Sequence[str]], spelling: Spelling, say: Say
+) -> None:
     """Name the obs columns that the corpus will not have, labels before numbers."""
     is_number: dict[str, bool] = {}
     for index, source in enumerate(sources):
@@ -439,7 +448,7 @@ def _say_what_is_left(sources: Sequence[SourcePlan], chosen: Mapping[str, Sequen
             is_number |= {column: file.obs.is_number(column) for column in left}
     if is_number:
         names = sorted(is_number, key=lambda column: (is_number[column], column))
-        say(f"obs columns that are not kept: {listed(names, 10)}; --obs NAME=COLUMN keeps one")
+        say(f"obs columns that are not kept: {listed(names, 10)}; {spelling.keeps_column}")
 
 
 def _require(file: H5adFile, name: str, column: str) -> None:
@@ -450,7 +459,13 @@ def _require(file: H5adFile, name: str, column: str) -> None:
 
 
 def _merge_column(
-    name: str, sources: Sequence[SourcePlan], per_source: Sequence[str], *, is_requested: bool, say: Say
+    name: str,
+    sources: Sequence[SourcePlan],
+    per_source: Sequence[str],
+    spelling: Spelling,
+    *,
+    is_requested: bool,
+    say: Say,
 ) -> ObsColumn:
     """Merge a column of all sources: one list of class names, or one number type."""
     kinds: set[str] = set()
@@ -498,15 +513,16 @@ def _merge_column(
         if shared:
             say(
                 f"technical_batch: {', '.join(shared[:5])} occur in several files and count as one technical batch "
-                f"each; --obs technical_batch={FILE_LABEL} takes each file as one"
+                f"each; {spelling.takes_files} takes each file as one"
             )
     return ObsColumn("class", names=tuple(sorted(classes)))
 
 
-def _control_label(target_genes: ObsColumn | None, wanted: str | None, say: Say) -> str | None:
+def _control_label(target_genes: ObsColumn | None, settings: ConversionSettings, say: Say) -> str | None:
     """Return the label of control cells where target genes are kept and have it."""
     if target_genes is None:
         return None
+    wanted, names_it = settings.control_label, settings.spelling.names_control
     label = wanted or DEFAULT_CONTROL_LABEL
     if label in target_genes.names:
         return label
@@ -514,7 +530,6 @@ def _control_label(target_genes: ObsColumn | None, wanted: str | None, say: Say)
     some = listed(likely_first, 10)
     if wanted is not None:
         raise DataError(f"--control-label {wanted}: no cell has this target_gene; there are: {some}")
-    say(
-        f"no cell has the target_gene {label!r}, so no control is recorded; --control-label names it ({some})"
-    )
+    if names_it is not None:
+        say(f"no cell has the target_gene {label!r}, so no control is recorded; {names_it} ({some})")
     return None

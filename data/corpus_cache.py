@@ -8,7 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from data.genes import GeneSpace
 from data.hashing import sha256_of
 from data.hvg import HvgOptions
 from data.manifest import RESERVED_COLUMNS
+from data.spelling import COMMAND, CONFIGURATION
 
 _FORMAT = 3
 """Of the cache: part of every key, so that corpora of another format are left alone."""
@@ -75,6 +76,7 @@ def convert_once(
         DataError: no file is named or a file cannot be converted.
     """
     called: Callable[[str], str] = str if is_command else _in_config
+    settings = replace(settings, spelling=COMMAND if is_command else CONFIGURATION)
     try:
         return _convert_once(paths, cache_dir, settings, lambda line: say(called(line)))
     except DataError as error:

@@ -228,7 +228,8 @@ def common_key(sources: Sequence[SourceGenes]) -> GeneKey:
         only_symbols = [source.where for source in sources if source.ids is None]
         raise DataError(
             f"the files share no kind of gene name: only Ensembl ids in {listed(without)}, none in "
-            f"{listed(only_symbols)}; give --genes a table with the columns id,symbol"
+            f"{listed(only_symbols)}; give --genes a vocabulary that knows both, such as human_all or mouse_all, or a "
+            "table with the columns id,symbol"
         )
     return "symbol"
 
@@ -266,7 +267,8 @@ def match_genes(space: GeneSpace, source: SourceGenes) -> tuple[np.ndarray, str]
         if all(symbol is None for symbol in space.symbols):
             raise DataError(
                 f"{source.where} has gene symbols only, the gene list Ensembl ids only; "
-                "give --genes a table with the columns id,symbol"
+                "give --genes a vocabulary that knows both, such as human_all or mouse_all, or a table with the "
+                "columns id,symbol"
             )
         names = source.names("symbol")
         return _with_previous_symbols(space, names, space.indices(names, by="symbol")), "symbol"

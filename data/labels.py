@@ -82,8 +82,8 @@ def open_labels(
     if task == "regression":
         if found.kind != "number":
             raise DataError(
-                f"{where}: obs column {column!r} of {info.path} holds classes ({listed(found.names)}), and regression "
-                "needs numbers; use classification, or store the column as numbers"
+                f"{where}: obs column {column!r} of {_files(info)} holds classes ({listed(found.names)}), and "
+                f"regression needs numbers; set {_task('classification')}, or store the column as numbers"
             )
         return LabelColumn(column, task, (), None, None)
     if found.kind == "class":
@@ -97,7 +97,7 @@ def open_labels(
         index = np.arange(len(stored))
     if len(names) < 2:
         raise DataError(
-            f"{where}: obs column {column!r} of {info.path} has {len(names)} class{'' if len(names) == 1 else 'es'} "
+            f"{where}: obs column {column!r} of {_files(info)} has {len(names)} class{'' if len(names) == 1 else 'es'} "
             f"({listed(names) or 'no cell has a label'}); two at least are needed"
         )
     return LabelColumn(column, task, names, stored, index)
@@ -188,15 +188,27 @@ def stratified_masks(
     return takes_part & ~validation, validation if validation.any() else None, notices
 
 
+def _files(info: CorpusInfo) -> str:
+    """Name the files that a corpus was made of, which users know, and the corpus."""
+    return f"{listed([source.path_name for source in info.manifest.sources], 3)} (corpus {info.path})"
+
+
+def _task(task: LabelTask) -> str:
+    """Say how a configuration of either kind sets what is learned."""
+    return f"label_task: {task} (finetune.head.task in a single-cell configuration)"
+
+
 def _distinct(info: CorpusInfo, column: str, where: str) -> NDArray[Any]:
     """Return the distinct values of a column of whole numbers; NaN stands for no label."""
     found: NDArray[Any] = np.empty(0)
     for _, columns in number_pieces(info, [column]):
         values = columns[column][np.isfinite(columns[column])]
         if (values != np.floor(values)).any():
+            instead = f"set {_task('regression')}, or take" if where == "label" else "take"
             raise DataError(
-                f"{where}: obs column {column!r} of {info.path} holds fractional numbers such as "
-                f"{values[values != np.floor(values)][0]}, which are no classes; use regression, or another column"
+                f"{where}: obs column {column!r} of {_files(info)} holds fractional numbers such as "
+                f"{values[values != np.floor(values)][0]}, which are no classes; {instead} another "
+                "column"
             )
         found = np.union1d(found, values)
     return found

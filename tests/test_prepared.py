@@ -172,7 +172,38 @@ def test_processes_that_ask_at_once_convert_once(cells, cache, capfd):
 def test_what_a_conversion_says_names_the_loaders_arguments(cells, cache, capsys):
     load(cells, cache_dir=cache)
     told = capsys.readouterr().err
-    assert "are not kept: " in told and "; obs NAME=COLUMN keeps one" in told and "--obs" not in told
+    assert "are not kept: " in told and "; obs: [COLUMN] in dataloader_args keeps one" in told
+    assert "--obs" not in told
+
+
+def test_advice_is_what_a_configuration_can_do(cache, tmp_path, capsys):
+    counts = random_counts(30, 12)[:29]
+    perturbed = {"target_gene": ["g"] * 29, "technical_batch": ["lane"] * 29}
+    files = [write_h5ad(tmp_path / f"{name}.h5ad", counts, obs=perturbed) for name in "ab"]
+    files.append(write_h5ad(tmp_path / "logged.h5ad", np.log1p(counts / 7)))
+    with pytest.raises(DataError, match="one kind with layer, or give each file a phase of its own") as error:
+        load(*files, cache_dir=cache)
+    assert "--" not in str(error.value)
+    load(*files[:2], cache_dir=cache, obs=["target_gene"], technical_batch="technical_batch")
+    told = capsys.readouterr().err
+    assert "as one technical batch each; technical_batch: '@file' takes each file as one" in told
+    assert "control" not in told and "--" not in told
+    ids = [f"ENSG{index:011d}" for index in range(12)]
+    files[2] = write_h5ad(tmp_path / "ids.h5ad", counts, genes=ids)
+    with pytest.raises(DataError, match="give gene_vocab a vocabulary that knows both, such as human_all"):
+        load(*files, cache_dir=cache)
+
+
+def test_messages_of_labels_name_the_users_file_and_the_keys(cache, tmp_path):
+    obs = {"age": [0.5] * 29, "kind": ["T"] * 20 + ["B"] * 9}
+    path = write_h5ad(tmp_path / "labs.h5ad", random_counts(30, 12)[:29], obs=obs)
+    keys = r"set label_task: {} \(finetune.head.task in a single-cell configuration\)"
+    with pytest.raises(DataError, match="'age' of labs.h5ad .*" + keys.format("regression")):
+        load(path, cache_dir=cache, label="age")
+    with pytest.raises(DataError, match="'kind' of labs.h5ad .*" + keys.format("classification")):
+        load(path, cache_dir=cache, label="kind", label_task="regression")
+    with pytest.raises(DataError, match="'age' of labs.h5ad .* no classes; take another column"):
+        load(path, cache_dir=cache, sampling={"column": "age"})
 
 
 def test_a_process_that_waits_says_for_what(cells, cache, tmp_path, capsys):
@@ -383,7 +414,7 @@ def test_cells_without_a_label_are_ignored_and_are_no_class(cache, tmp_path):
             r"obs column 'n_genes': every corpus has .* as obs: \[cell_n_genes=n_genes\], and use",
         ),
         ({"label": "absent"}, "obs absent=absent: .*no column 'absent'"),
-        ({"label": "dose"}, "'dose' of .* holds fractional numbers such as 0.0.*use regression"),
+        ({"label": "dose"}, "'dose' of .* holds fractional numbers such as 0.0.*label_task: regr"),
         (
             {"label": "kind", "label_task": "regression"},
             r"'kind' of .* holds classes \(B, T\), and regression needs",
