@@ -6,7 +6,7 @@ loaded. What the configuration has changed since then is put over them, and what
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -45,7 +45,8 @@ def find_changes(run: Run, saved: SavedCheckpoint, config: RunConfig) -> Changes
     Raises:
         CheckpointError: something has changed that could not take effect.
     """
-    then, now = (each.optimizer for each in (load_saved_config(saved.folder / "config.yaml"), config))
+    former = load_saved_config(saved.folder / "config.yaml")
+    then, now = former.optimizer, config.optimizer
     if _dotted(then.optimizer_class) != _dotted(now.optimizer_class):
         raise CheckpointError(
             f"{saved.folder}: optimizer.optimizer_class was {then.optimizer_class} and is {now.optimizer_class}, which "
@@ -60,7 +61,7 @@ def find_changes(run: Run, saved: SavedCheckpoint, config: RunConfig) -> Changes
             raise CheckpointError(
                 f"{saved.folder}: {error}; set it back, or start a new run from the weights with init_from"
             ) from error
-    _check_scheduler(saved, config, changes)
+    _check_scheduler(saved, former, config, changes)
     return changes
 
 
@@ -170,16 +171,15 @@ def _check_it_goes_on(
         ) from error
 
 
-def _check_scheduler(saved: SavedCheckpoint, config: RunConfig, changes: Changes) -> None:
+def _check_scheduler(saved: SavedCheckpoint, then: RunConfig, config: RunConfig, changes: Changes) -> None:
     """Refuse changes that a scheduler of the user's, which goes on with the rates it was saved with, would not see."""
     if config.optimizer.scheduler_class is None:
         return
-    then = load_saved_config(saved.folder / "config.yaml")
     pairs = [
         (f"optimizer.{key}", getattr(then.optimizer, key), getattr(config.optimizer, key))
         for key in ("scheduler_class", "scheduler_args")
     ]
-    pairs += [(f"the optimizer's {key}", *group[key]) for group in changes for key in ("lr",) if key in group]
+    pairs += [("the optimizer's lr", *group["lr"]) for group in changes if "lr" in group]
     progress = saved.state["progress"]
     index = progress["phase_index"]
     if progress["phase_step"] > 0:
@@ -196,7 +196,7 @@ def _check_scheduler(saved: SavedCheckpoint, config: RunConfig, changes: Changes
         )
 
 
-def _arguments(settings: OptimizerConfig) -> Sequence[Any]:
+def _arguments(settings: OptimizerConfig) -> tuple[Any, Any]:
     dumped = settings.model_dump(mode="json")
     return dumped["optimizer_args"], dumped["groups"]
 
