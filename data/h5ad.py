@@ -421,7 +421,7 @@ def _check_is_whole(file: h5py.File, where: str) -> None:
 
 def _linked(where: str, group: h5py.Group) -> Iterator[tuple[str, Any]]:
     """Yield what is in a group under its name; what a link within the file leads to is met where it lies."""
-    for name in group:
+    for name in map(str, group):
         link: Any = group.get(name, getlink=True)
         if isinstance(link, h5py.ExternalLink):
             raise DataError(f"{where}: {name!r} lies in another file ({link.filename}); {_WRITE_ANEW}")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -22,11 +23,17 @@ from running import (
     train,
     write_config,
 )
+from toy import ToyModel
 
+from trainer import build
 from trainer.activity import Activity
 from trainer.checkpoint_folder import list_checkpoints, verify_checkpoint
 from trainer.distributed import Ranks
+from trainer.errors import UserError
 from trainer.journal import read_events
+from trainer.metrics_file import MetricsFile, read_metrics
+from trainer.runfolder import RunLease
+from trainer.trackers import CsvTracker
 from trainer.watch import Watch, clear, is_collective_failure
 
 slow = pytest.mark.slow
@@ -224,6 +231,54 @@ toy.ToyModel.forward = limit
     assert [folder.name for folder in list_checkpoints(run)] == ["checkpoint_2"]
     verify_checkpoint(run / "checkpoint_2")
     assert json.loads((run / "exit_status.json").read_text())["exit_code"] == 2
+
+
+def test_a_disk_that_fills_up_while_records_are_written_ends_the_run_in_one_message(tmp_path, monkeypatch):
+    limits, seen = resource.getrlimit(resource.RLIMIT_FSIZE), []
+    forward = ToyModel.forward
+
+    def fill_disk(model, batch):
+        seen.append(0)
+        if len(seen) == 60:  # no file may outgrow what metrics.jsonl has in some more steps
+            size = (newest_run(tmp_path) / "metrics.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 1000, limits[1]))
+        return forward(model, batch)
+
+    monkeypatch.setattr(ToyModel, "forward", fill_disk)
+    phase = {"epochs": 500, "log_every_steps": 1, "save_every_epochs": 1000}
+    try:
+        with pytest.raises(
+            UserError, match=r"the run's records cannot be written .*; free some space"
+        ) as caught:
+            train(tmp_path, toy(phase, global_batch_size=4, trackers=["csv"]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    run = newest_run(tmp_path)
+    status = json.loads((run / "exit_status.json").read_text())
+    assert status["exit_code"] == 2 and status["reason"] == str(caught.value) and str(run) in status["reason"]
+    assert json.loads((run / "events.jsonl").read_text().splitlines()[-1])["event"] == "end"
+    RunLease(run).release()
+    with MetricsFile(run / "metrics.jsonl") as file:
+        file.append({"kind": "train", "global_step": 999})
+    assert read_metrics(run / "metrics.jsonl")[-1]["global_step"] == 999
+
+
+def test_what_fails_at_a_run_s_end_does_not_hide_how_it_ended(tmp_path, monkeypatch):
+    def fail(tracker, exit_code):
+        tracker._file.close()
+        raise OSError("the tracker's file is gone")
+
+    def fail_to_wait(run, *, wait):
+        raise OSError("the scores are gone")
+
+    monkeypatch.setattr(CsvTracker, "finish", fail)
+    monkeypatch.setattr(build, "finish_scoring", fail_to_wait)
+    with pytest.raises(OSError, match="scores are gone"):
+        train(tmp_path, toy(trackers=["csv"]))
+    run = newest_run(tmp_path)
+    assert json.loads((run / "exit_status.json").read_text())["exit_code"] == 1
+    assert (run / "report.html").exists()
+    RunLease(run).release()
 
 
 @slow

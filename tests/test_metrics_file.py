@@ -65,7 +65,7 @@ def test_a_record_is_on_disk_as_soon_as_it_is_appended(tmp_path):
     with MetricsFile(tmp_path / "metrics.jsonl") as file:
         file.append(step_record(1))
         assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
-        file.flush(sync=True)
+        file.sync()
 
 
 def test_reopening_appends_after_what_is_there(tmp_path):

@@ -167,18 +167,37 @@ def carry_out(run: Run, facts: DataFacts, resume: Resume, notes: list[str]) -> i
         raise lost from error
     finally:
         is_wanted = exit_code in (0, PREEMPTED)
-        watcher.close(exit_code, reason, is_consequence=is_consequence, is_wanted=is_wanted)
+        with contextlib.ExitStack() as close:  # from the last to the first, whatever one of them raises
+            if exit_code == PREEMPTED:
+                close.callback(leave_together, ranks)
+            if lease is not None:
+                close.callback(lease.release)
+            close.callback(end_run, run, watcher, folder, exit_code, reason)
+            watcher.close(exit_code, reason, is_consequence=is_consequence, is_wanted=is_wanted)
+
+
+def end_run(run: Run, watcher: Watch, folder: Path, exit_code: int, reason: str) -> None:
+    """Close a run's scoring and its records, and write how it ended."""
+    try:
         finish_scoring(run, wait=exit_code == 0)
-        run.recorder.close(exit_code)
-        if watcher.writes_the_end():
-            write_end(folder, exit_code, reason)
-            report_at_end(folder)
-        if lease is not None:
-            lease.release()
-        if exit_code == PREEMPTED:
-            # A launcher ends all ranks when the first one has ended: they leave together, when all is written.
-            with contextlib.suppress(RuntimeError):
-                ranks.barrier()
+    except BaseException as error:  # the disk has no room for what was scored last, for example
+        if exit_code == 0:
+            codes = {UserError: 2, KeyboardInterrupt: 130}
+            exit_code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+            reason = str(error) or type(error).__name__
+        raise
+    finally:
+        with contextlib.ExitStack() as close:
+            if watcher.writes_the_end():
+                close.callback(report_at_end, folder)
+                close.callback(write_end, folder, exit_code, reason)
+            run.recorder.close(exit_code)
+
+
+def leave_together(ranks: Ranks) -> None:
+    """Wait for the other ranks when all is written: a launcher ends all ranks when the first one has ended."""
+    with contextlib.suppress(RuntimeError):
+        ranks.barrier()
 
 
 def begin(run: Run, facts: DataFacts, resume: Resume, folder: Path, notes: list[str]) -> bool:

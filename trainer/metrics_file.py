@@ -71,7 +71,8 @@ class MetricsFile:
             self.num_dropped_steps = len(dropped)
             self.num_dropped_cells = sum(int(cells) for cells in dropped if isinstance(cells, int))
             os.truncate(self.path, end)
-        self._file = open(self.path, "ab")  # noqa: SIM115
+        # Without a buffer: what a full disk refuses would be written again when the file is closed.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
         for record in late:
             self.append(record)
 
@@ -89,17 +90,16 @@ class MetricsFile:
         Args:
             record: Text in the text fields; numbers, booleans, None, or 0-d tensors and arrays in all others.
         """
-        self._file.write(encode_record(record).encode() + b"\n")
-        self._file.flush()
+        rest = memoryview(encode_record(record).encode() + b"\n")
+        while rest:
+            rest = rest[self._file.write(rest) :]
 
-    def flush(self, sync: bool = False) -> None:
-        """Hand what was appended to the operating system; with `sync`, wait until it is on the disk.
+    def sync(self) -> None:
+        """Wait until what was appended is on the disk.
 
         A checkpoint syncs before it counts as complete, so that the records up to it outlive a power cut.
         """
-        self._file.flush()
-        if sync:
-            os.fsync(self._file.fileno())
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Close the file; further calls do nothing."""

@@ -1,7 +1,9 @@
 """What rank 0 writes and says of a run: metrics.jsonl, trackers, and the terminal."""
 
+import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,22 +49,24 @@ class Recorder:
         the trackers start: a start that ends there has dropped the records that told it.
         """
         recorder = cls(folder)
-        recorder._metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step, redone=redone)
+        with recorder._writing():
+            recorder._metrics = MetricsFile(folder / "metrics.jsonl", resume_step=resume_step, redone=redone)
         recorder._cells = _cells_so_far(folder) or recorder._cells
         recorder._cells.steps_computed_again += recorder._metrics.num_dropped_steps
         recorder._cells.cells_computed_again += recorder._metrics.num_dropped_cells
         if resume_step is not None:
             recorder._goes_on(resume_step, epochs)
         try:
-            recorder._trackers = build_trackers(
-                config.trackers,
-                run_folder=_tracker_folder(config, folder),
-                run_name=config.run_name,
-                config=config.model_dump(mode="json"),
-                resume_state=tracker_state,
-                redone=redone,
-                timeout_seconds=config.distributed_timeout_seconds,
-            )
+            with recorder._writing():
+                recorder._trackers = build_trackers(
+                    config.trackers,
+                    run_folder=_tracker_folder(config, folder),
+                    run_name=config.run_name,
+                    config=config.model_dump(mode="json"),
+                    resume_state=tracker_state,
+                    redone=redone,
+                    timeout_seconds=config.distributed_timeout_seconds,
+                )
         except BaseException:
             recorder._metrics.close()
             raise
@@ -89,10 +93,9 @@ class Recorder:
         """Write the records of optimizer steps."""
         if self._metrics is None:
             return
-        assert self._trackers is not None and self._line is not None
+        assert self._line is not None
         for record in records:
-            self._metrics.append(record)
-            self._trackers.log(record, record["global_step"])
+            self._append(record)
             self._line.update(record)
         self._clock = time.perf_counter()
 
@@ -100,9 +103,7 @@ class Recorder:
         """Write an evaluation's record."""
         if self._metrics is None:
             return
-        assert self._trackers is not None
-        self._metrics.append(record)
-        self._trackers.log(record, record["global_step"])
+        self._append(record)
         values = {name: value for name, value in record.items() if name not in NOT_METRICS}
         evaluation_line(phase.name, record["global_step"], values, time.perf_counter() - self._clock)
 
@@ -110,9 +111,7 @@ class Recorder:
         """Write the record of a benchmark or a score, which may belong to an earlier step, and say what it found."""
         if self._metrics is None:
             return
-        assert self._trackers is not None
-        self._metrics.append(record)
-        self._trackers.log(record, record["global_step"])
+        self._append(record)
         if headline:
             where = f"{record['phase']} after epoch {record['epoch']}"
             notice(f"step {record['global_step']}  {record['kind']} of {where}  {headline}")
@@ -135,7 +134,8 @@ class Recorder:
     def sync(self) -> None:
         """Bring the records to the disk, before a checkpoint that counts on them."""
         if self._metrics is not None:
-            self._metrics.flush(sync=True)
+            with self._writing():
+                self._metrics.sync()
 
     def tracker_state(self) -> dict[str, Any]:
         """Return what the trackers need to go on after a resume."""
@@ -160,14 +160,36 @@ class Recorder:
         except OSError as error:
             notice(f"{self._folder / CELLS_FILE} is not written ({error.strerror})")
 
+    def _append(self, record: dict[str, Any]) -> None:
+        """Write a record down, and hand it to the trackers."""
+        assert self._metrics is not None and self._trackers is not None
+        with self._writing():
+            self._metrics.append(record)
+            self._trackers.log(record, record["global_step"])
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Name the run folder where its disk takes no more records."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._folder}: the run's records cannot be written ({error}); free some space, or make it writable, "
+                "and go on with resume_from: auto: the last complete checkpoint stays as it is"
+            ) from error
+
     def close(self, exit_code: int) -> None:
-        """Finish the trackers and the terminal's line."""
-        if self._line is not None:
-            self._line.close()
-        if self._trackers is not None:
-            self._trackers.finish(exit_code)
-        if self._metrics is not None:
-            self._metrics.close()
+        """Finish the trackers and the terminal's line; what a full disk leaves unwritten is said."""
+        closing = [
+            None if self._line is None else self._line.close,
+            None if self._trackers is None else partial(self._trackers.finish, exit_code),
+            None if self._metrics is None else self._metrics.close,
+        ]
+        for close in filter(None, closing):
+            try:
+                close()
+            except OSError as error:
+                notice(f"{self._folder}: not all records are written ({error})")
 
 
 def _cells_so_far(folder: Path) -> CellsIndex | None:

@@ -4,6 +4,7 @@
 config asks for it, and only rank 0 builds trackers.
 """
 
+import contextlib
 import csv
 import importlib
 import inspect
@@ -97,8 +98,9 @@ class Trackers:
 
     def finish(self, exit_code: int) -> None:
         """Close all trackers; `exit_code` is the run's, 0 when it is done."""
-        for tracker in self._trackers.values():
-            tracker.finish(exit_code)
+        with contextlib.ExitStack() as each:  # what one raises does not keep the others from closing
+            for tracker in self._trackers.values():
+                each.callback(tracker.finish, exit_code)
 
 
 def check_trackers(specs: Sequence[TrackerSpec]) -> None:

@@ -146,8 +146,10 @@ class ZeroStrategy(Strategy):
         """Give every rank the buffers of rank 0, which checkpoints hold, when and how DDP does."""
         buffers = [buffer.detach() for buffer in self.own_module.buffers()]
         if buffers and self.accelerator.num_processes > 1:
-            group = torch.distributed.group.WORLD
-            torch.distributed._broadcast_coalesced(group, buffers, _BUCKET_BYTES, 0)
+            from torch._C._distributed_c10d import _broadcast_coalesced
+
+            group = torch.distributed.distributed_c10d._get_default_group()
+            _broadcast_coalesced(group, buffers, _BUCKET_BYTES, 0)
 
     def backward(self, loss: Tensor) -> None:
         """Add one micro-batch's gradient."""
