@@ -432,11 +432,12 @@ def _wandb_mode(arguments: Mapping[str, Any], server: str) -> str | None:
 def _start_wandb(settings: Mapping[str, Any], server: str) -> Any:
     """Return a new run of W&B's, recorded offline where its server does not answer; one that refuses is an error."""
     import wandb
+    from wandb.errors import CommError
 
     began = time.monotonic()
     try:
         return wandb.init(**settings)
-    except (wandb.errors.CommError, TimeoutError) as error:
+    except (CommError, TimeoutError) as error:
         # A refusal comes at once. Where there is no answer, or one as `503`, W&B asks again until its time is over.
         if time.monotonic() - began < settings["settings"].init_timeout:
             raise
