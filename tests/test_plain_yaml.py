@@ -53,6 +53,29 @@ def test_a_configuration_of_aliases_that_unfold_is_refused_with_its_line(tmp_pat
         compose(tmp_path / "main.yml", [])
 
 
+def doubling(line, depth=14):
+    """Return a configuration of a few hundred bytes, each line of which stands for the former one twice."""
+    return "k0: xxxxxxxxxx\n" + "".join(line.format(level, level - 1) for level in range(depth, 0, -1))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        doubling('k{0}: "${{k{1}}}${{k{1}}}"\n'),
+        doubling('k{0}: ["${{k{1}}}", "${{k{1}}}"]\n'),
+        doubling('k{0}: {{a: "${{k{1}}}", b: "${{k{1}}}"}}\n'),
+        doubling('k{0}: "${{oc.select:k{1}}}${{oc.select:k{1}}}"\n'),
+        doubling('k{0}: {{s: {{t: "${{k{1}.s.t}}${{k{1}.s.t}}"}}}}\n').replace("k0: x", "k0: {s: {t: x}} #"),
+        f'a: {"x" * 100_000}\nb: "{"${a}" * 2_000}"\n',
+    ],
+    ids=["text", "lists", "sections", "resolvers", "inner sections", "length"],
+)
+def test_interpolations_that_unfold_are_refused(tmp_path, text):
+    (tmp_path / "main.yml").write_text(text)
+    with pytest.raises(ConfigError, match=r"interpolations are more than 5,000 .*, or stand for more than"):
+        compose(tmp_path / "main.yml", [])
+
+
 def test_a_set_of_circuits_described_by_aliases_that_unfold_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text(BOMB + "target: *a9\n")
     with pytest.raises(DataError, match="aliases stand for more than 1,000,000 values"):

@@ -7,12 +7,12 @@ another preset where such a folder exists beside the file; any other `a.b=c` set
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import GrammarParseError, MissingMandatoryValue, OmegaConfBaseException
 
 from trainer.config.messages import COMMAND_LINE, Problem, Sources, unknown_name
@@ -306,8 +306,12 @@ def _merge(
 
 
 def _resolve_interpolations(content: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    tree, budget = OmegaConf.create(content), _Budget()
+    _count(tree, budget)
     try:
-        return _resolved(OmegaConf.create(content), "", problems)
+        resolved = _resolved(tree, "", problems, budget)
+        budget.check()
+        return resolved
     except GrammarParseError as error:
         where = error.full_key or "an interpolation"
         raise ConfigError(f"{where}: `${{...}}` is not well formed: {_first_line(error)}") from error
@@ -317,26 +321,93 @@ def _resolve_interpolations(content: dict[str, Any], problems: list[Problem]) ->
         raise ConfigError("a `${...}` interpolation refers to a section that it is itself part of") from None
 
 
-def _resolved(node: Any, path: str, problems: list[Problem]) -> Any:
+class _Budget:
+    """Bound what interpolations stand for: a few lines of `${a}${a}`, each of the next, would be billions of values."""
+
+    def __init__(self) -> None:
+        self.interpolations, self.values, self.characters = (
+            _MOST_INTERPOLATIONS,
+            _MOST_VALUES,
+            _MOST_CHARACTERS,
+        )
+
+    def check(self) -> None:
+        """Raise where it is spent; OmegaConf makes an error within an interpolation one of its own, to be noted."""
+        if min(self.interpolations, self.values, self.characters) < 0:
+            raise ConfigError(
+                f"its `${{...}}` interpolations are more than {_MOST_INTERPOLATIONS:,} with those in what they name, "
+                f"or stand for more than {_MOST_VALUES:,} values or {_MOST_CHARACTERS:,} characters; write the values "
+                "themselves"
+            )
+
+    def spend_value(self, value: Any) -> None:
+        """Count a value of the configuration, or what an interpolation stands for."""
+        self.values -= 1
+        self.characters -= len(value) if isinstance(value, str) else 0
+        self.check()
+
+    def spend_interpolation(self, resolve: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Resolve an interpolation and count it."""
+        self.interpolations -= 1
+        self.check()
+        found = resolve(*arguments, **options)
+        self.spend_value(found._value() if isinstance(found, Node) else found)
+        return found
+
+
+def _counting(kind: Any, budget: _Budget) -> Any:
+    """Return a container of OmegaConf that spends a budget for every interpolation that it resolves."""
+
+    class Counting(kind):
+        def _resolve_node_interpolation(self, *arguments: Any, **options: Any) -> Any:
+            return budget.spend_interpolation(super()._resolve_node_interpolation, *arguments, **options)
+
+        def _evaluate_custom_resolver(self, *arguments: Any, **options: Any) -> Any:
+            return budget.spend_interpolation(super()._evaluate_custom_resolver, *arguments, **options)
+
+    return Counting
+
+
+def _count(tree: Any, budget: _Budget) -> None:
+    """Let every container of a tree spend the budget; OmegaConf itself makes them of its own classes alone."""
+    kinds = {kind: _counting(kind, budget) for kind in (DictConfig, ListConfig)}
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        for key in node if isinstance(node, DictConfig) else range(len(node)):
+            if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
+                inner = node[key]
+                waiting += [inner] if isinstance(inner, DictConfig | ListConfig) else []
+        object.__setattr__(
+            node, "__class__", kinds[type(node)]
+        )  # a section would take it for a key of its own
+
+
+def _resolved(node: Any, path: str, problems: list[Problem], budget: _Budget) -> Any:
     """Return a container without interpolations; values that cannot be had are left out and noted."""
+    budget.spend_value(node)
     if isinstance(node, DictConfig):
-        pairs = [(key, _value(node, key, path, problems)) for key in node]
+        pairs = [(key, _value(node, key, path, problems, budget)) for key in node]
         return {key: value for key, value in pairs if value is not _ABSENT}
     if isinstance(node, ListConfig):
-        return [_value(node, index, path, problems) for index in range(len(node))]
+        return [_value(node, index, path, problems, budget) for index in range(len(node))]
     return node
 
 
 _ABSENT = object()
 _MAX_DEPTH = 100
+_MOST_INTERPOLATIONS = 5_000
+_MOST_VALUES = 2_000_000
+"""Twice what a file may hold (`data.plain_yaml`)."""
+_MOST_CHARACTERS = 100_000_000
 
 
-def _value(node: Any, key: Any, path: str, problems: list[Problem]) -> Any:
+def _value(node: Any, key: Any, path: str, problems: list[Problem], budget: _Budget) -> Any:
     where = f"{path}.{key}".lstrip(".")
     if where.count(".") > _MAX_DEPTH:
         raise RecursionError
     try:
-        return _resolved(node[key], where, problems)
+        return _resolved(node[key], where, problems, budget)
     except MissingMandatoryValue:
         problems.append(Problem(where, "the file says ???: a value has to be given"))
     except OmegaConfBaseException as error:
