@@ -47,6 +47,12 @@ def test_values_that_are_not_finite_are_strict_json_and_come_back(tmp_path):
     assert record["phase"] == "nan"
 
 
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
+def test_a_constant_that_is_no_json_is_refused(constant):
+    with pytest.raises(ValueError, match=f"^{constant} is no JSON"):
+        decode_record(f'{{"kind": "train", "is_skipped": {constant}}}')
+
+
 def test_a_float32_tensor_is_written_as_exactly_its_value():
     value = torch.tensor(0.1, dtype=torch.float32)
     assert decode_record(encode_record({"loss": value, "count": np.int64(3)})) == {

@@ -382,6 +382,11 @@ def test_hostile_text_is_shown_and_never_acts(tmp_path):
         assert html.escape(HOSTILE) in page and html.escape(name) in page
 
 
+def test_a_count_that_is_not_finite_is_no_number_of_steps(tmp_path):
+    page = page_of(made_up_run(tmp_path / "a", lines=[step(1, is_skipped="inf"), step(2, is_skipped=True)]))
+    assert "skipped steps" in page
+
+
 def test_the_page_loads_nothing(page):
     assert not re.search(
         r"""(src|href|action|data)\s*=|url\(|@import|<(script|link|iframe|object|embed|base)\b""", page

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from trainer.errors import CheckpointError, UserError
 
@@ -115,15 +115,19 @@ def decode_record(line: str | bytes) -> dict[str, MetricValue]:
     """Read one line of a metrics file.
 
     Raises:
-        ValueError: it is not a JSON object.
+        ValueError: it is not an object of strict JSON.
     """
-    record = json.loads(line)
+    record = json.loads(line, parse_constant=_refuse_constant)
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object, got {record!r}")
     for name, value in record.items():
         if isinstance(value, str) and name not in TEXT_FIELDS and value in _NON_FINITE:
             record[name] = _NON_FINITE[value]
     return record
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON; figures that are not finite are written as text")
 
 
 def read_metrics(path: Path | str) -> list[dict[str, MetricValue]]:

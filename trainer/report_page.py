@@ -157,7 +157,7 @@ def _summary(run: RunFacts) -> list[tuple[str, str | None]]:
         ("precision", last.get("precision")),
         (f"{unit}/s", _rate(run)),
         ("data wait", _percent(_mean_over_time(run, "data_wait_fraction"))),
-        ("skipped steps", f"{int(np.nansum(steps['is_skipped'])):,}" if len(steps) else None),
+        ("skipped steps", f"{np.count_nonzero(steps['is_skipped'] > 0):,}" if len(steps) else None),
         ("duration", _duration(duration) if duration else None),
     ]
     return [(label, None if value is None else str(value)) for label, value in rows]
