@@ -161,8 +161,12 @@ class CorpusFolder(NamedTuple):
 
     def read_or_raise(self, name: str) -> bytes | None:
         """Do the same, with an OSError."""
+        path = f"{self.root}/{name}"
         try:
-            content: Any = self.filesystem.cat_file(f"{self.root}/{name}")
+            # Reading what is no file, such as a pipe, would wait for a writer.
+            if self.is_local and Path(path).exists() and not Path(path).is_file():
+                raise OSError("it is no regular file")
+            content: Any = self.filesystem.cat_file(path)
         except FileNotFoundError:
             return None
         except Exception as error:

@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -217,6 +218,15 @@ def test_a_shard_whose_hash_is_none_is_refused(tmp_path, value):
 
     with pytest.raises(DataError, match="sha256: what it says is nothing that a conversion writes"):
         open_corpus(changed_manifest(write_small(tmp_path / "c"), change))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "genes.json", "state.json"])
+def test_a_pipe_in_the_place_of_a_file_is_refused(tmp_path, name):
+    folder = write_small(tmp_path / "c")
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(DataError, match=f"{name} cannot be read .it is no regular file"):
+        open_corpus(folder)
 
 
 @pytest.mark.parametrize("file", ["../{}", "{folder}/{}", "./{}", ""])
