@@ -3,6 +3,7 @@
 import shutil
 
 import anndata
+import h5py
 import numpy as np
 import pytest
 from h5ad_files import random_counts, write_h5ad
@@ -259,6 +260,16 @@ def test_embeddings_that_the_input_has_already_are_not_replaced(place, tmp_path,
     data.write_h5ad(tmp_path / "embedded.h5ad")
     assert embed(place, tmp_path / "embedded.h5ad", tmp_path / "next.h5ad") == 2
     assert "obsm has 'X_cellphase' already; choose another --key" in capsys.readouterr().err
+
+
+def test_an_old_file_that_anndata_cannot_read_is_named(place, tmp_path, capsys):
+    data = shutil.copy(place / "cells.h5ad", tmp_path / "old.h5ad")
+    with h5py.File(data, "r+") as file:
+        del file["obs"].attrs["encoding-type"]
+        file["uns"].create_group("broken").attrs["encoding-type"] = "of a later version"
+    assert embed(place, data, tmp_path / "out.h5ad") == 2
+    assert "old.h5ad: anndata cannot read it (" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["old.h5ad"]
 
 
 def test_a_failure_on_the_way_leaves_nothing_behind(place, tmp_path, cells):

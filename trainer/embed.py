@@ -19,6 +19,7 @@ import pandas as pd
 from anndata.io import write_elem
 from numpy.typing import NDArray
 
+from data.errors import DataError
 from data.h5ad_cells import H5adCells
 from trainer.atomicfile import sync_folder
 from trainer.checkpoint_model import TRUST
@@ -196,7 +197,15 @@ def _copy(data: Path, temporary: Path) -> None:
     notice(f"{data}: in the encoding of anndata before 0.7, so it is read as a whole and written anew")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the old encoding
-        anndata.read_h5ad(data).write_h5ad(temporary)
+        try:
+            cells = anndata.read_h5ad(data)
+        except Exception as error:  # anndata raises what each of its readers does
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise DataError(
+                f"{data}: anndata cannot read it ({reason}); it is damaged, or needs the version of anndata that wrote "
+                "it, to be written anew"
+            ) from error
+        cells.write_h5ad(temporary)
 
 
 def _fill(
