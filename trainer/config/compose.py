@@ -306,9 +306,10 @@ def _merge(
 
 
 def _resolve_interpolations(content: dict[str, Any], problems: list[Problem]) -> dict[str, Any]:
-    tree, budget = OmegaConf.create(content), _Budget()
-    _count(tree, budget)
+    budget = _Budget()
     try:
+        tree = OmegaConf.create(content)
+        _count(tree, budget)
         resolved = _resolved(tree, "", problems, budget)
         budget.check()
         return resolved
