@@ -419,7 +419,7 @@ def _check_is_whole(file: h5py.File, where: str) -> None:
                 raise DataError(f"{where}: {path!r} takes its values from other files; {_WRITE_ANEW}")
 
 
-def _linked(where: str, group: h5py.Group) -> Iterator[tuple[str, Any]]:
+def _linked(where: str, group: Any) -> Iterator[tuple[str, Any]]:
     """Yield what is in a group under its name; what a link within the file leads to is met where it lies."""
     for name in map(str, group):
         link: Any = group.get(name, getlink=True)

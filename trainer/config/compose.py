@@ -374,8 +374,9 @@ def _count(tree: Any, budget: _Budget) -> None:
     kinds = {kind: _counting(kind, budget) for kind in (DictConfig, ListConfig)}
     waiting = [tree]
     while waiting:
-        node = waiting.pop()
-        for key in node if isinstance(node, DictConfig) else range(len(node)):
+        node: Any = waiting.pop()
+        keys: Any = node if isinstance(node, DictConfig) else range(len(node))
+        for key in keys:
             if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
                 inner = node[key]
                 waiting += [inner] if isinstance(inner, DictConfig | ListConfig) else []
