@@ -47,7 +47,8 @@ class PredictedRows(NamedTuple):
 class ValueDecoder:
     """Turn tokens into values of one space.
 
-    A token stands for a bin. The value is drawn inside the bin, evenly on either side of what the token decodes to, so
+    A token stands for a bin, or where no value of the training cells is so large (or so low), for the outermost bin
+    that has any. The value is drawn inside the bin, evenly on either side of what the token decodes to, so
     that this is its mean. Counts of log-normalised values are brought to the depth of the matched control, and rounded
     to one of the two neighbouring whole numbers at random, so that the mean stays. Bins of one count are exact.
     """
@@ -75,6 +76,7 @@ class ValueDecoder:
             controls: those that the cells were matched to.
             seeds: [cells], what is random in each cell is drawn from.
         """
+        tokens = self.tokenizer.within(tokens)
         if controls.values is not None:
             rows = _sparse(self._changed(tokens, controls.values, seeds))
         else:

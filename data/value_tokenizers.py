@@ -38,6 +38,8 @@ class ValueTokenizer:
     """What each token decodes to, [num_tokens]."""
     out_of_range: Literal["clip", "error"] = "clip"
     """Values beyond the last edge join the last bin, or are an error."""
+    outermost: tuple[int, int] | None = None
+    """Lowest and highest token that values fell into when it was fitted; None: not fitted, or before this was kept."""
 
     @property
     def num_tokens(self) -> int:
@@ -85,17 +87,22 @@ class ValueTokenizer:
 
     def decode(self, tokens: NDArray[np.integer]) -> NDArray[np.float32]:
         """Return the value that each token stands for."""
+        return self.centres[self.within(tokens)]
+
+    def within(self, tokens: NDArray[np.integer]) -> NDArray[np.integer]:
+        """Return tokens, and for those beyond the values that it was fitted to the outermost one that has any."""
         if tokens.size and not 0 <= tokens.min() <= tokens.max() < self.num_tokens:
             raise DataError(
                 f"tokens {tokens.min()} to {tokens.max()} cannot be decoded: there are 0 to {self.num_tokens - 1}, and "
                 f"{self.mask_id} hides a value"
             )
-        return self.centres[tokens]
+        return tokens if self.outermost is None else np.clip(tokens, *self.outermost)
 
     def fitted(self, parts: Iterable[NDArray[Any]]) -> "ValueTokenizer":
         """Return the tokenizer with the mean of these values in each bin as its inverse.
 
-        Bins that none of them falls into keep theirs, and the token of 0 decodes to 0.
+        Bins that none of them falls into keep theirs, and the token of 0 decodes to 0. A bin that lies beyond all of
+        them stands for the last one that holds any: a model that was trained little may draw it, and no cell has it.
         """
         counts, sums = np.zeros(self.num_tokens, np.int64), np.zeros(self.num_tokens)
         for values in parts:
@@ -104,7 +111,9 @@ class ValueTokenizer:
             sums += np.bincount(tokens, weights=flat, minlength=self.num_tokens)
         counts[self.zero_token] = 0
         means = sums / np.maximum(counts, 1)
-        return replace(self, centres=np.where(counts > 0, means, self.centres).astype(np.float32))
+        centres = np.where(counts > 0, means, self.centres).astype(np.float32)
+        seen = [self.zero_token, *np.flatnonzero(counts).tolist()]
+        return replace(self, centres=centres, outermost=(min(seen), max(seen)))
 
     def to_dict(self) -> dict[str, Any]:
         """Return what `from_dict` makes the tokenizer of again, as JSON can hold it."""
@@ -113,6 +122,7 @@ class ValueTokenizer:
             "edges": [float(edge) for edge in self.edges],
             "centres": [float(centre) for centre in self.centres],
             "out_of_range": self.out_of_range,
+            "outermost": None if self.outermost is None else list(self.outermost),
         }
 
     @classmethod
@@ -123,12 +133,15 @@ class ValueTokenizer:
             centres = np.asarray(content["centres"], np.float32)
             strategy, out_of_range = content["strategy"], content["out_of_range"]
             num_tokens = 2 * len(edges) - 1 if strategy == "delta_bins" else len(edges)
-        except (KeyError, TypeError, ValueError) as error:
+            given = content.get("outermost")
+            outermost = None if given is None else (int(given[0]), int(given[1]))
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise DataError(f"{where}: not a value tokenizer ({error!r})") from error
         is_known = strategy in STRATEGIES and out_of_range in ("clip", "error")
+        is_known = is_known and (outermost is None or 0 <= outermost[0] <= outermost[1] < num_tokens)
         if not is_known or edges.ndim != 1 or centres.shape != (num_tokens,) or (np.diff(edges) <= 0).any():
             raise DataError(f"{where}: not a value tokenizer: its bins do not fit together")
-        return cls(strategy, edges, centres, out_of_range)
+        return cls(strategy, edges, centres, out_of_range, outermost)
 
 
 def log_bins(num_tokens: int, min_value: float, max_value: float) -> ValueTokenizer:

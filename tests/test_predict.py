@@ -28,7 +28,7 @@ from data.prediction_sets import (
     technical_batch_index,
 )
 from data.simulator import CONTROL, simulate_perturbations, write_simulated_h5ad
-from data.value_tokenizers import build_value_tokenizer
+from data.value_tokenizers import ValueTokenizer, build_value_tokenizer
 from trainer import predict as command
 from trainer.export import export
 from trainer.losses import LossModule
@@ -540,6 +540,42 @@ def test_log_normalised_values_keep_their_mean(counts):
     found, values, _ = decoded(counts, "lognorm", strategy="log_bins", n_bins=32)
     error = (found - values)[values > 0]
     assert error.std() > 0.02 and abs(error.mean()) < 3 * error.std() / np.sqrt(len(error))
+
+
+@pytest.mark.parametrize("strategy", ["log_bins", "delta_bins"])
+def test_a_bin_beyond_all_values_of_the_training_cells_is_not_predicted(strategy):
+    tokenizer, transform, _ = build_value_tokenizer(
+        {"strategy": strategy, "n_bins": 49, "min_value": 0.1}, value_kind="lognorm"
+    )
+    values = np.float32([-0.5, 3.0, 6.95] if strategy == "delta_bins" else [0.5, 3.0, 6.95])
+    fitted = tokenizer.fitted([values])
+    kept = ValueTokenizer.from_dict(json.loads(json.dumps(fitted.to_dict())))
+    tokens = np.arange(kept.num_tokens)[None]
+    low, high = kept.encode(values).min(), kept.encode(values).max()
+    expected = np.clip(tokens, min(low, kept.zero_token), high)
+    total, base = np.ones(1), np.full(tokens.shape, 20, np.float32)
+    controls = MatchedControls(total, total, base if strategy == "delta_bins" else None)
+    decoder = ValueDecoder(kept, transform, "lognorm", holds_counts=False)
+    shown = dense(decoder.decode(tokens, controls, np.zeros(1, np.uint64)), tokens.shape[1])
+    assert np.array_equal(kept.decode(tokens), kept.centres[expected]) and tokens.max() > high
+    start = 20 if strategy == "delta_bins" else 0
+    assert (shown - start).max() <= kept.edges[np.abs(high - kept.zero_token)] < 9
+    assert (shown - start).min() >= (-1 if strategy == "delta_bins" else 0)
+
+
+def test_a_tokenizer_from_before_the_outermost_bins_were_kept_decodes_as_it_did():
+    tokenizer, _, _ = build_value_tokenizer({"strategy": "log_bins"}, value_kind="lognorm")
+    content = tokenizer.fitted([np.float32([0.5, 3.0])]).to_dict()
+    del content["outermost"]
+    older = ValueTokenizer.from_dict(content)
+    assert np.array_equal(older.decode(np.arange(older.num_tokens)), older.centres)
+
+
+@pytest.mark.parametrize("outermost", [[0], [3, 1], [-1, 3], [0, 32], "ab", 5])
+def test_outermost_bins_that_are_none_are_refused(outermost):
+    tokenizer, _, _ = build_value_tokenizer({"strategy": "log_bins"}, value_kind="lognorm")
+    with pytest.raises(DataError, match="not a value tokenizer"):
+        ValueTokenizer.from_dict({**tokenizer.to_dict(), "outermost": outermost})
 
 
 def test_cells_of_too_many_counts_are_scaled_down_and_counted(counts):
