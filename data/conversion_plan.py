@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -458,16 +458,19 @@ def _require(file: H5adFile, name: str, column: str) -> None:
         raise DataError(f"--obs {name}={column}: {error}") from None
 
 
-def _merge_column(
-    name: str,
-    sources: Sequence[SourcePlan],
-    per_source: Sequence[str],
-    spelling: Spelling,
-    *,
-    is_requested: bool,
-    say: Say,
-) -> ObsColumn:
-    """Merge a column of all sources: one list of class names, or one number type."""
+class _Column(NamedTuple):
+    """Hold what a column is in all sources."""
+
+    kinds: set[str]
+    """`class` or `number`, or both."""
+    number_types: set[str]
+    names_of: list[set[str]]
+    """Labels by source that has any."""
+    unlabelled: int
+    """Cells without a label."""
+
+
+def _read_column(name: str, sources: Sequence[SourcePlan], per_source: Sequence[str]) -> _Column:
     kinds: set[str] = set()
     number_types: set[str] = set()
     names_of: list[set[str]] = []
@@ -488,6 +491,20 @@ def _merge_column(
                 names |= {chunk.names[code] for code in np.unique(chunk.codes) if code >= 0}
                 unlabelled += int(np.count_nonzero(chunk.codes < 0))
             names_of.append(names)
+    return _Column(kinds, number_types, names_of, unlabelled)
+
+
+def _merge_column(
+    name: str,
+    sources: Sequence[SourcePlan],
+    per_source: Sequence[str],
+    spelling: Spelling,
+    *,
+    is_requested: bool,
+    say: Say,
+) -> ObsColumn:
+    """Merge a column of all sources: one list of class names, or one number type."""
+    kinds, number_types, names_of, unlabelled = _read_column(name, sources, per_source)
     where = ", ".join(sorted(set(per_source)))
     if len(kinds) > 1:
         raise DataError(f"--obs {name}={where}: it holds labels in some files and numbers in others")

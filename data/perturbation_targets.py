@@ -88,13 +88,7 @@ def read_targets(
 
     `targets` may be the genes themselves. With `may_be_none` a corpus of control cells alone is no error.
     """
-    for name, value in (("pairs", pairs), ("unknown_targets", unknown_targets)):
-        if value not in get_args(Pairs):
-            raise DataError(f"{name} is {value!r}; it must be {' | '.join(get_args(Pairs))}")
-    if not isinstance(pair_separator, str) or not pair_separator:
-        raise DataError(
-            f"pair_separator is {pair_separator!r}; it must be what stands between the genes of a pair"
-        )
+    _check_options(pairs, unknown_targets, pair_separator)
     names = info.class_names("target_gene")
     label = _control_label(info, names, control_label)
     control = names.index(label)
@@ -134,6 +128,16 @@ def read_targets(
     return PerturbationTargets(
         names, control, genes, indices, is_used, names_of_genes(space), targets == "genes", tuple(notices)
     )
+
+
+def _check_options(pairs: Pairs, unknown_targets: UnknownTargets, pair_separator: str) -> None:
+    for name, value in (("pairs", pairs), ("unknown_targets", unknown_targets)):
+        if value not in get_args(Pairs):
+            raise DataError(f"{name} is {value!r}; it must be {' | '.join(get_args(Pairs))}")
+    if not isinstance(pair_separator, str) or not pair_separator:
+        raise DataError(
+            f"pair_separator is {pair_separator!r}; it must be what stands between the genes of a pair"
+        )
 
 
 def target_indices(
