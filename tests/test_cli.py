@@ -318,7 +318,9 @@ def test_under_a_launcher_with_two_processes_one_of_them_tells_the_mistake(user_
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *SCRIPT]
     result = run_python(*command, "--config", "run.yml", "seed=x", cwd=user_folder)
     assert result.returncode != 0
-    assert result.stderr.count("error: run.yml: seed: expected a whole number, got 'x'") == 1, result.stderr
+    assert result.stderr.count("error: the command line: seed: expected a whole number, got 'x'") == 1, (
+        result.stderr
+    )
 
 
 @pytest.mark.slow

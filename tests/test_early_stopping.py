@@ -1,9 +1,17 @@
 """Early stopping: a phase ends at the evaluation that its patience says, after a resume too; the next one begins."""
 
-import shutil
-
 import pytest
-from running import comparable_records, copy_until, newest_run, records, same_weights, toy, train, train_ranks
+from running import (
+    comparable_records,
+    copy_until,
+    newest_checkpoint,
+    newest_run,
+    records,
+    same_weights,
+    toy,
+    train,
+    train_ranks,
+)
 
 from trainer.checkpoint_folder import open_checkpoint
 from trainer.errors import CheckpointError, ConfigError
@@ -68,24 +76,23 @@ def test_a_resumed_run_stops_at_the_same_evaluation(tmp_path, checkpoint):
     assert comparable_records(resumed) == comparable_records(whole) and same_weights(resumed, whole)
 
 
-def test_a_checkpoint_between_the_decision_and_the_end_ends_the_phase_too(tmp_path):
+def test_a_checkpoint_between_the_decision_and_the_end_ends_the_phase_too(tmp_path, monkeypatch):
     phase = {"epochs": 9, "eval_every_steps": 1, "save_every_steps": 1, "dataloader_args": {"num_cells": 96}}
     config = toy(phase, optimizer=STILL, early_stopping=stopping())
     whole = train(tmp_path / "whole", config)
-    saved = sorted(whole.rglob("manifest.json"))
-    before_the_end = [
-        path.parent
-        for path in saved
-        if open_checkpoint(path.parent, verify=False).shared("run_state.safetensors")["progress"][
-            "is_stopped"
-        ]
-    ]
-    assert len(before_the_end) == 1
-    cut = tmp_path / "cut" / "runs" / "toy_20200101_000000"
-    cut.mkdir(parents=True)
-    shutil.copytree(before_the_end[0], cut / "checkpoint_3")
-    shutil.copyfile(whole / "metrics.jsonl", cut / "metrics.jsonl")
-    resumed = train(tmp_path / "cut", config, resume_from=str(cut / "checkpoint_3"))
+
+    def die(run, *_):
+        run.saver.save_for_good(run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.loop.end_epoch", die)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path / "cut", config)
+    cut = newest_run(tmp_path / "cut")
+    progress = newest_checkpoint(cut).shared("run_state.safetensors")["progress"]
+    assert progress["is_stopped"] and progress["epoch_step"] == 3
+    resumed = train(tmp_path / "cut", config, resume_from=str(cut))
     assert records(resumed)[-1]["global_step"] == 3 and same_weights(resumed, whole)
 
 

@@ -20,7 +20,7 @@ from running import toy, write_config
 
 from trainer import proofs, selfcheck, verify_resume
 from trainer.config import load_run_config
-from trainer.metrics_file import comparable
+from trainer.metrics_file import comparable, encode_record
 from trainer.proofs import Processes, RunFailedError, compare_records, compare_weights
 from trainer.selfcheck import Bench, Check
 from trainer.selfcheck_model import cell_hashes
@@ -38,7 +38,7 @@ def records(*losses, **fields):
 
 def metrics(folder, *losses):
     folder.mkdir(parents=True)
-    lines = [json.dumps({**record, "time": time.time()}) for record in records(*losses)]
+    lines = [encode_record({**record, "time": time.time()}) for record in records(*losses)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 

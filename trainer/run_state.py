@@ -130,8 +130,8 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
         CheckpointError: the checkpoint belongs to another model, data, seed or batch arithmetic.
     """
     state = saved.state
+    check_facts(state, saved, facts)  # first: it names the classes or bins that make the data another
     check_trajectory(state["trajectory"], trajectory(config, run.phases), saved, config)
-    check_facts(state, saved, facts)
     tensors = open_tensors(saved, run.ranks.index if saved.world_size == run.ranks.count else None)
     check_fit(run.module.model, tensors.shapes(), str(saved.folder))
     names = run.strategy.group_names
