@@ -130,8 +130,12 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
         CheckpointError: the checkpoint belongs to another model, data, seed or batch arithmetic.
     """
     state = saved.state
-    check_facts(state, saved, facts)  # first: it names the classes or bins that make the data another
-    check_trajectory(state["trajectory"], trajectory(config, run.phases), saved, config)
+    now = trajectory(config, run.phases)
+    check_not_ended(state["trajectory"], now, saved)
+    check_facts(
+        state, saved, facts
+    )  # before the trajectory: it names the classes or bins that make the data another
+    check_trajectory(state["trajectory"], now, saved, config)
     tensors = open_tensors(saved, run.ranks.index if saved.world_size == run.ranks.count else None)
     check_fit(run.module.model, tensors.shapes(), str(saved.folder))
     names = run.strategy.group_names
@@ -215,25 +219,38 @@ def trajectory(config: RunConfig, phases: list[Phase]) -> dict[str, Any]:
     }
 
 
+def check_not_ended(then: dict[str, Any], now: dict[str, Any], saved: SavedCheckpoint) -> None:
+    """Refuse further phases behind a run that has ended.
+
+    Raises:
+        CheckpointError: says how to train them.
+    """
+    names_then, names_now = _phase_names(then), _phase_names(now)
+    if saved.state["progress"]["phase_index"] >= len(names_then) and names_then != names_now:
+        raise CheckpointError(
+            f"{saved.folder} is the end of its run, whose phases were {', '.join(names_then)} and now are "
+            f"{', '.join(names_now)}; a run that has ended trains no further: start a new run from its weights, "
+            f"with init_from: {saved.folder.parent} and the phases that are to follow"
+        )
+
+
+def _phase_names(run: dict[str, Any]) -> list[str]:
+    return [phase["name"] for phase in run["phases"]]
+
+
 def check_trajectory(
     then: dict[str, Any], now: dict[str, Any], saved: SavedCheckpoint, config: RunConfig
 ) -> None:
     """Compare what decides which cells follow: a phase under way keeps its data, others may have changed.
 
     Raises:
-        CheckpointError: names what differs, or says that the run has ended.
+        CheckpointError: names what differs.
     """
     problems = [] if then["seed"] == now["seed"] else [f"seed was {then['seed']} and is {now['seed']}"]
     progress = saved.state["progress"]
     current = progress["phase_index"]
-    names_then, names_now = [[phase["name"] for phase in run["phases"]] for run in (then, now)]
+    names_then, names_now = _phase_names(then), _phase_names(now)
     if names_then[: current + 1] != names_now[: current + 1]:
-        if current >= len(names_then):
-            raise CheckpointError(
-                f"{saved.folder} is the end of its run, whose phases were {', '.join(names_then)} and now are "
-                f"{', '.join(names_now)}; a run that has ended trains no further: start a new run from its weights, "
-                f"with init_from: {saved.folder.parent} and the phases that are to follow"
-            )
         problems.append(f"its phases were {', '.join(names_then)} and are {', '.join(names_now)}")
     elif current < len(now["phases"]) and progress["phase_step"] > 0:
         old, new = then["phases"][current], now["phases"][current]
