@@ -37,6 +37,7 @@ from data.manifest import (
     Shard,
     SourceRecord,
     corpus_schema,
+    count_classes,
     index_ranges,
 )
 
@@ -280,13 +281,7 @@ class _Conversion:
             raise DataError(
                 f"{self._column(column)}: {len(names)} different labels; at most {MAX_CLASSES} can be kept"
             )
-        notice = (
-            f", and {UNLABELLED!r} for the {num_unlabelled:,} cells without a label" if num_unlabelled else ""
-        )
-        num_labels = len(names - {UNLABELLED}) if num_unlabelled else len(names)
-        self.say(
-            f"{name}: {num_labels} class{'es' if num_labels != 1 else ''} from obs column {column}{notice}"
-        )
+        self.say(f"{name}: {count_classes(names, num_unlabelled, column)}")
         return ObsColumn("class", tuple(sorted(names)))
 
     def run(self) -> None:

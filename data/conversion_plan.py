@@ -17,7 +17,7 @@ from data.gene_vocabulary import gene_vocabulary, that_would_match
 from data.genes import GeneSpace, SourceGenes, combine_genes, common_key, match_genes
 from data.h5ad import PREFERRED_MATRICES, H5adFile, layers_of_counts, matrix_name
 from data.h5ad_matrix import CscMatrix
-from data.manifest import LABEL_COLUMNS, RESERVED_COLUMNS, UNLABELLED, ObsColumn, Storage
+from data.manifest import LABEL_COLUMNS, RESERVED_COLUMNS, UNLABELLED, ObsColumn, Storage, count_classes
 from data.spelling import COMMAND, Spelling
 
 OBS_DEFAULTS = {
@@ -522,9 +522,7 @@ def _merge_column(
         raise DataError(
             f"--obs {name}={where}: {len(classes)} different labels; at most {MAX_CLASSES} can be kept"
         )
-    num_labels = len(classes - {UNLABELLED}) if unlabelled else len(classes)
-    notice = f", and {UNLABELLED!r} for the {unlabelled:,} cells without a label" if unlabelled else ""
-    say(f"{name}: {num_labels} class{'es' if num_labels != 1 else ''} from obs column {where}{notice}")
+    say(f"{name}: {count_classes(classes, unlabelled, where)}")
     if name == "technical_batch":
         shared = sorted({label for label in classes if sum(label in names for names in names_of) > 1})
         if shared:

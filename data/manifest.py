@@ -235,3 +235,12 @@ def index_ranges(indices: np.ndarray) -> tuple[tuple[int, int], ...]:
     starts = indices[np.concatenate([[0], breaks])]
     stops = indices[np.concatenate([breaks - 1, [len(indices) - 1]])] + 1
     return tuple((int(start), int(stop)) for start, stop in zip(starts, stops, strict=True))
+
+
+def count_classes(names: set[str], num_unlabelled: int, column: str) -> str:
+    """Say how many classes a column of labels gives, and for how many cells it has no label."""
+    count = len(names - {UNLABELLED}) if num_unlabelled else len(names)
+    others = (
+        f", and {UNLABELLED!r} for the {num_unlabelled:,} cells without a label" if num_unlabelled else ""
+    )
+    return f"{count} class{'es' if count != 1 else ''} from obs column {column}{others}"
