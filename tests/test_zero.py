@@ -297,6 +297,18 @@ def test_a_loss_that_does_not_fit_the_checkpoints_is_refused_by_name(tmp_path):
         train(tmp_path, config, resume_from="latest")
 
 
+def test_arguments_of_a_loss_act_on_a_resumed_run_or_are_refused(tmp_path):
+    config = toy({"epochs": 2}, loss={"loss_class": "toy.LearnedScale"})
+    whole = losses(train(tmp_path / "whole", config))
+    copy_until(newest_run(tmp_path / "whole"), 2, tmp_path)
+    config["loss"]["loss_args"] = {"level": 5.0}
+    with pytest.raises(CheckpointError, match="loss_args have changed.*buffers level; .*would not act"):
+        train(tmp_path, config, resume_from="latest")
+    config["loss"]["loss_args"] = {"power": 4}
+    changed = losses(train(tmp_path, config, resume_from="latest"))
+    assert changed[:2] == whole[:2] and changed[2] != whole[2]
+
+
 def test_a_pickle_in_the_place_of_a_shard_is_refused_and_not_run(finished, tmp_path):
     folder = copy_until(finished("zero2"), 3, tmp_path) / "checkpoint_3"
     witness = tmp_path / "executed"

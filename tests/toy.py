@@ -183,19 +183,21 @@ class WithStatistics(ToyModel):
 
 
 class LearnedScale(nn.Module):
-    """A loss of the model's output with weights that train, one that does not, and a count of its passes."""
+    """A loss of the model's output with weights that train, one that does not, a level and a count of its passes."""
 
-    def __init__(self, num_offsets=2):
+    def __init__(self, num_offsets=2, level=10.0, power=2):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor([1.0, 2.0, 3.0]))
         self.offset = nn.Parameter(torch.full((num_offsets,), 0.3), requires_grad=False)
+        self.register_buffer("level", torch.tensor(level))
         self.register_buffer("passes", torch.zeros(()))
+        self.power = power
 
     def forward(self, output, batch):
         if self.training:
             self.passes += 1
         guesses = output * self.scale.mean() + self.offset.sum()
-        return (guesses - batch["tokens"].float().mean(dim=1) / 10).square().mean()
+        return (guesses - batch["tokens"].float().mean(dim=1) / self.level).abs().pow(self.power).mean()
 
 
 class RareMetrics:

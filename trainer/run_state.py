@@ -16,8 +16,9 @@ from trainer.checkpoint import CheckpointWriter
 from trainer.checkpoint_folder import MODEL, RUN_STATE, SavedCheckpoint
 from trainer.circuit_facts import check_same_circuits, saved_circuits
 from trainer.config.load import dump_yaml, load_saved_config
-from trainer.config.schema import RunConfig
+from trainer.config.schema import LossConfig, RunConfig
 from trainer.errors import CheckpointError
+from trainer.losses import build_loss
 from trainer.optimizer_changes import find_changes, put_in_force
 from trainer.phases import DataFacts, Phase
 from trainer.progress import Progress
@@ -148,6 +149,7 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
     if isinstance(run.module.loss, nn.Module):
         message = f"{saved.folder}: its loss does not fit that of the configuration (loss.loss_class)"
         check_names_and_shapes(_whole_shapes(run.module.loss), tensors.loss_shapes(), "loss", message)
+        _check_loss_arguments(saved, config)
     progress = Progress.from_dict(state["progress"])
     has_steps_left = progress.phase_index < len(run.phases)
     changes = find_changes(run, saved, config) if has_steps_left else [{} for _ in names]
@@ -335,6 +337,38 @@ def check_gene_space(text: str, facts: DataFacts, where: str) -> None:
         f"{where}: its gene space has {len(theirs)} genes, the data's has {len(ours)}, {shared} of them by the same "
         "name, so token ids would mean other genes; convert the data with --genes and the checkpoint's genes.json"
     )
+
+
+def _check_loss_arguments(saved: SavedCheckpoint, config: RunConfig) -> None:
+    """Refuse changed arguments of a loss that have made other buffers, over which the checkpoint's are loaded."""
+    then = load_saved_config(saved.folder / "config.yaml").loss
+    if then is None or then == config.loss:
+        return
+    now = _buffers_of_loss(config.loss)
+    try:
+        former = _buffers_of_loss(then)
+    except (TypeError, ValueError):  # no argument is as it was, then
+        former = {}
+    hidden = [name for name in now if name not in former or not torch.equal(former[name], now[name])]
+    if hidden:
+        raise CheckpointError(
+            f"{saved.folder}: loss.loss_class or loss.loss_args have changed, and with them the loss's buffers "
+            f"{', '.join(hidden[:6])}; a resumed run goes on with those of its checkpoint, so they would not act: set "
+            "them back, or start a new run from the weights with init_from"
+        )
+
+
+def _buffers_of_loss(settings: LossConfig | None) -> dict[str, torch.Tensor]:
+    """Return the saved buffers of a loss as it is built, the same whenever its settings are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        loss = build_loss(settings)
+    entries = loss.state_dict(keep_vars=True) if isinstance(loss, nn.Module) else {}
+    return {
+        name: entry
+        for name, entry in entries.items()
+        if isinstance(entry, torch.Tensor) and not isinstance(entry, nn.Parameter)
+    }
 
 
 def load_weights(module: nn.Module, weights: dict[str, torch.Tensor], where: str) -> None:
