@@ -4,6 +4,8 @@ import csv
 import json
 import os
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,10 +20,11 @@ from running import newest_run, records, toy, train, train_ranks
 from data.loader import cell_loader
 from data.synthetic import make_synthetic_counts
 from trainer import benchmark as benchmark_module
-from trainer import benchmarking, scoring_queue
+from trainer import benchmarking, preemption, scoring_queue
 from trainer.benchmark import main, read_benchmarks
 from trainer.checkpoint_folder import open_checkpoint
 from trainer.errors import ConfigError, UserError
+from trainer.preemption import Preempted
 from trainer.scoring.cells import load_cells
 from trainer.scoring.specs import EmbeddingQualitySpec, LinearProbeSpec
 from trainer.scoring_queue import ScoringQueue
@@ -220,6 +223,26 @@ def test_a_process_that_outlived_its_run_does_not_answer_for_the_next(tmp_path, 
         queue.close(wait=True)
     assert recorded == [where, where] and answers[0] != answers[1]
     assert json.loads((folder / "a.result.json").read_text()) == {**where, "rows": [], "notes": {}}
+
+
+def test_a_request_to_end_leaves_the_last_scores_to_the_next_start(tmp_path, monkeypatch):
+    popen, processes = subprocess.Popen, []
+
+    def start(command, **options):
+        processes.append(popen(["sleep", "60"]))
+        return processes[-1]
+
+    monkeypatch.setattr(scoring_queue.subprocess, "Popen", start)
+    monkeypatch.setattr(preemption, "request", lambda limit: "SIGTERM")
+    settings = SimpleNamespace(max_wall_seconds=None)
+    queue = ScoringQueue(SimpleNamespace(progress=SimpleNamespace(global_step=0), config=settings), tmp_path)
+    where = {"kind": "benchmark", "global_step": 0, "phase": "p", "phase_step": 0, "epoch": 0}
+    for name in "ab":
+        queue.submit(name, {**where, "own_file": name})
+    with pytest.raises(Preempted, match="SIGTERM while the last benchmarks were scored; a restart"):
+        queue.close(wait=True)
+    assert [process.poll() for process in processes] == [-signal.SIGKILL]
+    assert len(list(tmp_path.glob("benchmarks/*.request.json"))) == 2
 
 
 def test_a_failed_benchmark_is_said_and_the_run_goes_on(tmp_path, place, monkeypatch, capsys):

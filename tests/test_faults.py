@@ -32,6 +32,7 @@ from trainer.distributed import Ranks
 from trainer.errors import UserError
 from trainer.journal import read_events
 from trainer.metrics_file import MetricsFile, read_metrics
+from trainer.preemption import Preempted
 from trainer.runfolder import RunLease
 from trainer.trackers import CsvTracker
 from trainer.watch import Watch, clear, is_collective_failure
@@ -263,20 +264,25 @@ def test_a_disk_that_fills_up_while_records_are_written_ends_the_run_in_one_mess
     assert read_metrics(run / "metrics.jsonl")[-1]["global_step"] == 999
 
 
-def test_what_fails_at_a_run_s_end_does_not_hide_how_it_ended(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "code"), [(OSError("the scores are gone"), 1), (Preempted("SIGTERM while ..."), 75)]
+)
+def test_what_fails_at_a_run_s_end_does_not_hide_how_it_ended(tmp_path, monkeypatch, error, code):
     def fail(tracker, exit_code):
+        ends.append(json.loads((newest_run(tmp_path) / "exit_status.json").read_text())["exit_code"])
         tracker._file.close()
         raise OSError("the tracker's file is gone")
 
     def fail_to_wait(run, *, wait):
-        raise OSError("the scores are gone")
+        raise error
 
+    ends = []
     monkeypatch.setattr(CsvTracker, "finish", fail)
     monkeypatch.setattr(build, "finish_scoring", fail_to_wait)
-    with pytest.raises(OSError, match="scores are gone"):
+    with pytest.raises(type(error), match=str(error)):
         train(tmp_path, toy(trackers=["csv"]))
+    assert ends == [code]  # written before trackers, which may wait for a server, are closed
     run = newest_run(tmp_path)
-    assert json.loads((run / "exit_status.json").read_text())["exit_code"] == 1
     assert (run / "report.html").exists()
     RunLease(run).release()
 

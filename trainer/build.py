@@ -182,15 +182,17 @@ def end_run(run: Run, watcher: Watch, folder: Path, exit_code: int, reason: str)
         finish_scoring(run, wait=exit_code == 0)
     except BaseException as error:  # the disk has no room for what was scored last, for example
         if exit_code == 0:
-            codes = {UserError: 2, KeyboardInterrupt: 130}
+            codes = {UserError: 2, Preempted: PREEMPTED, KeyboardInterrupt: 130}
             exit_code = next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
             reason = str(error) or type(error).__name__
         raise
     finally:
+        writes_the_end = watcher.writes_the_end()
+        if writes_the_end:  # first: a tracker may wait for its server until the process is killed
+            write_end(folder, exit_code, reason)
         with contextlib.ExitStack() as close:
-            if watcher.writes_the_end():
+            if writes_the_end:
                 close.callback(report_at_end, folder)
-                close.callback(write_end, folder, exit_code, reason)
             run.recorder.close(exit_code)
 
 

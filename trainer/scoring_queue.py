@@ -5,6 +5,7 @@ run. A request lies on disk until it is scored, so that a resumed run finds it. 
 in `benchmarks/scratch/`: one that outlives its run for a moment cannot answer for the next.
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -14,9 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trainer import preemption
 from trainer.atomicfile import replace_text
 from trainer.console import notice, warn_once
 from trainer.metrics_file import read_metrics
+from trainer.preemption import Preempted
 from trainer.run import Run
 
 FOLDER = "benchmarks"
@@ -28,6 +31,8 @@ _MODEL = "model"
 _WHERE = ("kind", "global_step", "phase", "phase_step", "epoch")
 _FILES = ("own_file", "output", "cells", "baselines", "shared")
 """What names files of the queue's folder."""
+_SECONDS_BETWEEN_LOOKS = 0.5
+"""For a request to end, while nothing but scoring is left to do."""
 _HEADLINES = {
     "linear_probe": "accuracy",
     "embedding_quality": "bio_conservation",
@@ -84,23 +89,41 @@ class ScoringQueue:
             self._start(self._waiting.pop(0))
 
     def close(self, *, wait: bool) -> None:
-        """Wait for what is still to be scored, or leave it to the next start of the run."""
-        if wait and (self._worker or self._waiting):
+        """Wait for what is still to be scored, or leave it to the next start of the run.
+
+        Raises:
+            Preempted: the process was asked to end meanwhile; what is not scored is left to the next start too.
+        """
+        if not wait:
+            self._kill_worker()
+            return
+        if self._worker or self._waiting:
             notice("waiting for the last benchmarks")
-        while self._worker is not None or (wait and self._waiting):
-            process = None if self._worker is None else self._worker[0]
-            if process is not None and not wait:
-                process.kill()
-                process.wait()
-                return
-            if process is not None:
-                process.wait()
+        while self._worker or self._waiting:
+            if self._worker:
+                self._wait_for(self._worker[0])
             self.poll()
-        if wait:
-            self._clear_scratch()
-            for path in self.folder.glob("phase*.*.*"):
-                if path.name.split(".")[0].removeprefix("phase").isdigit():
-                    path.unlink()
+        self._clear_scratch()
+        for path in self.folder.glob("phase*.*.*"):
+            if path.name.split(".")[0].removeprefix("phase").isdigit():
+                path.unlink()
+
+    def _wait_for(self, process: "subprocess.Popen[bytes]") -> None:
+        while process.poll() is None:
+            asked = preemption.request(self._run.config.max_wall_seconds)
+            if asked is not None:
+                self._kill_worker()
+                raise Preempted(
+                    f"{asked} while the last benchmarks were scored; a restart scores what is left"
+                )
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS_BETWEEN_LOOKS)
+
+    def _kill_worker(self) -> None:
+        if self._worker is not None:
+            process = self._worker[0]
+            process.kill()
+            process.wait()
 
     def rewind(self, step: int) -> None:
         """Forget what came after a step that the run goes back to, and make up for what is not recorded."""
