@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
 from torch import nn
 
 from data.hashing import DrawKey
@@ -137,6 +136,8 @@ def submit(
 
 def cells_of(phase: Phase, rows: NDArray[np.int64]) -> Cells:
     """Return what benchmarks need to know of held-out cells beside their embeddings."""
+    from scipy import sparse  # takes half a second, and most runs score nothing
+
     source = phase.validation.source
     stored = source.reader.read(rows)
     is_counts = source.reader.info.manifest.value_kind == "counts"

@@ -28,7 +28,6 @@ from trainer.atomicfile import replace_text
 from trainer.config.schema import ScoringConfig
 from trainer.errors import ConfigError, UserError
 from trainer.phases import Phase
-from trainer.predicted_cells import write_predicted_cells
 from trainer.prediction import (
     check_can_draw,
     draw_sets,
@@ -116,6 +115,9 @@ def score_if_due(run: Run, phase: Phase) -> None:
             for _ in blocks:
                 pass
             return
+        # AnnData and pandas take a second to import, and most runs score nothing.
+        from trainer.predicted_cells import write_predicted_cells
+
         write_predicted_cells(
             queue.folder / f"{name}.h5ad",
             predictions.sets,

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import sparse
 
 from trainer.errors import UserError
 from trainer.scoring.specs import EmbeddingQualitySpec, LinearProbeSpec, PerturbationSpec, Spec
@@ -159,6 +158,8 @@ def save_cells(path: str | Path, cells: Cells) -> None:
 
 def load_cells(path: str | Path) -> Cells:
     """Read what `save_cells` wrote."""
+    from scipy import sparse  # every run imports this module, and most score nothing
+
     with np.load(path, allow_pickle=False) as file:
         parts = (file["data"], file["indices"], file["indptr"])
         return Cells(
