@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from launching import ROOT, start_ranks
+from launching import ROOT, launch_ranks, start_ranks
 from running import comparable_records, newest_run, records, same_weights, toy, train
 from torch import nn
 
@@ -290,8 +290,7 @@ def test_the_curriculum_killed_in_its_second_phase_on_two_ranks_goes_on_bit_for_
     place: Path, tmp_path: Path
 ):
     script = ROOT / "trainer" / "train.py"
-    with start_ranks(2, [script, *curriculum(place, tmp_path / "whole")], launcher="accelerate") as group:
-        group.wait()
+    launch_ranks(2, [script, *curriculum(place, tmp_path / "whole")])
     whole = newest_run(tmp_path / "whole")
     cut = curriculum(place, tmp_path / "cut")
     with start_ranks(2, [script, *cut], launcher="accelerate") as group:
@@ -304,8 +303,7 @@ def test_the_curriculum_killed_in_its_second_phase_on_two_ranks_goes_on_bit_for_
     killed = newest_run(tmp_path / "cut")
     last = int((killed / "latest").read_text().strip().removeprefix("checkpoint_"))
     assert 4 < last < 34, "the run was not killed in its second phase"
-    with start_ranks(2, [script, *cut, "resume_from=latest"], launcher="accelerate") as group:
-        group.wait()
+    launch_ranks(2, [script, *cut, "resume_from=latest"])
     assert newest_run(tmp_path / "cut") == killed
     assert comparable_records(killed) == comparable_records(whole) and same_weights(killed, whole)
     assert [record["phase"] for record in records(whole)] == ["cells"] * 4 + ["perturbations"] * 30

@@ -89,7 +89,7 @@ def without_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("preset", "metric", "epochs"), [("vcc2025", "discrimination_score_l1", 2), ("vcc2026", "pds_cosine", 1)]
+    ("preset", "metric", "epochs"), [("vcc2025", "discrimination_score_l1", 1), ("vcc2026", "pds_cosine", 2)]
 )
 def test_every_metric_is_recorded_beside_the_baselines_of_the_same_cells(
     place: Path,
