@@ -8,10 +8,15 @@ PYTEST_ARGS ?=
 # Files of tests that run at a time, of which two keep two cores busy no more than three quarters: tests with several
 # processes wait for each other much of their time.
 TEST_WORKERS ?= 3
+# Whether `make test` takes those marked slow too, as CI does: each keeps a core busy for ten seconds or more, and shows
+# of whole programs, launchers or hosts what others show of their parts.
+SLOW ?= 0
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
+
+SELECTED = $(or $(PYTEST_ARGS),$(if $(filter 1,$(SLOW)),,-m "not slow"))
 
 # One thread a process: the tests start several processes, and timings on shared cores are steadier.
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -35,8 +40,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)  ## Convert the sample data, train two phases, and compare with baselines
 	$(BIN)/python -m trainer.quickstart
 
-test: $(INSTALLED)  ## Run the tests (PYTEST_ARGS='-k resume -x' and the like; TEST_WORKERS=0: in one process)
-	$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+test: $(INSTALLED)  ## Run the tests (SLOW=1: the slow ones too; PYTEST_ARGS='-k resume -x' and the like: what they select)
+	$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(SELECTED)
 
 check: $(INSTALLED)  ## Lint, check the formatting and the types
 	$(BIN)/ruff check .

@@ -81,7 +81,6 @@ def results_of(folder):
 # In training
 
 
-@pytest.mark.slow
 def test_held_out_cells_are_scored_at_the_start_and_every_so_many_epochs(tmp_path, place):
     folder = train(tmp_path, config(place, epochs=5, every=2))
     found = results_of(folder)
@@ -312,6 +311,7 @@ def benchmark(folder, place, run, settings, *options):
     )
 
 
+@pytest.mark.slow
 def test_the_command_writes_every_figure_beside_its_baselines(tmp_path, place, run, capsys):
     perturbation = {"name": "perturbation", "n_top_genes": 10}
     settings = {

@@ -129,7 +129,6 @@ def census_uri(place):
     return write_census(place / "census").uri
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.relative_to(ROOT / "configs")))
 def test_every_example_pretrains(path, place, request):
     is_census = "cellxgene_census" in path.read_text() and path.name != "complete.yaml"
@@ -141,7 +140,6 @@ def test_every_example_pretrains(path, place, request):
     assert bool(records(folder, "benchmark")) == bool(config.eval.benchmarks)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [path for path in EXAMPLES if "\nfinetune:" in f"\n{path.read_text()}"],
@@ -167,7 +165,6 @@ def blocks_of_the_page():
     return [first, *({**first, **other} for other in others)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", range(2))
 def test_the_configurations_of_the_page_train(number, place, tmp_path, pretrained):
     path = tmp_path / "page.yaml"
@@ -257,6 +254,7 @@ def test_pretraining_is_the_same_from_python_and_from_the_run_that_is_printed(pl
     assert same_weights(first, second)
 
 
+@pytest.mark.slow
 def test_what_is_changed_in_a_configuration_counts_when_it_runs(place, tmp_path):
     config = written(place)
     pipeline = TrainingPipeline(config)

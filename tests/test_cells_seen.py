@@ -354,7 +354,6 @@ def alike_loader(num_cells):
     return toys.map_loader(num_cells, validation=False)
 
 
-@pytest.mark.slow
 def test_two_ranks_that_get_the_same_cells_show(tmp_path):
     phase = {**PHASE, "epochs": 1, "dataloader_factory": "test_cells_seen.alike_loader"}
     said = train_ranks(2, tmp_path, toy(phase))
@@ -364,7 +363,6 @@ def test_two_ranks_that_get_the_same_cells_show(tmp_path):
     assert "warning: cells of 'p0' epoch 1: 26 of 50 seen, 26 repeated, 24 skipped" in said
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3)])
 def test_a_run_killed_and_resumed_on_another_number_of_ranks_sees_every_cell_once(tmp_path, before, after):
     arguments = {"num_cells": 100, "validation": False}

@@ -142,7 +142,6 @@ def test_bf16_trains(tmp_path, corpora):
     assert final_weights(folder)["token_embedding.weight"].dtype.is_floating_point
 
 
-@pytest.mark.slow
 def test_two_ranks_give_the_losses_of_one_on_the_same_cells(tmp_path, corpora):
     config = run_config(
         phase(corpora / "arrow", epochs=2, arguments={"val_fraction": 0.2}), global_batch_size=48
@@ -156,7 +155,6 @@ def test_two_ranks_give_the_losses_of_one_on_the_same_cells(tmp_path, corpora):
         assert ours == pytest.approx(theirs, rel=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
 @pytest.mark.parametrize("global_batch_size", [24, 48])
 def test_every_cell_of_an_epoch_is_seen_once(tmp_path, corpora, num_ranks, global_batch_size):
@@ -166,7 +164,6 @@ def test_every_cell_of_an_epoch_is_seen_once(tmp_path, corpora, num_ranks, globa
     assert sorted(seen(log)) == list(range(96))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1)])
 def test_every_cell_is_seen_once_across_a_resume_on_other_ranks(tmp_path, corpora, before, after):
     config = run_config(phase(corpora / "arrow", save_every_steps=1))
@@ -196,7 +193,6 @@ def ordered(log, num_ranks):
     ]
 
 
-@pytest.mark.slow
 def test_a_resumed_run_on_two_ranks_equals_one_that_was_not_interrupted(tmp_path, corpora):
     config = run_config(
         phase(corpora / "arrow", epochs=2, save_every_steps=3, arguments={"val_fraction": 0.2}),
@@ -227,7 +223,6 @@ def test_compiled_layers_train_alike(tmp_path, corpora, monkeypatch, capsys):
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
-@pytest.mark.slow
 def test_compiling_is_refused_where_weights_are_gathered_between_layers(tmp_path, corpora):
     config = run_config(phase(corpora / "arrow", max_steps=3), compile=True)
     assert "does not work under ZeRO-3" in train_ranks(2, tmp_path, config, strategy="zero3", expect=2)

@@ -44,7 +44,7 @@ finetune:
   head_lr: 5e-3
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 
 def command(name: str, folder: Path, *more: str | Path) -> list[str | Path]:
@@ -75,6 +75,7 @@ def uninterrupted(folder: Path, name: str, *overrides: str) -> Path:
     return run_folder(folder, f"{name}_whole")
 
 
+@pytest.mark.slow
 def test_pretrain_fine_tune_benchmark_embed_and_export_by_the_commands_alone(tmp_path):
     (tmp_path / "cells.yaml").write_text(CONFIG)
     pretrained = killed_and_resumed(tmp_path, "train")

@@ -581,7 +581,6 @@ training: {{batch_size: 16, max_epochs: 1, precision: "32", logger: csv, run_nam
 """
 
 
-@pytest.mark.slow
 def test_a_typed_configuration_trains_on_the_census_with_two_ranks_that_read_it_once(census, tmp_path):
     (tmp_path / "cells.yaml").write_text(CELLS_DOOR.format(uri=census.uri))
     command = ["-m", "trainer", "train", "--config", tmp_path / "cells.yaml"]
@@ -614,7 +613,6 @@ census_corpus({"uri": sys.argv[1]}, cache_dir=sys.argv[2])
 """
 
 
-@pytest.mark.slow
 def test_a_reading_that_is_killed_leaves_nothing_loadable_and_goes_on(
     census, tmp_path, monkeypatch, small_batches
 ):
@@ -647,7 +645,6 @@ print(peak() - before, info.manifest.n_nonzero * 20 // 2**20)
 """
 
 
-@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
     pytest.importorskip("tiledbsoma", reason="needs the extra census")
     sizes = {"few": 4_000, "many": 20_000}

@@ -766,7 +766,6 @@ def crash(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
-@pytest.mark.slow
 def test_dying_at_any_call_of_a_save_leaves_whole_checkpoints(tmp_path: Path) -> None:
     seen = crash(tmp_path, "calls")
     assert min(number for name, number in seen.items() if name.startswith("calls")) > 25
@@ -774,7 +773,6 @@ def test_dying_at_any_call_of_a_save_leaves_whole_checkpoints(tmp_path: Path) ->
     assert seen["outcomes of step 2 after only"] == [[2]]
 
 
-@pytest.mark.slow
 def test_two_ranks_killed_at_random_moments_leave_whole_checkpoints(tmp_path: Path) -> None:
     seen = crash(tmp_path, "kills", "10")
     assert seen["kills"] == 10 and seen["during a save"] >= 3 and seen["checkpoints completed"] >= 1

@@ -201,7 +201,6 @@ def test_the_account_names_gates_and_prompts_and_no_technical_batches(
     assert "technical" not in printed
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("padding", ["max", "bucket"])
 def test_two_processes_train_as_one_with_another_micro_batch(tmp_path: Path, padding: str):
     """R7: the same split, global batches and padding, with workers that read ahead; R17 in part: the user's command."""

@@ -452,7 +452,6 @@ def test_names_that_are_unknown_or_of_several_are_told(copied):
 # The user's commands
 
 
-@pytest.mark.slow
 def test_the_seeds_command_trains_from_the_command_line(tmp_path):
     output = tmp_path / "models" / "quick_test"
     command = [
@@ -476,7 +475,6 @@ def test_the_seeds_command_trains_from_the_command_line(tmp_path):
     assert registry.load(str(output)).config.num_qubits == 3
 
 
-@pytest.mark.slow
 def test_two_ranks_under_zero_2_in_bf16_save_the_whole_model(tmp_path):
     output = tmp_path / "out"
     launch_ranks(
@@ -495,7 +493,6 @@ def test_two_ranks_under_zero_2_in_bf16_save_the_whole_model(tmp_path):
     assert all(record["loss"] < 2 for record in records(folder))
 
 
-@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_to_the_same_model(tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     more = ["training.training.save_every_steps=3", "training.training.num_epochs=4"]

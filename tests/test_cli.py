@@ -313,7 +313,6 @@ def test_a_mistake_in_the_numbers_of_sample_is_told_without_torch(user_folder):
     assert result.returncode == 0 and "--num 0: it must be at least 1" in result.stderr
 
 
-@pytest.mark.slow
 def test_under_a_launcher_with_two_processes_one_of_them_tells_the_mistake(user_folder):
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *SCRIPT]
     result = run_python(*command, "--config", "run.yml", "seed=x", cwd=user_folder)
@@ -323,7 +322,6 @@ def test_under_a_launcher_with_two_processes_one_of_them_tells_the_mistake(user_
     )
 
 
-@pytest.mark.slow
 def test_accelerate_launches_the_script(user_folder):
     command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", *SCRIPT]
     result = run_python(*command, "--config", "run.yml", "--check", cwd=user_folder)

@@ -954,8 +954,7 @@ def ends_soon(process_group: int) -> bool:
     return False
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_conversion_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, jobs):
     values = np.tile(random_counts(1000, 300), (8, 1))
     path = write_h5ad(tmp_path / "a.h5ad", values, obs={"batch": ["x", "y"] * 4000})
@@ -1041,7 +1040,6 @@ def repeated_rows(path: Path, layout: str, num_cells: int) -> Path:
     return path
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "num_cells"), [("csr", 60_000), ("dense", 20_000)])
 def test_memory_stays_far_under_the_size_of_the_file(tmp_path, layout, num_cells):
     path = repeated_rows(tmp_path / "a.h5ad", layout, num_cells)

@@ -261,7 +261,6 @@ def test_deepspeed_that_does_not_import_is_said(monkeypatch):
     assert found.state == "warning" and found.found == "fails: ImportError: no such symbol"
 
 
-@pytest.mark.slow
 def test_deepspeed_is_imported_and_names_what_it_would_compile():
     [found] = doctor.check_deepspeed()
     assert found.state == "ok" and found.found.startswith("imports; ")
@@ -279,7 +278,6 @@ def test_clocks_that_are_apart_are_a_warning(monkeypatch):
     assert found.state == "warning" and found.found == "3.00 s apart at most" and "NTP" in found.advice
 
 
-@pytest.mark.slow
 def test_under_a_launcher_all_ranks_add_up_and_compare_their_clocks(tmp_path):
     arguments = ["-m", "trainer", "doctor", "--output-dir", tmp_path]
     output = launch_ranks(2, arguments, env={"PYTHONPATH": str(ROOT)}, cwd=ROOT).stdout
@@ -287,7 +285,6 @@ def test_under_a_launcher_all_ranks_add_up_and_compare_their_clocks(tmp_path):
     assert output.count("a run can start") == 1
 
 
-@pytest.mark.slow
 def test_the_command_ends_with_its_exit_code(tmp_path):
     (tmp_path / "file").write_text("")
     command = ["python", "-m", "trainer", "doctor", "--output-dir", tmp_path / "file"]

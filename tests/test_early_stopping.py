@@ -158,7 +158,6 @@ def test_progress_of_a_later_version_is_refused():
         Progress.from_dict({**Progress().to_dict(), "retries": 1})
 
 
-@pytest.mark.slow
 def test_all_ranks_stop_together(tmp_path):
     config = toy({"epochs": 9}, optimizer=STILL, early_stopping=stopping())
     alone = train(tmp_path / "one", config)

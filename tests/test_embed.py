@@ -357,14 +357,12 @@ def test_a_model_that_is_opened_knows_what_it_was_fine_tuned_for(place, fine_tun
     assert open_model(fine_tuned).task == "classification" and open_model(place / "run").task is None
 
 
-@pytest.mark.slow
 def test_two_ranks_embed_as_one(place, tmp_path, expected):
     options = ["--model", place / "run", "--data", place / "cells.h5ad", "--output", tmp_path / "out.h5ad"]
     launch_ranks(2, ["-m", "trainer", "embed", *options, "--batch-size", "3", "--device", "cpu"], cwd=ROOT)
     assert np.abs(anndata.read_h5ad(tmp_path / "out.h5ad").obsm["X_cellphase"] - expected).max() < 1e-5
 
 
-@pytest.mark.slow
 def test_two_ranks_leave_out_the_cells_that_one_does(fine_tuned, tmp_path, cells):
     counts = cells.copy()
     counts[[5, 30]] = 0

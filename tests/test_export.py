@@ -337,7 +337,6 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     assert command(tmp_path / "nothing", tmp_path / "out")[0] == 2
 
 
-@pytest.mark.slow
 def test_the_shards_of_a_zero_run_are_put_together(tmp_path):
     corpus = write_corpus(tmp_path / "cells", make_cells(48, NUM_GENES, 12), NUM_GENES)
     arguments = {

@@ -37,7 +37,6 @@ from trainer.runfolder import RunLease
 from trainer.trackers import CsvTracker
 from trainer.watch import Watch, clear, is_collective_failure
 
-slow = pytest.mark.slow
 FIRST_STEP = "step 1  "
 ENDLESS = {"epochs": 500, "log_every_steps": 1, "dataloader_args": {"seconds_per_cell": 0.002}}
 
@@ -70,7 +69,6 @@ def wait_for_end(process: subprocess.Popen | Fork, seconds: float) -> float:
     return time.monotonic() - began
 
 
-@slow
 def test_a_killed_rank_is_named_by_the_others_within_seconds(tmp_path):
     with start(tmp_path, toy(ENDLESS, global_batch_size=8)) as group:
         group.wait_for(FIRST_STEP)
@@ -87,7 +85,6 @@ def test_a_killed_rank_is_named_by_the_others_within_seconds(tmp_path):
     assert "The above exception was the direct cause" in output, "the collective's own error is not kept"
 
 
-@slow
 def test_a_rank_whose_main_thread_learns_nothing_is_ended_by_its_watch(tmp_path):
     with start(tmp_path, toy(ENDLESS, global_batch_size=8), env={"TOY_PAUSE": "forward:3:100"}) as group:
         group.wait_for("toy: forward")
@@ -102,7 +99,6 @@ def test_a_rank_whose_main_thread_learns_nothing_is_ended_by_its_watch(tmp_path)
     assert "pause_at" in stacks, "the stack of the main thread is missing"
 
 
-@slow
 def test_a_rank_that_ends_with_an_error_is_named_with_it(tmp_path):
     patch = """
 if os.environ["RANK"] == "1":
@@ -123,7 +119,6 @@ if os.environ["RANK"] == "1":
     )
 
 
-@slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero2"])
 def test_a_stopped_rank_is_named_before_and_at_the_timeout(tmp_path, strategy):
     config = toy(ENDLESS, global_batch_size=8, distributed_timeout_seconds=10)
@@ -142,7 +137,6 @@ def test_a_stopped_rank_is_named_before_and_at_the_timeout(tmp_path, strategy):
     assert f"LostRank: {who}" in output and group.processes[0].returncode == 1
 
 
-@slow
 def test_a_rank_that_hangs_in_its_loader_is_ended_after_the_others(tmp_path):
     config = toy({"log_every_steps": 1}, global_batch_size=8, distributed_timeout_seconds=5)
     with start(tmp_path, config, env={"TOY_PAUSE": "validating:2:300", "TOY_PAUSE_RANK": "1"}) as group:
@@ -154,7 +148,6 @@ def test_a_rank_that_hangs_in_its_loader_is_ended_after_the_others(tmp_path):
     assert "Rank 1 is not waited for and ends" in output
 
 
-@slow
 @pytest.mark.parametrize("how", ["killed", "hung"])
 def test_the_end_of_a_run_that_loses_rank_0_is_written_by_another_rank(tmp_path, how):
     config = toy(ENDLESS if how == "killed" else {}, global_batch_size=8, distributed_timeout_seconds=5)
@@ -173,7 +166,6 @@ def test_the_end_of_a_run_that_loses_rank_0_is_written_by_another_rank(tmp_path,
     assert [end["reason"] for end in ends] == [status["reason"]]
 
 
-@slow
 def test_a_slow_rank_is_reported_and_waited_for(tmp_path):
     config = toy({"log_every_steps": 1}, global_batch_size=8, distributed_timeout_seconds=10)
     with start(tmp_path, config, env={"TOY_PAUSE": "validating:2:9"}) as group:
@@ -186,7 +178,6 @@ def test_a_slow_rank_is_reported_and_waited_for(tmp_path):
     assert status["exit_code"] == 0
 
 
-@slow
 def test_ranks_that_do_not_see_one_file_system_are_refused(tmp_path):
     for name in "01":
         (tmp_path / name).mkdir()
@@ -199,7 +190,6 @@ def test_ranks_that_do_not_see_one_file_system_are_refused(tmp_path):
     assert "choose an output_dir on one that every node mounts" in output and "Traceback" not in output
 
 
-@slow
 def test_a_disk_that_fills_up_ends_the_run_and_leaves_the_last_checkpoint(tmp_path):
     # From the fourth step on no file may become as large as the weights.
     patch = """
@@ -287,7 +277,6 @@ def test_what_fails_at_a_run_s_end_does_not_hide_how_it_ended(tmp_path, monkeypa
     RunLease(run).release()
 
 
-@slow
 def test_only_auto_passes_over_a_damaged_checkpoint_and_says_so(tmp_path):
     config = toy({"epochs": 3, "save_every_steps": 1}, checkpoint={"keep_last": None})
     reference = train(tmp_path / "whole", config)

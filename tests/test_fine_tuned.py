@@ -413,7 +413,6 @@ def tuned_by_one(home, corpus, pretrained):
     return train(home / "tuned_by_one", without_dropout(corpus, pretrained))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_two_ranks_fine_tune_as_one_does(tmp_path, corpus, pretrained, tuned_by_one, strategy):
     train_ranks(2, tmp_path, without_dropout(corpus, pretrained), strategy=strategy)
@@ -421,7 +420,6 @@ def test_two_ranks_fine_tune_as_one_does(tmp_path, corpus, pretrained, tuned_by_
     assert two == pytest.approx(one, abs=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["autoregressive", "autoencoder"])
 def test_two_ranks_pretrain_as_one_does_under_zero_3(tmp_path, corpus, family):
     config = pretraining(family, corpus, global_batch_size=8)

@@ -221,7 +221,6 @@ def test_an_exported_fp8_run_has_plain_layers_and_its_weights(tmp_path, finished
     assert all(torch.equal(tensor, trained[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
 def test_two_processes_train_alike_under_every_strategy(finished, of_two, strategy):
     folder = of_two(strategy)
@@ -233,7 +232,6 @@ def test_two_processes_train_alike_under_every_strategy(finished, of_two, strate
     assert not torch.equal(one[name]["inputs_amax_history"], two[name]["inputs_amax_history"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_two_processes_resume_exactly_and_one_process_goes_on_from_both(tmp_path, corpus, of_two, strategy):
     config = config_of(corpus, "delayed_scaling", phase={"epochs": 2})

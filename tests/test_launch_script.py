@@ -748,7 +748,6 @@ def test_ranks_without_their_launcher_that_do_not_end_are_killed(place):
         assert not group._members()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "processes"), [("SIGTERM", 2), ("SIGUSR1", 1)])
 def test_the_real_launcher_does_not_cut_a_save_short(place, name, processes):
     env = {"PROCESSES_PER_NODE": str(processes), "SAVE_SECONDS": "3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}

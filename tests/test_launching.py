@@ -47,7 +47,6 @@ def script(tmp_path):
     return write
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["processes", "torchrun"])
 def test_two_ranks_that_are_started_find_each_other(script, launcher):
     output = launch_ranks(2, [script(SUM_OF_RANKS)], launcher=launcher).stdout
@@ -68,7 +67,6 @@ def test_a_command_that_hangs_is_killed_and_shows_its_output():
 
 
 @pytest.mark.parametrize("launcher", ["processes", "torchrun"])
-@pytest.mark.slow
 def test_killing_a_group_leaves_no_process(script, launcher):
     with start_ranks(2, [script(WAIT_FOR_SIGNAL)], launcher=launcher) as group:
         group.wait_for("ready\nready")
@@ -87,7 +85,6 @@ def test_a_signal_reaches_the_ranks_and_their_exit_code_comes_back(script):
     assert "rank 0 heard" in output and "rank 1 heard" in output
 
 
-@pytest.mark.slow
 def test_a_signal_reaches_the_ranks_behind_a_launcher(script):
     with start_ranks(2, [script(WAIT_FOR_SIGNAL)], launcher="accelerate") as group:
         group.wait_for("ready\nready")

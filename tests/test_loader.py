@@ -150,7 +150,6 @@ def test_reading_ahead_changes_nothing(source: CellSource, prefetch: int):
     assert_same(list(make_loader(source, prefetch=prefetch).steps(0)), expected)
 
 
-@pytest.mark.slow
 def test_worker_processes_change_nothing(source: CellSource):
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -168,7 +167,6 @@ def test_worker_processes_change_nothing(source: CellSource):
         loader.close()
 
 
-@pytest.mark.slow
 def test_errors_in_a_worker_process_surface_with_the_rows():
     loader = make_loader(FailingSource(), num_workers=1)
     with pytest.raises(KeyError) as caught:

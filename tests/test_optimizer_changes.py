@@ -111,7 +111,6 @@ def test_a_changed_momentum_is_what_a_cycle_goes_back_to(tmp_path):
     assert groups_of(folder)[0]["betas"][0] == 0.7
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero1", "zero3"])
 def test_a_change_acts_under_zero_as_under_ddp(tmp_path, strategy):
     first, then = configured(lr=0.01), configured(lr=0.03, weight_decay=0.5)

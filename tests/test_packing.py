@@ -399,14 +399,12 @@ def test_fp8_in_emulation_trains_on_packed_batches(tmp_path, corpora):
     assert all_losses(packed) == pytest.approx(all_losses(padded), rel=0.05)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "bucketed"])
 def test_two_ranks_have_the_losses_of_one_padded_run(tmp_path, corpora, padded_run, layout):
     train_ranks(2, tmp_path, run_config(phase(corpora / "arrow", layout, epochs=2)))
     assert all_losses(newest_run(tmp_path)) == pytest.approx(all_losses(padded_run), rel=1e-5)
 
 
-@pytest.mark.slow
 def test_packed_batches_train_under_zero_3(tmp_path, corpora):
     reference = train(tmp_path / "one", run_config(phase(corpora / "arrow", "padded")))
     train_ranks(2, tmp_path / "two", run_config(phase(corpora / "arrow", "packed")), strategy="zero3")
@@ -421,7 +419,6 @@ def test_baselines_are_the_same_for_a_packed_configuration(tmp_path, corpora):
     assert scores[0] == scores[1] and min(scores[0]) > 0
 
 
-@pytest.mark.slow
 def test_the_checkpoint_of_a_packed_run_is_exported(tmp_path, corpora):
     folder = train(tmp_path, run_config(phase(corpora / "arrow", "packed")))
     export(folder / "checkpoint_4", tmp_path / "exported")

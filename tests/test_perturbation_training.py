@@ -126,7 +126,6 @@ def test_a_run_interrupted_in_its_second_phase_goes_on_as_if_it_had_not_been(
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
 
 
-@pytest.mark.slow
 def test_one_and_two_processes_have_the_same_losses_on_sets(corpus: Path, tmp_path: Path):
     run = config(corpus)
     run["model"] = {"model_class": "toy_sets.NoDropout"}

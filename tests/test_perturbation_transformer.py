@@ -448,7 +448,6 @@ def trained() -> PerturbationTransformer:
     return model.eval()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["control", "target_gene_idx", "batch_idx"])
 @torch.no_grad()
 def test_shuffling_a_condition_worsens_the_held_out_loss_of_a_trained_model(trained, name):
@@ -459,7 +458,6 @@ def test_shuffling_a_condition_worsens_the_held_out_loss_of_a_trained_model(trai
     assert shuffled > right + 0.1, (right, shuffled)
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_samples_of_a_trained_model_follow_target_batch_and_controls(trained):
     batch = conditional_batch(64, seed=8, set_size=32)
@@ -519,7 +517,6 @@ def losses_of_one(tmp_path_factory):
     return all_losses(train(tmp_path_factory.mktemp("one"), run_config()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_losses_of_one_process_and_of_two_are_the_same(tmp_path, losses_of_one, strategy):
     train_ranks(2, tmp_path, run_config(), strategy=strategy)
@@ -527,7 +524,6 @@ def test_losses_of_one_process_and_of_two_are_the_same(tmp_path, losses_of_one, 
     assert all_losses(newest_run(tmp_path)) == pytest.approx(losses_of_one, rel=1e-4)
 
 
-@pytest.mark.slow
 def test_fp8_checkpointing_and_auxiliary_losses_train_together(tmp_path):
     config = run_config(
         precision="fp8",
@@ -544,7 +540,6 @@ def test_fp8_checkpointing_and_auxiliary_losses_train_together(tmp_path):
     assert of_sets[-1]["significance_loss"] > 0 and "significance_loss" not in found[0]
 
 
-@pytest.mark.slow
 def test_a_plan_counts_the_control_cells(tmp_path):
     reset_accelerate()
     config = load_run_config(write_config(tmp_path, run_config(precision="bf16")))

@@ -458,7 +458,6 @@ def test_a_model_that_looks_at_values_is_built_in_memory_and_that_is_said(tmp_pa
     assert "the model was built in memory" in render(plan)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_the_shards_of_a_real_zero_run_are_what_is_planned(tmp_path, strategy):
     config = toy({"dataloader_args": {"batch_size": 2}}, micro_batch_size=2)

@@ -153,7 +153,6 @@ def test_the_cells_of_a_target_do_not_depend_on_what_else_is_predicted(place, tm
     assert len(own) == 11 and (both[chosen].X != own.X).nnz == 0
 
 
-@pytest.mark.slow
 def test_two_ranks_write_the_file_of_one(place, tmp_path):
     one = predicted(place, tmp_path / "one.h5ad", "--batch-size", "5")
     options = ["--model", place / "run", "--data", place / "corpus", "--output", tmp_path / "two.h5ad"]
@@ -638,7 +637,6 @@ def drawn_by_one(place, tmp_path_factory):
     return drawn_in_a_run(place, tmp_path_factory.mktemp("drawn_by_one"), 1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "zero3"])
 def test_a_run_of_two_ranks_draws_the_cells_of_one(place, tmp_path, drawn_by_one, strategy):
     drawn_by_two = drawn_in_a_run(place, tmp_path, 2, strategy)
@@ -663,7 +661,6 @@ def test_an_export_of_a_run_with_a_split_file_asks_for_targets(place, tmp_path, 
     assert is_same(of_run, predicted(place, tmp_path / "out.h5ad", *options))
 
 
-@pytest.mark.slow
 def test_a_prediction_that_is_killed_leaves_no_file_of_the_name(place, tmp_path):
     options = ["--model", place / "run", "--data", place / "corpus", "--output", tmp_path / "out.h5ad"]
     many = ["--targets", "all", "--cells-per-perturbation", "4000", "--num-steps", "8", "--device", "cpu"]

@@ -27,8 +27,6 @@ from trainer.metrics_file import MetricsFile, read_metrics
 from trainer.preemption import agreed_request
 from trainer.shards import SHARD
 
-pytestmark = pytest.mark.slow
-
 FIRST_STEP = "step 1  "
 MODEL = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.2}}
 CELLS = {"noisy": True, "seconds_per_cell": 0.004}

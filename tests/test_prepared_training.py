@@ -109,7 +109,6 @@ def test_a_run_on_files_resumes_bit_for_bit_with_balanced_sampling(tmp_path):
     assert comparable_records(part) == comparable_records(whole) and same_weights(part, whole)
 
 
-@pytest.mark.slow
 def test_two_ranks_convert_once_and_train_as_one(tmp_path):
     files = [write_cells(tmp_path / f"{name}.h5ad", seed=seed) for name, seed in (("one", 1), ("two", 2))]
     arguments = {"paths": [str(file) for file in files], "sampling": {"column": "donor"}}

@@ -20,7 +20,6 @@ from toy import seen_cells
 from benchmarks import kill_resume
 from trainer import distributed
 
-pytestmark = pytest.mark.slow
 DROPOUT = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.2}}
 
 
@@ -113,7 +112,7 @@ def test_resume_on_two_ranks_is_exact(tmp_path):
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
 
 
-@pytest.mark.parametrize(("num_ranks", "trials"), [(1, 1), (2, 1)])
+@pytest.mark.parametrize(("num_ranks", "trials"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow)])
 def test_a_run_killed_at_a_random_moment_ends_like_one_left_alone(num_ranks, trials):
     assert kill_resume.run_trials(num_ranks, trials) == trials
 

@@ -121,7 +121,6 @@ def test_without_fallback_steps_the_run_stops(corpus, tmp_path):
         train(tmp_path, config(corpus, 0))
 
 
-@pytest.mark.slow
 def test_all_ranks_go_back_together_under_zero(corpus, tmp_path):
     content = config(corpus, 3, micro_batch_size=4)
     output = train_ranks(2, tmp_path, content, strategy="zero2")

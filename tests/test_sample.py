@@ -636,7 +636,6 @@ def test_modules_in_the_current_folder_are_found(tmp_path, monkeypatch):
     assert sys.path[-1] == str(tmp_path)
 
 
-@pytest.mark.slow
 def test_the_commands_train_and_draw_from_all_that_a_run_leaves(tmp_path):
     sizes = [
         f"training.model.params.{key}=[{value}]" for key, value in (("model_features", 16), ("num_heads", 2))

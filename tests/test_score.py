@@ -487,7 +487,6 @@ def figures(results, preset, suffix=""):
     return {arm: values for arm, values in found.items() if values}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", list(OPTIONS))
 def test_cells_of_the_same_truth_beat_every_baseline_in_every_metric(scored, preset):
     found = figures(scored[1], preset)
@@ -497,7 +496,6 @@ def test_cells_of_the_same_truth_beat_every_baseline_in_every_metric(scored, pre
             assert sign * found[vcc.MODEL][metric] > sign * found[arm][metric], (metric, arm)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("preset", list(OPTIONS))
 def test_the_ceiling_is_above_the_baselines_in_every_metric(scored, preset):
     found = figures(scored[1], preset)
@@ -507,14 +505,12 @@ def test_the_ceiling_is_above_the_baselines_in_every_metric(scored, preset):
             assert sign * found[vcc.CEILING][metric] > sign * found[arm][metric], (metric, arm)
 
 
-@pytest.mark.slow
 def test_copied_controls_score_no_better_than_the_baseline_and_the_truth_near_the_ceiling(scored):
     found = figures(scored[1], "vcc2026", vcc.SCORE_SUFFIX)
     assert found[vcc.CONTROLS][vcc.AVERAGE] < 0.1
     assert found[vcc.MODEL][vcc.AVERAGE] > 0.8
 
 
-@pytest.mark.slow
 def test_the_rescaled_score_lies_between_baseline_and_ceiling(scored):
     raw, rescaled = figures(scored[1], "vcc2026"), figures(scored[1], "vcc2026", vcc.SCORE_SUFFIX)
     for metric in ("pds_cosine", "de_wilcoxon_sig_jaccard"):
@@ -525,7 +521,6 @@ def test_the_rescaled_score_lies_between_baseline_and_ceiling(scored):
     assert rescaled[vcc.MODEL][vcc.AVERAGE] == pytest.approx(mean)
 
 
-@pytest.mark.slow
 def test_the_table_has_every_metric_and_says_which_baseline_was_taken(scored):
     for preset, results in scored[1].items():
         text = command.layout(results, OPTIONS[preset].preset)
@@ -538,7 +533,6 @@ def test_the_table_has_every_metric_and_says_which_baseline_was_taken(scored):
     assert "cell-eval's own baseline, made of the real cells that it is scored on" in notes["vcc2025"]
 
 
-@pytest.mark.slow
 def test_the_output_holds_the_figures_and_the_programs_own_tables(scored):
     _, results, folder = scored
     written = json.loads((folder / "vcc2026" / "results.json").read_text())
@@ -552,7 +546,6 @@ def test_the_output_holds_the_figures_and_the_programs_own_tables(scored):
     assert (folder / "vcc2026" / "ceiling" / "context_00" / "anchor_agg.parquet").is_file()
 
 
-@pytest.mark.slow
 def test_scoring_again_with_the_baselines_of_before_gives_the_same_figures(scored, tmp_path):
     paths, results, folder = scored
     again = vcc.score(
@@ -575,14 +568,12 @@ def test_scoring_again_with_the_baselines_of_before_gives_the_same_figures(score
         assert figures(again, **which) == pytest.approx(figures(rows, **which), rel=1e-9, nan_ok=True)
 
 
-@pytest.mark.slow
 def test_baselines_of_other_real_cells_are_not_taken(scored, tmp_path):
     paths, _, folder = scored
     with pytest.raises(UserError, match="its baselines are of other files; score them anew"):
         vcc.score(paths["pred"], paths["real"], "vcc2026", tmp_path / "out", reuse=folder / "vcc2026")
 
 
-@pytest.mark.slow
 def test_figures_are_those_of_the_program_run_by_hand(scored, tmp_path):
     paths, results, _ = scored
     real, predicted = (anndata.read_h5ad(paths[name]) for name in ("real", "pred"))

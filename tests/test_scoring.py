@@ -207,7 +207,6 @@ def test_the_report_says_which_library_computed():
     )
 
 
-@pytest.mark.slow  # jax compiles
 def test_scib_metrics_computes_where_it_is_installed():
     pytest.importorskip("scib_metrics")
     cells, embedding = clustered()

@@ -345,7 +345,6 @@ def forked(monkeypatch, tmp_path):
     return scratch
 
 
-@pytest.mark.slow
 def test_the_selfcheck_passes_and_leaves_nothing_behind(forked, capsys):
     assert selfcheck.main(["--json", "--device", "cpu"]) == 0
     found = {check["name"]: check for check in json.loads(capsys.readouterr().out)}
@@ -371,7 +370,6 @@ def verify(forked, tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.slow
 def test_a_run_on_two_processes_across_phases_is_equal_and_keeps_its_folders_where_asked(verify, forked):
     dropout = {
         "model_class": "toy.ToyModel",
@@ -392,7 +390,6 @@ def test_a_run_on_two_processes_across_phases_is_equal_and_keeps_its_folders_whe
     assert yaml.safe_load((kept / "resumed.yaml").read_text())["seed"] == 11
 
 
-@pytest.mark.slow
 def test_a_model_with_random_state_of_its_own_is_caught(verify, forked, tmp_path):
     (tmp_path / "forgetful.py").write_text(
         textwrap.dedent(
@@ -417,7 +414,6 @@ def test_a_model_with_random_state_of_its_own_is_caught(verify, forked, tmp_path
     assert not list(forked.glob("cellphase-*"))
 
 
-@pytest.mark.slow
 def test_a_step_after_the_runs_end_is_the_users_mistake(tmp_path):
     path = write_config(tmp_path, toy({"dataloader_args": {"num_cells": 16}}, global_batch_size=8))
     scratch = tmp_path / "scratch"

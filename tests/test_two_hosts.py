@@ -14,7 +14,7 @@ import pytest
 from launching import ROOT, RankGroup, cpu_environment, free_port
 from running import comparable_records, newest_run, records, same_weights, toy, train_ranks, write_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 TIMEOUT_SECONDS = 20
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -120,6 +120,7 @@ def wait_for_step(group: RankGroup, step: int) -> None:
 
 
 # A host that dies closes its connections, which any strategy is told at once; silence is what they may differ in.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("accelerate_config", "strategy", "disaster"),
     [

@@ -73,7 +73,6 @@ def assert_close(first, second):
         )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STAGES)
 def test_a_stage_trains_as_ddp_does(finished, strategy):
     ddp, zero = finished("ddp"), finished(strategy)
@@ -87,7 +86,6 @@ def test_a_stage_trains_as_ddp_does(finished, strategy):
     assert groups == same
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ("ddp", *STAGES))
 def test_a_phase_holds_frozen_weights_still_and_starts_others_anew(finished, strategy):
     folder = finished(strategy)
@@ -99,7 +97,6 @@ def test_a_phase_holds_frozen_weights_still_and_starts_others_anew(finished, str
     assert steps == {"embedding": 4, "body.0": 8, "head": 4}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STAGES)
 def test_a_resumed_run_equals_one_that_was_not_interrupted(finished, strategy, tmp_path):
     whole = finished(strategy)
@@ -110,7 +107,6 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(finished, strategy, t
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "before", "strategy", "after"),
     [
@@ -140,7 +136,6 @@ def test_a_run_goes_on_on_another_number_of_ranks_or_strategy(
         assert groups == same
 
 
-@pytest.mark.slow
 def test_a_global_batch_that_does_not_divide_is_an_error_with_the_numbers(finished, tmp_path):
     copy_until(finished("zero2"), 3, tmp_path)
     config = {**CONFIG, "micro_batch_size": 4}
@@ -151,7 +146,6 @@ def test_a_global_batch_that_does_not_divide_is_an_error_with_the_numbers(finish
     assert "global batch 20 is not a multiple of micro-batch 4 x 3 ranks = 12" in output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STAGES)
 def test_bf16_keeps_fp32_weights_and_holds_frozen_ones_still(tmp_path, strategy):
     train_ranks(2, tmp_path, CONFIG, strategy=strategy, precision="bf16")
@@ -163,7 +157,6 @@ def test_bf16_keeps_fp32_weights_and_holds_frozen_ones_still(tmp_path, strategy)
     assert losses(folder)[3] < losses(folder)[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ("zero2", "zero3"))
 def test_weights_that_never_train_and_a_users_scheduler_are_saved_too(tmp_path, strategy):
     changes = {"freeze": ["^embedding", "^body"], "reinitialise": [], "schedule": "constant"}
@@ -205,7 +198,6 @@ def finished_with_loss(tmp_path_factory):
     return run
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("source", "strategy", "after"),
     [
@@ -260,7 +252,6 @@ def test_running_statistics_are_those_of_ddp_and_resume_exactly(tmp_path):
             torch.testing.assert_close(found[name], of_ddp[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_dropout_continues_exactly_under_zero_3(tmp_path):
     model = {"model_class": "toy.ToyModel", "config_class": "toy.ToyConfig", "config_args": {"dropout": 0.3}}
     config = {**CONFIG, "model": model}
@@ -271,13 +262,11 @@ def test_dropout_continues_exactly_under_zero_3(tmp_path):
     assert comparable_records(folder) == comparable_records(whole)
 
 
-@pytest.mark.slow
 def test_offloading_trains_as_ddp_does(finished, tmp_path):
     train_ranks(2, tmp_path, CONFIG, strategy="zero3_offload")
     assert losses(newest_run(tmp_path)) == pytest.approx(losses(finished("ddp")), abs=1e-5)
 
 
-@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_a_skipped_step_on_all_ranks(tmp_path):
     config = toy({"epochs": 3, **CELLS}, micro_batch_size=2, max_nonfinite_steps=50)
     config["model"] = {"model_class": "toy.SometimesInfinite", "model_args": {}}
@@ -336,7 +325,6 @@ def test_a_shard_that_lacks_a_stretch_is_named(finished, tmp_path):
         full_weights(short)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["torch.optim.Muon", "toy.NormalisedMatrices"])
 def test_an_optimizer_of_whole_matrices_is_refused_with_the_reason(tmp_path, optimizer):
     config = toy(
@@ -354,7 +342,6 @@ def test_optimizers_that_treat_every_value_alone_pass(kind):
     assert torch.equal(optimizer.param_groups[0]["params"][0], before) and not optimizer.state
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("start", ["torch_nn_init", "in_place"])
 def test_a_model_that_starts_its_modules_weights_itself_is_the_same_in_shards(tmp_path, start):
     config = toy({"lr": 0.0, **CELLS}, micro_batch_size=2)
@@ -367,7 +354,6 @@ def test_a_model_that_starts_its_modules_weights_itself_is_the_same_in_shards(tm
         assert torch.equal(value, weights["zero3"][name]), name
 
 
-@pytest.mark.slow
 def test_initial_weights_that_would_be_lost_are_an_error(tmp_path):
     config = toy(model={"model_class": "toy.StartsItself", "model_args": {"start": "data"}})
     assert "divided over the ranks" in train_ranks(2, tmp_path, config, strategy="zero3", expect=2)
@@ -446,7 +432,6 @@ def test_the_launch_files_start_the_users_command_from_anywhere(tmp_path, name, 
     assert f"2 x cpu ({of_strategy})" in output and "dry run: phase 'p1' loss" in output
 
 
-@pytest.mark.slow
 def test_init_from_takes_whole_weights_into_shards(finished, tmp_path):
     source = finished("zero2") / "checkpoint_4"
     still = toy({"lr": 0.0, **CELLS}, {"epochs": 0, **CELLS}, micro_batch_size=2)
@@ -457,7 +442,6 @@ def test_init_from_takes_whole_weights_into_shards(finished, tmp_path):
     assert torch.equal(given["body.0.weight"], taken["body.0.weight"])
 
 
-@pytest.mark.slow
 def test_a_configuration_file_that_is_not_there_is_named(tmp_path):
     environment = strategy_environment(tmp_path, "zero2", 2)
     environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = "ds_configs/no.json"
