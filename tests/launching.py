@@ -262,6 +262,14 @@ class RankGroup:
         started = running[0].children()
         return [child for child in started if len(started) == 1 or "RANK" in child.environ()]
 
+    def commands(self) -> list[str]:
+        """Return the command lines of all that runs."""
+        found = []
+        for member in self._members():
+            with contextlib.suppress(psutil.Error):  # it has ended since
+                found.append(" ".join(member.cmdline()))
+        return found
+
     def _members(self) -> list[psutil.Process]:
         # A fork shows the environment of what it was forked from.
         started = {process.pid for process in self.processes if process.poll() is None}
