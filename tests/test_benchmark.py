@@ -81,6 +81,7 @@ def results_of(folder):
 # In training
 
 
+@pytest.mark.slow
 def test_held_out_cells_are_scored_at_the_start_and_every_so_many_epochs(tmp_path, place):
     folder = train(tmp_path, config(place, epochs=5, every=2))
     found = results_of(folder)
@@ -140,6 +141,7 @@ def test_what_was_not_scored_before_a_stop_is_scored_once_after_it(tmp_path, pla
     assert results_of(folder) == whole and [record["epoch"] for record in whole] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_result_that_came_after_the_checkpoint_is_neither_lost_nor_scored_again(
     tmp_path, place, monkeypatch
 ):
@@ -346,6 +348,7 @@ def test_the_command_writes_every_figure_beside_its_baselines(tmp_path, place, r
     assert "random_projection_64" in out and f"{figures['linear_probe', 'model', 'accuracy']:.4f}" in out
 
 
+@pytest.mark.slow
 def test_cells_without_genes_are_left_out_and_said(tmp_path, place, run, capsys):
     whole = anndata.read_h5ad(place / "cells.h5ad")
     counts = np.vstack([whole.X.toarray(), np.zeros((30, NUM_GENES))])

@@ -645,6 +645,7 @@ print(peak() - before, info.manifest.n_nonzero * 20 // 2**20)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_cells(tmp_path):
     pytest.importorskip("tiledbsoma", reason="needs the extra census")
     sizes = {"few": 4_000, "many": 20_000}

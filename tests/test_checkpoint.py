@@ -766,6 +766,7 @@ def crash(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_dying_at_any_call_of_a_save_leaves_whole_checkpoints(tmp_path: Path) -> None:
     seen = crash(tmp_path, "calls")
     assert min(number for name, number in seen.items() if name.startswith("calls")) > 25

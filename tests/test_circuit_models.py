@@ -589,6 +589,7 @@ def test_unitaries_that_do_not_fit_are_refused() -> None:
         model.compute_loss({**batch, "tokens": torch.zeros(8, 4, 8, dtype=torch.int64)})
 
 
+@pytest.mark.slow
 def test_a_model_in_shards_trains_as_a_whole_one_does(tmp_path: Path) -> None:
     losses = {}
     for strategy in ("ddp", "zero3"):

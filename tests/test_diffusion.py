@@ -363,6 +363,7 @@ def test_samples_of_the_true_conditionals_have_the_known_distribution():
     assert chi_square_p(at_once) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "diffusion",
     [absorbing(), partial(full_mask_probability=0.5)],

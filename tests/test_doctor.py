@@ -278,6 +278,7 @@ def test_clocks_that_are_apart_are_a_warning(monkeypatch):
     assert found.state == "warning" and found.found == "3.00 s apart at most" and "NTP" in found.advice
 
 
+@pytest.mark.slow
 def test_under_a_launcher_all_ranks_add_up_and_compare_their_clocks(tmp_path):
     arguments = ["-m", "trainer", "doctor", "--output-dir", tmp_path]
     output = launch_ranks(2, arguments, env={"PYTHONPATH": str(ROOT)}, cwd=ROOT).stdout

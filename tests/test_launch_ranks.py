@@ -162,6 +162,7 @@ def spawned(folder, **changes):
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
 
 
+@pytest.mark.slow
 def test_ranks_that_a_command_starts_train_as_launched_ones_do(tmp_path):
     path = spawned(tmp_path)
     run_command(["python", "-m", "trainer", "train", "--config", path], env=ENVIRONMENT)
@@ -171,6 +172,7 @@ def test_ranks_that_a_command_starts_train_as_launched_ones_do(tmp_path):
     assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_mistake_of_a_started_rank_is_told_with_its_exit_code(tmp_path):
     path = spawned(tmp_path, resume_from="latest")
     said = run_command(["python", "-m", "trainer", "train", "--config", path], env=ENVIRONMENT, expect=2)

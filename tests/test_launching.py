@@ -47,7 +47,7 @@ def script(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("launcher", ["processes", "torchrun"])
+@pytest.mark.parametrize("launcher", ["processes", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_two_ranks_that_are_started_find_each_other(script, launcher):
     output = launch_ranks(2, [script(SUM_OF_RANKS)], launcher=launcher).stdout
     assert "rank 0 of 2: sum 1" in output and "rank 1 of 2: sum 1" in output

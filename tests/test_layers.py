@@ -232,6 +232,7 @@ def test_layers_without_fp8_import_no_compiler():
     assert run_command(["python", "-c", code]).stdout.strip() == "False"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf"
 )  # the compiler looks at it

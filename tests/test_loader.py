@@ -150,6 +150,7 @@ def test_reading_ahead_changes_nothing(source: CellSource, prefetch: int):
     assert_same(list(make_loader(source, prefetch=prefetch).steps(0)), expected)
 
 
+@pytest.mark.slow
 def test_worker_processes_change_nothing(source: CellSource):
     torch.manual_seed(3)
     before = torch.get_rng_state()

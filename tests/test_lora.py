@@ -310,6 +310,7 @@ def run_of_one(tmp_path_factory, corpus, pretrained):
     return train(tmp_path_factory.mktemp("run_of_one"), without_dropout(corpus, pretrained))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["zero2", "zero3"])
 def test_two_ranks_train_corrections_as_one_does(tmp_path, corpus, pretrained, run_of_one, strategy):
     train_ranks(2, tmp_path, without_dropout(corpus, pretrained), strategy=strategy)

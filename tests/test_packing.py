@@ -382,7 +382,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(tmp_path, corpora, la
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_packed_batches_train_in_bf16_and_come_from_a_worker(tmp_path, corpora, num_workers):
     config = run_config(
         phase(corpora / "parquet", "packed", arguments={"num_workers": num_workers}), precision="bf16"

@@ -330,7 +330,7 @@ def test_all_controls_of_a_context_are_drawn_in_time(corpus: Path, labels: dict[
     assert np.array_equal(np.unique(drawn), controls)
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_one_and_two_ranks_see_the_same_sets(corpus: Path, num_workers: int):
     source = load(corpus)
     whole = [step for epoch in (0, 1) for step in steps_of(source).steps(epoch)]

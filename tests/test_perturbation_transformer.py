@@ -517,7 +517,7 @@ def losses_of_one(tmp_path_factory):
     return all_losses(train(tmp_path_factory.mktemp("one"), run_config()))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero3"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_losses_of_one_process_and_of_two_are_the_same(tmp_path, losses_of_one, strategy):
     train_ranks(2, tmp_path, run_config(), strategy=strategy)
     assert len(losses_of_one) == 3 + 6 + 3

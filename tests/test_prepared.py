@@ -153,6 +153,7 @@ def _load_in_process(path: str, cache_dir: str, results) -> None:
     results.put((os.getpid(), source.fingerprint()))
 
 
+@pytest.mark.slow
 def test_processes_that_ask_at_once_convert_once(cells, cache, capfd):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()

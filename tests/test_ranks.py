@@ -112,7 +112,8 @@ def test_resume_on_two_ranks_is_exact(tmp_path):
     assert comparable_records(folder) == comparable_records(reference) and same_weights(folder, reference)
 
 
-@pytest.mark.parametrize(("num_ranks", "trials"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_ranks", "trials"), [(1, 1), (2, 2)])
 def test_a_run_killed_at_a_random_moment_ends_like_one_left_alone(num_ranks, trials):
     assert kill_resume.run_trials(num_ranks, trials) == trials
 

@@ -546,6 +546,7 @@ def test_the_output_holds_the_figures_and_the_programs_own_tables(scored):
     assert (folder / "vcc2026" / "ceiling" / "context_00" / "anchor_agg.parquet").is_file()
 
 
+@pytest.mark.slow
 def test_scoring_again_with_the_baselines_of_before_gives_the_same_figures(scored, tmp_path):
     paths, results, folder = scored
     again = vcc.score(
@@ -574,6 +575,7 @@ def test_baselines_of_other_real_cells_are_not_taken(scored, tmp_path):
         vcc.score(paths["pred"], paths["real"], "vcc2026", tmp_path / "out", reuse=folder / "vcc2026")
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_program_run_by_hand(scored, tmp_path):
     paths, results, _ = scored
     real, predicted = (anndata.read_h5ad(paths[name]) for name in ("real", "pred"))

@@ -285,6 +285,7 @@ def start_two_ranks(tmp_path, **changes):
     return start_ranks(2, [ROOT / "trainer" / "train.py", "--config", path], env=env)
 
 
+@pytest.mark.slow
 def test_two_ranks_train_without_a_wandb_server(tmp_path, monkeypatch, wandb_server):
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     with start_two_ranks(tmp_path, distributed_timeout_seconds=20) as group:
@@ -292,6 +293,7 @@ def test_two_ranks_train_without_a_wandb_server(tmp_path, monkeypatch, wandb_ser
     assert "waiting 5 s at most" in output and output.count("CANNOT BE REACHED") == 1
 
 
+@pytest.mark.slow
 def test_every_rank_ends_with_2_where_wandb_refuses(tmp_path, wandb_server):
     wandb_server.status = 401
     with start_two_ranks(tmp_path) as group:

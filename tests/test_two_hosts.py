@@ -147,6 +147,7 @@ def test_a_run_on_two_hosts_survives_the_loss_of_one(hosts, tmp_path, accelerate
     assert same_weights(folder, reference)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_host_ends_both_with_a_checkpoint(hosts, tmp_path):
     config = write_config(tmp_path, CONFIG)
     with launched(hosts, "multi_node_ddp", config) as groups:

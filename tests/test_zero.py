@@ -114,7 +114,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(finished, strategy, t
         ("zero1", 2, "zero1", 1),
         ("zero2", 2, "zero2", 3),
         ("zero3", 2, "zero3", 3),
-        ("zero3", 3, "zero3", 2),
+        pytest.param("zero3", 3, "zero3", 2, marks=pytest.mark.slow),
         ("zero3", 2, "ddp", 1),
         ("ddp", 2, "zero2", 2),
     ],
@@ -267,6 +267,7 @@ def test_offloading_trains_as_ddp_does(finished, tmp_path):
     assert losses(newest_run(tmp_path)) == pytest.approx(losses(finished("ddp")), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_not_finite_is_a_skipped_step_on_all_ranks(tmp_path):
     config = toy({"epochs": 3, **CELLS}, micro_batch_size=2, max_nonfinite_steps=50)
     config["model"] = {"model_class": "toy.SometimesInfinite", "model_args": {}}
