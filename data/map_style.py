@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import default_collate
 
+from data.errors import DataError
 from data.hashing import DrawKey, Stream, combine_keys
 
 
@@ -51,9 +52,27 @@ class MapStyleSource:
         return {"tokens": batch} if isinstance(batch, torch.Tensor) else batch
 
     def fingerprint(self) -> str:
-        """Identify the data as well as a foreign data set allows: by its class and length."""
+        """Identify the data as well as a foreign data set allows: by its class, its length and what it says."""
         kind = type(self.dataset)
-        return f"{kind.__module__}.{kind.__qualname__}[{len(self.dataset)}]"
+        return f"{kind.__module__}.{kind.__qualname__}[{len(self.dataset)}]{own_fingerprint(self.dataset)}"
+
+
+def own_fingerprint(dataset: Any) -> str:
+    """Return what a user's data set says of its content by a method `fingerprint()`; empty where it has none.
+
+    Raises:
+        DataError: it returns no text.
+    """
+    tell = getattr(dataset, "fingerprint", None)
+    if not callable(tell):
+        return ""
+    told = tell()
+    if not isinstance(told, str):
+        raise DataError(
+            f"{type(dataset).__qualname__}.fingerprint() returns {type(told).__name__}; it must return text that is "
+            "the same for the same cells (a hash of them, or their version)"
+        )
+    return f":{told}"
 
 
 def _seed(draw: DrawKey, *numbers: int) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from data.errors import DataError
 from data.hashing import stateless_hash
 from data.loader import MicroBatch
+from data.map_style import own_fingerprint
 from data.technical_batches import BatchIndexer, batch_size
 from data.worker_process import worker_init
 
@@ -104,8 +105,9 @@ class StreamLoader:
         self._saved = state
 
     def fingerprint(self) -> str:
-        """Return what can be told of the stream without reading it."""
-        return type(self.loader.dataset).__qualname__
+        """Return what can be told of the stream without reading it: its class, and what it says itself."""
+        dataset = self.loader.dataset
+        return f"{type(dataset).__qualname__}{own_fingerprint(dataset)}"
 
     def close(self) -> None:
         """Release nothing: the user's loader ends with its iterator."""

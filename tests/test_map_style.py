@@ -1,4 +1,5 @@
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -6,9 +7,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from data.errors import DataError
 from data.loader import DrawKey, StepLoader
 from data.map_style import MapStyleSource
 from data.order import GlobalOrder
+from data.stream import StreamLoader
 
 DRAW = DrawKey(seed=1, phase=0, epoch=0)
 
@@ -113,5 +116,13 @@ def test_a_users_loader_gives_every_sample_once_over_all_ranks():
     assert sorted(seen) == list(range(50))
 
 
-def test_the_fingerprint_names_class_and_length():
+def test_the_fingerprint_names_class_length_and_what_the_data_set_says_itself():
     assert MapStyleSource(Noisy()).fingerprint().endswith("Noisy[50]")
+    dataset: Any = Noisy()
+    dataset.fingerprint = lambda: "split-3"
+    assert MapStyleSource(dataset).fingerprint().endswith("Noisy[50]:split-3")
+    stream: Any = SimpleNamespace(loader=SimpleNamespace(dataset=dataset))
+    assert StreamLoader.fingerprint(stream) == "Noisy:split-3"
+    dataset.fingerprint = lambda: 3
+    with pytest.raises(DataError, match=r"Noisy.fingerprint\(\) returns int; it must return text"):
+        MapStyleSource(dataset).fingerprint()
