@@ -4,6 +4,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +36,10 @@ class _Shard(NamedTuple):
     pieces: dict[str, _Pieces]
     alike: frozenset[str]
     """List columns with the same offsets as the first one in every record batch."""
+
+
+_mapped_files: WeakValueDictionary[tuple[str, int, int, int], pa.Buffer] = WeakValueDictionary()
+"""What is mapped by path, inode, size and time of change, for as long as anything uses it."""
 
 
 class MappedShards:
@@ -149,8 +154,7 @@ class MappedShards:
         """Map a file and check it; its record batches only point into it."""
         path = self._paths[number]
         try:
-            with pa.memory_map(path) as file:
-                region = file.read_buffer()
+            region = _mapped(path)
             with pa.ipc.open_stream(region) as stream:
                 schema = stream.schema
                 batches = [batch for batch in stream if batch.num_rows]
@@ -271,6 +275,17 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _offset_width(kind: pa.DataType) -> int:
     return 8 if pa.types.is_large_list(kind) else 4
+
+
+def _mapped(path: str) -> pa.Buffer:
+    """Map a file, once for all who read it: resident memory counts its pages for each map."""
+    facts = os.stat(path)
+    key = (path, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+    region = _mapped_files.get(key)
+    if region is None:
+        with pa.memory_map(path) as file:
+            region = _mapped_files[key] = file.read_buffer()
+    return region
 
 
 def _pieces(arrays: list[Any]) -> _Pieces:

@@ -1,5 +1,7 @@
+import gc
 import os
 import pickle
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -161,6 +163,29 @@ def test_files_stay_closed_after_mapping(folders: dict[str, Path]):
         if os.path.islink(f"/proc/self/fd/{number}")
     ]
     assert not [path for path in opened if path.endswith(".arrow")]
+
+
+def test_readers_of_the_same_files_share_their_maps(folders: dict[str, Path], tmp_path: Path):
+    info = open_corpus(shutil.copytree(folders["arrow"], tmp_path / "corpus"))
+
+    def maps() -> int:
+        return sum(str(tmp_path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    first, second = ArrowReader(info), ArrowReader(info)
+    wanted = first.read(np.arange(2500))
+    assert maps() == 3
+    assert_same(second.read(np.arange(2500)), wanted)
+    assert maps() == 3
+    # Another file in the place of one that is mapped is another map.
+    shard = Path(info.shard_paths[0])
+    shard.with_suffix(".new").write_bytes(shard.read_bytes())
+    shard.with_suffix(".new").replace(shard)
+    third = ArrowReader(info)
+    assert_same(third.read(np.arange(2500)), wanted)
+    assert maps() == 4
+    del first, second, third, wanted
+    gc.collect()
+    assert maps() == 0
 
 
 @pytest.mark.parametrize("storage", ["arrow", "parquet"])
