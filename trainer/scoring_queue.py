@@ -108,7 +108,7 @@ class ScoringQueue:
             if path.name.split(".")[0].removeprefix("phase").isdigit():
                 path.unlink()
 
-    def _wait_for(self, process: "subprocess.Popen[bytes]") -> None:
+    def _wait_for(self, process: subprocess.Popen[bytes]) -> None:
         while process.poll() is None:
             asked = preemption.request(self._run.config.max_wall_seconds)
             if asked is not None:
