@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
 
 from trainer.errors import CheckpointError, ConfigError
 from trainer.shards import Tensors
@@ -148,8 +147,10 @@ class ZeroStrategy(Strategy):
         # Listed each time: a module may put another tensor in a buffer's place.
         buffers = [buffer.detach() for buffer in self.own_module.buffers()]
         if buffers and self.accelerator.num_processes > 1:
-            group = distributed_c10d._get_default_group()
-            torch.distributed._broadcast_coalesced(group, buffers, _BUCKET_BYTES, 0)
+            from torch._C._distributed_c10d import _broadcast_coalesced  # some builds of torch have none
+
+            group = torch.distributed.distributed_c10d._get_default_group()
+            _broadcast_coalesced(group, buffers, _BUCKET_BYTES, 0)
 
     def backward(self, loss: Tensor) -> None:
         """Add one micro-batch's gradient."""
