@@ -1,6 +1,6 @@
 """Convert and train on a hundred thousand and on a million made-up cells, and say what grows with their number.
 
-    python benchmarks/million_cells.py                                     # half an hour on two cores, 6 GB
+    python benchmarks/million_cells.py                                     # minutes to half an hour on two cores, 6 GB
     python benchmarks/million_cells.py --cells 5000 20000 --keep /data/cells
 
 Four h5ad files of 20,000 genes, about 300 of them in a cell, eight technical batches and eight cell types, are made
