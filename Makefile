@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 BENCHMARKS := $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py))
 
-SELECTED = $(or $(PYTEST_ARGS),$(if $(filter 1,$(SLOW)),,-m "not slow"))
+SELECTED = $(or $(PYTEST_ARGS),$(if $(filter-out 0,$(SLOW)),,-m "not slow"))
 
 # One thread a process: the tests start several processes, and timings on shared cores are steadier.
 SINGLE_THREADED := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
