@@ -1,10 +1,12 @@
 import functools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import toy as toy_module
 from accelerate.commands.launch import launch_command, launch_command_parser
 from launching import CPU_CONFIGS, ROOT, launch_ranks, run_command
 from running import (
@@ -297,6 +299,21 @@ def test_arguments_of_a_loss_act_on_a_resumed_run_or_are_refused(tmp_path):
     config["loss"]["loss_args"] = {"power": 4}
     changed = losses(train(tmp_path, config, resume_from="latest"))
     assert changed[:2] == whole[:2] and changed[2] != whole[2]
+
+
+def test_a_loss_whose_class_has_moved_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy_module, "MovedScale", toy_module.LearnedScale, raising=False)
+    config = toy({"epochs": 2}, loss={"loss_class": "toy.MovedScale"})
+    whole = losses(train(tmp_path / "whole", config))
+    copy_until(newest_run(tmp_path / "whole"), 2, tmp_path)
+    monkeypatch.undo()
+    config["loss"]["loss_class"] = "toy.LearnedScale"
+    assert losses(train(tmp_path, config, resume_from="latest")) == whole
+    shutil.rmtree(tmp_path / "runs")
+    copy_until(newest_run(tmp_path / "whole"), 2, tmp_path)
+    config["loss"]["loss_args"] = {"level": 5.0}
+    with pytest.raises(CheckpointError, match="loss_args have changed"):
+        train(tmp_path, config, resume_from="latest")
 
 
 def test_a_pickle_in_the_place_of_a_shard_is_refused_and_not_run(finished, tmp_path):

@@ -17,7 +17,7 @@ from trainer.checkpoint_folder import MODEL, RUN_STATE, SavedCheckpoint
 from trainer.circuit_facts import check_same_circuits, saved_circuits
 from trainer.config.load import dump_yaml, load_saved_config
 from trainer.config.schema import LossConfig, RunConfig
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, ConfigError
 from trainer.losses import build_loss
 from trainer.optimizer_changes import find_changes, put_in_force
 from trainer.phases import DataFacts, Phase
@@ -133,9 +133,8 @@ def restore(run: Run, saved: SavedCheckpoint, config: RunConfig, facts: DataFact
     state = saved.state
     now = trajectory(config, run.phases)
     check_not_ended(state["trajectory"], now, saved)
-    check_facts(
-        state, saved, facts
-    )  # before the trajectory: it names the classes or bins that make the data another
+    # Before the trajectory: it names the classes or bins that make the data another.
+    check_facts(state, saved, facts)
     check_trajectory(state["trajectory"], now, saved, config)
     tensors = open_tensors(saved, run.ranks.index if saved.world_size == run.ranks.count else None)
     check_fit(run.module.model, tensors.shapes(), str(saved.folder))
@@ -342,13 +341,13 @@ def check_gene_space(text: str, facts: DataFacts, where: str) -> None:
 def _check_loss_arguments(saved: SavedCheckpoint, config: RunConfig) -> None:
     """Refuse changed arguments of a loss that have made other buffers, over which the checkpoint's are loaded."""
     then = load_saved_config(saved.folder / "config.yaml").loss
-    if then is None or then == config.loss:
+    if then is None or config.loss is None or then == config.loss:
         return
     now = _buffers_of_loss(config.loss)
     try:
         former = _buffers_of_loss(then)
-    except (TypeError, ValueError):  # no argument is as it was, then
-        former = {}
+    except (ConfigError, TypeError, ValueError):  # its class has moved, or takes other arguments now
+        former = now if then.loss_args == config.loss.loss_args else {}
     hidden = [name for name in now if name not in former or not torch.equal(former[name], now[name])]
     if hidden:
         raise CheckpointError(
