@@ -4,6 +4,7 @@
 the answer becomes a corpus in `data.census_conversion`.
 """
 
+import ast
 import datetime
 import keyword
 import math
@@ -69,8 +70,8 @@ class CensusQuery:
         return cls(
             organism=ORGANISMS[organism],
             census_version=_version(table.get("census_version", "latest")),
-            obs_value_filter=_optional_text(table, "obs_value_filter"),
-            var_value_filter=_optional_text(table, "var_value_filter"),
+            obs_value_filter=_optional_filter(table, "obs_value_filter"),
+            var_value_filter=_optional_filter(table, "var_value_filter"),
             filters=filters,
             obs_columns=(columns,) if isinstance(columns, str) else tuple(columns),
             uri=_optional_text(table, "uri"),
@@ -201,6 +202,22 @@ def _optional_text(table: Mapping[str, Any], name: str) -> str | None:
     value = table.get(name)
     if value is not None and (not isinstance(value, str) or not value.strip()):
         raise DataError(f"census.{name} is {value!r}; it must be a text, or null")
+    return value
+
+
+def _optional_filter(table: Mapping[str, Any], name: str) -> str | None:
+    """Return a SOMA value filter that can be parsed; what else is wrong with it, the release has to be opened for."""
+    value = _optional_text(table, name)
+    if value is None:
+        return None
+    try:
+        ast.parse(value, mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else str(error) or "nested too deeply"
+        raise DataError(
+            f"census.{name} {value!r} cannot be read as a condition ({reason}); "
+            "write one as tissue == 'lung' and nnz > 500, with == for equals"
+        ) from error
     return value
 
 

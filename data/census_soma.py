@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote, urlparse
@@ -380,16 +380,29 @@ def _open(release: Release) -> Any:
     soma = _package("tiledbsoma")
     try:
         with _network(f"census_version {release.name}"):
-            context = census.get_default_soma_context(tiledb_config=_MEMORY)
-            return census.open_soma(census_version=release.name, context=context)
+            return census.open_soma(
+                census_version=release.name, context=_context(os.getpid(), of_release=True)
+            )
     except (soma.SOMAError, RuntimeError) as error:
         raise DataError(f"{release.title}: it cannot be opened ({_first_line(error)})") from error
+
+
+@cache
+def _context(process: int, *, of_release: bool = False) -> Any:
+    """Return what a process opens every collection with.
+
+    One stays for all: tiledbsoma 2.3 now and then corrupts the memory of a process that makes and drops many. A fork
+    makes its own, since the threads of its parent's are not there.
+    """
+    if of_release:
+        return _package("cellxgene_census").get_default_soma_context(tiledb_config=_MEMORY)
+    return _package("tiledbsoma").SOMATileDBContext(tiledb_config=_MEMORY)
 
 
 def _open_uri(uri: str) -> Any:
     soma = _package("tiledbsoma")
     try:
-        return soma.open(uri, context=soma.SOMATileDBContext(tiledb_config=_MEMORY))
+        return soma.open(uri, context=_context(os.getpid()))
     except (soma.SOMAError, RuntimeError) as error:
         raise DataError(
             f"census.uri: {uri}: not a SOMA collection that can be read ({_first_line(error)})"

@@ -387,8 +387,11 @@ def test_a_value_that_is_no_count_is_named_with_cell_and_gene(tmp_path, value, r
         ({"filters": {"is_primary_data": 1}}, r"census.filters.is_primary_data: 1 is not true or false"),
         (
             {"obs_value_filter": "tissue = 'brain'"},
-            r"census.obs_value_filter \"tissue = 'brain'\": Could not parse",
+            r"census.obs_value_filter \"tissue = 'brain'\" cannot be read as a condition \(.*; write one as",
         ),
+        ({"var_value_filter": "feature_id =="}, r"census.var_value_filter .* cannot be read as a condition"),
+        ({"obs_value_filter": "nnz >\0"}, r"cannot be read as a condition"),
+        ({"obs_value_filter": "(" * 9999}, r"cannot be read as a condition"),
         (
             {"obs_value_filter": "tisue == 'brain'"},
             r"tisue does not exist.*its columns are: soma_joinid, dataset_id",
