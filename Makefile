@@ -40,8 +40,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)  ## Convert the sample data, train two phases, and compare with baselines
 	$(BIN)/python -m trainer.quickstart
 
+# A worker that crashes ends the tests and is named: with another in its place, pytest-xdist 3.8 may wait for ever.
 test: $(INSTALLED)  ## Run the tests (SLOW=1: the slow ones too; PYTEST_ARGS='-k resume -x' and the like: what they select)
-	$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder $(SELECTED)
+	$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+		--max-worker-restart 0 $(SELECTED)
 
 check: $(INSTALLED)  ## Lint, check the formatting and the types
 	$(BIN)/ruff check .
