@@ -1,5 +1,6 @@
 """What every test runs under: one thread, no network, fixed seeds. Tests marked `gpu` need one."""
 
+import contextlib
 import os
 import random
 import signal
@@ -45,6 +46,20 @@ START_FIRST = (
 """The files that take longest, so that no worker is left alone with one at the end."""
 
 _LOOPBACK = ("127.", "::1", "localhost")
+
+_forkers = contextlib.ExitStack()
+
+
+def pytest_configure(config):
+    """Start what forks ranks once, for all workers: see launching.py."""
+    from launching import FORKERS_AT, PRELOAD, started_forkers
+
+    if PRELOAD and FORKERS_AT not in os.environ:
+        os.environ[FORKERS_AT] = str(_forkers.enter_context(started_forkers()))
+
+
+def pytest_unconfigure(config):
+    _forkers.close()
 
 
 def pytest_collection_modifyitems(items):

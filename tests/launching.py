@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -37,9 +37,9 @@ MARK = "CELLPHASE_TEST_COMMAND"
 PRELOAD = os.environ.get("CELLPHASE_TEST_PRELOAD", "1") != "0"
 """Whether `python SCRIPT` is a fork of a process that has imported torch, which saves seconds; 0 turns it off."""
 
-READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "TOY_", "WANDB_")
+READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "PYTEST_", "TOY_", "WANDB_")
 """Beginnings of variables that nothing reads while the one that forks imports it."""
-READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "PYTEST_CURRENT_TEST"})
+READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "COLUMNS", "LINES"})
 
 LEFT_BY_IMPORTS = frozenset(
     {
@@ -52,8 +52,13 @@ LEFT_BY_IMPORTS = frozenset(
 )
 """Variables that scikit-learn, DeepSpeed, torch's compiler and Polars set in this process, for themselves."""
 
-DEEPSPEED = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers")
-"""What every rank under DeepSpeed imports: its Muon, to compare with it, brings the compiler along."""
+FORKERS = {
+    "plain": (),
+    "deepspeed": ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers"),
+}
+"""What each kind of process that forks imports besides. DeepSpeed's Muon, to compare with it, brings the compiler."""
+FORKERS_AT = "CELLPHASE_TEST_FORKERS"
+"""The variable that names the folder of those that the process which began the tests has started."""
 
 
 def free_port() -> int:
@@ -348,11 +353,11 @@ def may_be_forked(command: Sequence[str], environment: Mapping[str, str], cwd: P
     is_python = command[0] == sys.executable and (command[1] == "-m" or command[1].endswith(".py"))
     if not is_python or LAUNCHER_MODULES.intersection(command[:3]):
         return False
-    base = forker_for(environment).environment
+    base = forkers().environment
     differing = {name for name in base.keys() | environment.keys() if base.get(name) != environment.get(name)}
     if any(not name.startswith(READ_LATE) and name not in READ_LATE_TOO for name in differing):
         return False
-    imported = (*preloaded.IMPORTED, *preloaded.OWN, *DEEPSPEED, "data", "models")
+    imported = (*preloaded.IMPORTED, *preloaded.OWN, *FORKERS["deepspeed"], "data", "models")
     taken = {name.split(".")[0] for name in imported} | {"sitecustomize", "usercustomize"}
     first = Path(cwd) if command[1] == "-m" else Path(cwd, command[1]).parent
     folders = [first, *(Path(part) for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part)]
@@ -363,41 +368,67 @@ def may_be_forked(command: Sequence[str], environment: Mapping[str, str], cwd: P
     )
 
 
-class Forker(NamedTuple):
-    """The process that forks."""
+class Forkers(NamedTuple):
+    """Processes that fork: one of each kind, which all that tests at the same time share."""
 
-    process: "subprocess.Popen[bytes]"
-    channel: socket.socket
+    folder: Path
+    """Of the sockets at which they are asked."""
     environment: dict[str, str]
+    """What they began with."""
 
 
-def forker_for(environment: Mapping[str, str]) -> Forker:
-    """Return what forks a rank: one that has imported DeepSpeed where the rank will."""
-    return forker(*DEEPSPEED) if environment.get("ACCELERATE_USE_DEEPSPEED") == "true" else forker()
+def forker_for(environment: Mapping[str, str]) -> str:
+    """Return the kind of what forks a rank: one that has imported DeepSpeed where the rank will."""
+    return "deepspeed" if environment.get("ACCELERATE_USE_DEEPSPEED") == "true" else "plain"
+
+
+@contextlib.contextmanager
+def started_forkers() -> Iterator[Path]:
+    """Start what forks, which imports when it is first asked, and end it with the block or with this process."""
+    environment = cpu_environment()
+    environment.pop("PYTHONPATH", None)
+    with tempfile.TemporaryDirectory(prefix="cellphase_forkers_") as name, contextlib.ExitStack() as stack:
+        folder = Path(name)
+        (folder / "environment.json").write_text(json.dumps(environment))
+        for kind, more in FORKERS.items():
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                listener.bind(str(folder / kind))
+                listener.listen()
+                process = subprocess.Popen(
+                    [sys.executable, preloaded.__file__, str(listener.fileno()), *more],
+                    env=environment,
+                    stdin=subprocess.PIPE,  # closes when this process ends, however it does
+                    pass_fds=[listener.fileno()],
+                )
+            stack.enter_context(process)
+        yield folder
 
 
 @functools.cache
-def forker(*more: str) -> Forker:
-    """Start a process that forks, with more modules imported; it ends with this one."""
-    environment = cpu_environment()
-    environment.pop("PYTHONPATH", None)
-    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        process = subprocess.Popen(
-            [sys.executable, preloaded.__file__, str(theirs.fileno()), *more],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-        )
-    atexit.register(lambda: (mine.close(), process.wait()))
-    return Forker(process, mine, environment)
+def forkers() -> Forkers:
+    """Return those that the process which began the tests has started, or start some for this process alone."""
+    folder = os.environ.get(FORKERS_AT)
+    if folder is None:
+        stack = contextlib.ExitStack()
+        atexit.register(stack.close)
+        folder = stack.enter_context(started_forkers())
+    return Forkers(Path(folder), json.loads(Path(folder, "environment.json").read_text()))
+
+
+@functools.cache
+def channel_to(kind: str) -> socket.socket:
+    """Connect to what forks."""
+    channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel.connect(str(forkers().folder / kind))
+    atexit.register(channel.close)
+    return channel
 
 
 def fork(command: Sequence[str], environment: Mapping[str, str], cwd: Path | str, output: int) -> Fork:
     """Fork what `command`, a `python` with arguments, would start."""
     request = {"arguments": list(command[1:]), "environment": dict(environment), "cwd": str(cwd)}
     report, reports = os.pipe()
-    channel = forker_for(environment).channel
+    channel = channel_to(forker_for(environment))
     socket.send_fds(channel, [json.dumps(request).encode()], [output, reports])
     os.close(reports)
     answer = channel.recv(8)

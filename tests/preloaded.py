@@ -7,6 +7,7 @@ other side, and what may not be forked, is in launching.py.
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -41,21 +42,23 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_REQUEST = 1 << 20
 
 
-def main(descriptor: int, more: Sequence[str]) -> None:
-    """Serve requests that come over a socket until it closes, and do in each fork what was asked."""
-    sys.path[0] = str(ROOT)
-    for name in (*IMPORTED, *OWN, *more):
-        importlib.import_module(name)
-    del sys.path[0]
-    gc.collect()
-    gc.freeze()  # each fork would look at, and so copy, all that has been imported when it collects and when it ends
-    with socket.socket(fileno=descriptor) as channel:
-        command = serve(channel)
+def main(listening: int, more: Sequence[str]) -> None:
+    """Serve requests that come over a socket until standard input ends, and do in each fork what was asked."""
+    with socket.socket(fileno=listening) as listener:
+        if listener not in select.select([listener, sys.stdin], [], [])[0]:
+            return
+        sys.path[0] = str(ROOT)
+        for name in (*IMPORTED, *OWN, *more):
+            importlib.import_module(name)
+        del sys.path[0]
+        gc.collect()
+        gc.freeze()  # each fork would look at, and so copy, all that has been imported when it collects and when it ends
+        command = serve(listener)
     if command is not None:
         command()
 
 
-def serve(channel: socket.socket) -> Callable[[], None] | None:
+def serve(listener: socket.socket) -> Callable[[], None] | None:
     """Fork for each request, and tell how each fork ended; return in a fork, with what it has to do."""
     woken, wakes = os.pipe()
     os.set_blocking(woken, False)
@@ -63,30 +66,38 @@ def serve(channel: socket.socket) -> Callable[[], None] | None:
     signal.signal(signal.SIGCHLD, lambda *_: None)
     signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
     reports: dict[int, int] = {}
+    channels: list[socket.socket] = []
     while True:
-        ready = select.select([channel, woken], [], [])[0]
+        ready = select.select([listener, sys.stdin, woken, *channels], [], [])[0]
+        if sys.stdin in ready:
+            return None
         if woken in ready:
             os.read(woken, 4096)
         for child, status in ended(reports):
             with contextlib.suppress(BrokenPipeError):  # whoever asked has gone
                 os.write(reports[child], json.dumps(os.waitstatus_to_exitcode(status)).encode())
             os.close(reports.pop(child))
-        if channel not in ready:
-            continue
-        request, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST, 2)
-        if not request:
-            return None
-        output, report = descriptors
-        child = os.fork()
-        if child == 0:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for held in (woken, wakes, report, *reports.values()):
-                os.close(held)
-            return lambda: become(json.loads(request), output)
-        os.close(output)
-        reports[child] = report
-        channel.sendall(child.to_bytes(8, "little"))
+        if listener in ready:
+            channels.append(listener.accept()[0])
+        for channel in [channel for channel in channels if channel in ready]:
+            request, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST, 2)
+            if not request:
+                channel.close()
+                channels.remove(channel)
+                continue
+            output, report = descriptors
+            child = os.fork()
+            if child == 0:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                for held in (woken, wakes, report, *reports.values()):
+                    os.close(held)
+                for each in (listener, *channels):
+                    each.close()
+                return functools.partial(become, json.loads(request), output)
+            os.close(output)
+            reports[child] = report
+            channel.sendall(child.to_bytes(8, "little"))
 
 
 def ended(children: dict[int, int]) -> list[tuple[int, int]]:
@@ -98,6 +109,9 @@ def ended(children: dict[int, int]) -> list[tuple[int, int]]:
 def become(request: dict[str, Any], output: int) -> None:
     """Be the process that `python *arguments` would start."""
     os.setsid()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(output)
