@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +26,12 @@ from trainer.benchmark import main, read_benchmarks
 from trainer.checkpoint_folder import open_checkpoint
 from trainer.errors import ConfigError, UserError
 from trainer.preemption import Preempted
+from trainer.scoring import results as picture
 from trainer.scoring.cells import load_cells
 from trainer.scoring.specs import EmbeddingQualitySpec, LinearProbeSpec
 from trainer.scoring_queue import ScoringQueue
+
+pytestmark = pytest.mark.usefixtures("forked_programs")
 
 NUM_CELLS, NUM_GENES = 120, 40
 TOKENIZER = {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": 5, "max_genes": 24}
@@ -82,7 +86,8 @@ def results_of(folder):
 
 
 @pytest.mark.slow
-def test_held_out_cells_are_scored_at_the_start_and_every_so_many_epochs(tmp_path, place):
+def test_held_out_cells_are_scored_at_the_start_and_every_so_many_epochs(tmp_path, place, monkeypatch):
+    monkeypatch.setattr(scoring_queue, "subprocess", subprocess)  # here by processes as users have them
     folder = train(tmp_path, config(place, epochs=5, every=2))
     found = results_of(folder)
     assert [record["epoch"] for record in found] == [0, 2, 4]
@@ -357,12 +362,25 @@ def test_cells_without_genes_are_left_out_and_said(tmp_path, place, run, capsys)
     scored = {}
     for folder in (tmp_path, place):
         settings = {"data": {"paths": ["unused.h5ad"]}, "eval": {"benchmarks": [PROBE]}}
-        assert benchmark(tmp_path, folder, run, settings) == 0
+        assert benchmark(tmp_path, folder, run, settings, "--layout", "pca") == 0
         scored[folder] = json.loads((tmp_path / "results" / "results.json").read_text())
     note = "left out: 30 cells without a count of any of the model's genes"
     assert all(note in notes for notes in scored[tmp_path]["notes"].values())
     assert note in capsys.readouterr().out and "left out" not in str(scored[place]["notes"])
     assert scored[tmp_path]["results"] == scored[place]["results"]
+
+
+def test_a_picture_is_laid_out_as_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(picture.importlib.util, "find_spec", lambda name: name == "umap" or None)
+    assert [picture.choose_layout(asked) for asked in (None, "umap", "pca")] == ["umap", "umap", "pca"]
+    monkeypatch.setitem(sys.modules, "umap", None)  # importing it would fail
+    cells = np.random.default_rng(0).normal(size=(20, 4))
+    drawn = picture.draw_embedding(tmp_path / "a.png", cells, {}, cells[:, 0], title="", layout="pca")
+    assert drawn == "PCA" and (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr(picture.importlib.util, "find_spec", lambda name: None)
+    assert picture.choose_layout(None) == "pca"
+    with pytest.raises(UserError, match="needs umap-learn, which is not installed"):
+        picture.choose_layout("umap")
 
 
 def test_a_phases_configuration_names_benchmarks_too(tmp_path, place):

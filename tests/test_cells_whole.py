@@ -4,6 +4,7 @@ import json
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
@@ -75,12 +76,17 @@ def uninterrupted(folder: Path, name: str, *overrides: str) -> Path:
     return run_folder(folder, f"{name}_whole")
 
 
+def in_order(folder: Path) -> list[dict[str, Any]]:
+    """Return what a run recorded, its benchmarks last: when they are recorded depends on the processes that score."""
+    return sorted(comparable_records(folder), key=lambda record: record["kind"] == "benchmark")
+
+
 @pytest.mark.slow
 def test_pretrain_fine_tune_benchmark_embed_and_export_by_the_commands_alone(tmp_path):
     (tmp_path / "cells.yaml").write_text(CONFIG)
     pretrained = killed_and_resumed(tmp_path, "train")
     assert same_weights(pretrained, uninterrupted(tmp_path, "train"))
-    assert comparable_records(pretrained) == comparable_records(run_folder(tmp_path, "train_whole"))
+    assert in_order(pretrained) == in_order(run_folder(tmp_path, "train_whole"))
     steps = [record["global_step"] for record in records(pretrained, "benchmark")]
     assert len(steps) == 2 and steps[0] == 0 < steps[1]  # the network as it was drawn, and as it became
 
@@ -96,6 +102,7 @@ def test_pretrain_fine_tune_benchmark_embed_and_export_by_the_commands_alone(tmp
     assert accuracy[-1] > 0.45  # the largest of the ten classes has a share of 0.34
 
     options = ["--model", pretrained, "--data", SAMPLE, "--output", tmp_path / "results"]
+    options += ["--layout", "pca"]  # UMAP compiles for longer than all of this trains
     launch_ranks(2, ["-m", "trainer", "benchmark", "--config", tmp_path / "cells.yaml", *options])
     assert {path.suffix for path in (tmp_path / "results").iterdir()} == {".json", ".csv", ".png"}
     assert "linear_probe" in (tmp_path / "results" / "results.json").read_text()

@@ -80,7 +80,7 @@ def benchmark(folder, model, data, column="celltype"):
         "--output",
         folder / "results",
     ]
-    assert main([*map(str, paths), "--device", "cpu"]) == 0
+    assert main([*map(str, paths), "--device", "cpu", "--layout", "pca"]) == 0
     return json.loads((folder / "results" / "results.json").read_text())["notes"]["linear_probe"]
 
 

@@ -32,7 +32,7 @@ from trainer.saved_model import SavedModel
 from trainer.scoring.benchmarks import Results, pivot, run_benchmarks
 from trainer.scoring.cells import Cells, check_labels
 from trainer.scoring.embedding_baselines import representations
-from trainer.scoring.results import PICTURE_FILE, draw_embedding, write_results
+from trainer.scoring.results import LAYOUTS, PICTURE_FILE, choose_layout, draw_embedding, write_results
 from trainer.scoring.specs import SPECS, EmbeddingQualitySpec, Spec, parse_specs, titles
 
 MODEL, UNTRAINED = "model", "untrained"
@@ -62,6 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         required=True,
         metavar="DIR",
         help="the folder for results; files there are replaced",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        help="how the picture places the cells; without it by UMAP where umap-learn is installed, which first compiles "
+        "for some ten seconds, else by PCA",
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set one value of the YAML file")
     try:
@@ -104,6 +110,7 @@ def _benchmark(arguments: argparse.Namespace) -> int:
     output = Path(os.path.abspath(arguments.output))
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file; name a folder")
+    layout = choose_layout(arguments.layout)
     ranks, device = join_ranks(arguments.device)
     try:
         opened, file = open_both(arguments, device)
@@ -125,7 +132,8 @@ def _benchmark(arguments: argparse.Namespace) -> int:
             write_results(output, results, _facts(arguments, opened, file, embedding, specs))
             coloured = {name: labels[kept] for name, labels in _coloured_by(specs, file, obs).items()}
             title = f"{len(cells):,} cells of {arguments.data.name}"
-            method = draw_embedding(output / PICTURE_FILE, embedding, coloured, cells.depth, title=title)
+            picture = output / PICTURE_FILE
+            method = draw_embedding(picture, embedding, coloured, cells.depth, title=title, layout=layout)
         _say(results, output, method)
         return 0
     finally:

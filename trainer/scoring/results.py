@@ -20,9 +20,12 @@ from sklearn.preprocessing import StandardScaler
 
 from data.torch_threads import keep_torch_threads
 from trainer.atomicfile import replace_text
+from trainer.errors import UserError
 from trainer.scoring.benchmarks import Results
 
 JSON_FILE, CSV_FILE, PICTURE_FILE = "results.json", "results.csv", "embedding.png"
+LAYOUTS = UMAP, PRINCIPAL = "umap", "pca"
+"""How a picture may place cells."""
 _MAX_POINTS = 20_000
 _MAX_NAMES = 40
 _COLOURS = ("tab20", "tab20b", "tab20c")
@@ -41,6 +44,20 @@ def write_results(folder: Path, results: Results, facts: Mapping[str, Any]) -> N
     replace_text(folder / CSV_FILE, lines.getvalue())
 
 
+def choose_layout(asked: str | None) -> str:
+    """Return how cells are placed in a picture: as asked, else by UMAP where it is installed.
+
+    Raises:
+        UserError: UMAP is asked for and not installed.
+    """
+    has_umap = importlib.util.find_spec("umap") is not None
+    if asked == UMAP and not has_umap:
+        raise UserError(
+            "--layout umap needs umap-learn, which is not installed; install it, or take --layout pca"
+        )
+    return asked or (UMAP if has_umap else PRINCIPAL)
+
+
 def draw_embedding(
     path: Path,
     embedding: NDArray[np.floating],
@@ -48,9 +65,12 @@ def draw_embedding(
     depth: NDArray[np.floating],
     *,
     title: str,
+    layout: str,
     seed: int = 0,
 ) -> str:
     """Draw the embedding in two dimensions, once for each of the labels and once for the depth; return how.
+
+    UMAP places more than three cells; fewer are placed by their principal components.
 
     Args:
         path: the PNG.
@@ -58,12 +78,13 @@ def draw_embedding(
         labels: what cells are coloured by, by the panel's title.
         depth: logarithm of the cells' sequencing depth [n].
         title: printed above.
+        layout: one of `LAYOUTS`.
         seed: of the layout, and of the sample where there are too many cells to draw.
     """
     shown = np.arange(len(embedding))
     if len(shown) > _MAX_POINTS:
         shown = np.sort(np.random.default_rng(seed).choice(shown, _MAX_POINTS, replace=False))
-    points, method = _two_dimensions(embedding[shown], seed)
+    points, method = _two_dimensions(embedding[shown], layout, seed)
     width = 5.2 * (len(labels) + 1) + 1.6 * len(labels)
     figure = Figure(figsize=(width, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
@@ -87,17 +108,19 @@ def draw_embedding(
     return method
 
 
-def _two_dimensions(embedding: NDArray[np.floating], seed: int) -> tuple[NDArray[np.floating], str]:
-    """Return a layout [n, 2]: UMAP where umap-learn is installed, else the first two principal components."""
-    if importlib.util.find_spec("umap") is not None and len(embedding) > 3:
+def _two_dimensions(
+    embedding: NDArray[np.floating], layout: str, seed: int
+) -> tuple[NDArray[np.floating], str]:
+    """Return the places of the cells [n, 2], by UMAP or by the first two principal components, and which it was."""
+    if layout == UMAP and len(embedding) > 3:
         with keep_torch_threads(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that Tensorflow is not there, and that a seed means one thread
             import umap  # pyright: ignore[reportMissingImports]
 
-            layout: Any = umap.UMAP(n_neighbors=min(15, len(embedding) - 1), random_state=seed).fit_transform(
+            placed: Any = umap.UMAP(n_neighbors=min(15, len(embedding) - 1), random_state=seed).fit_transform(
                 embedding
             )
-        return np.asarray(layout), "UMAP"
+        return np.asarray(placed), "UMAP"
     scaled = StandardScaler().fit_transform(embedding)
     if scaled.shape[1] < 2:
         return np.column_stack([scaled[:, 0], np.zeros(len(scaled))]), "PCA"
