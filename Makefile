@@ -40,6 +40,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED)  ## Convert the sample data, train two phases, and compare with baselines
 	$(BIN)/python -m trainer.quickstart
 
+# Tests start hundreds of processes, and without bytecode each would compile the project anew, and each worker the tests.
+test: export PYTHONDONTWRITEBYTECODE :=
 # A worker that crashes ends the tests and is named: with another in its place, pytest-xdist 3.8 may wait for ever.
 test: $(INSTALLED)  ## Run the tests (SLOW=1: the slow ones too; PYTEST_ARGS='-k resume -x' and the like: what they select)
 	$(SINGLE_THREADED) $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \

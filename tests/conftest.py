@@ -94,15 +94,24 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def forked_verification():
-    """Let forks verify what a module's tests export: a fresh process would import torch again for each."""
-    from types import SimpleNamespace
+def forked_programs():
+    """Let forks verify what a module's tests export and score what they train: fresh processes would import anew."""
+    from launching import programs_as_forks
 
-    from launching import PRELOAD, run_as_fork
+    with programs_as_forks():
+        yield
 
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Let the programs that score predictions compile once for all tests at a time, in place of in each process."""
+    folder = tmp_path_factory.getbasetemp()
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    first = os.path.join(os.path.dirname(__file__), "compiled_once")
     with pytest.MonkeyPatch.context() as patch:
-        if PRELOAD:
-            patch.setattr("trainer.export.subprocess", SimpleNamespace(run=run_as_fork))
+        patch.setenv("NUMBA_CACHE_DIR", str(shared / "numba"))
+        patch.setenv("PYTHONPATH", first, prepend=os.pathsep)
+        patch.syspath_prepend(first)
         yield
 
 

@@ -19,7 +19,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import SimpleNamespace
+from typing import IO, Literal, NamedTuple
+from unittest import mock
 
 import preloaded
 import psutil
@@ -37,7 +39,7 @@ MARK = "CELLPHASE_TEST_COMMAND"
 PRELOAD = os.environ.get("CELLPHASE_TEST_PRELOAD", "1") != "0"
 """Whether `python SCRIPT` is a fork of a process that has imported torch, which saves seconds; 0 turns it off."""
 
-READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "PYTEST_", "TOY_", "WANDB_")
+READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "NUMBA_", "PYTEST_", "TOY_", "WANDB_")
 """Beginnings of variables that nothing reads while the one that forks imports it."""
 READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "COLUMNS", "LINES"})
 
@@ -52,11 +54,13 @@ LEFT_BY_IMPORTS = frozenset(
 )
 """Variables that scikit-learn, DeepSpeed, torch's compiler and Polars set in this process, for themselves."""
 
+RANK_MODULES = (*preloaded.IMPORTED, *preloaded.OWN, preloaded.STAND_INS)
 FORKERS = {
-    "plain": (),
-    "deepspeed": ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers"),
+    "plain": RANK_MODULES,
+    "deepspeed": (*RANK_MODULES, "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers"),
+    "scoring": ("trainer.scoring.worker", "trainer.scoring.vcc_request"),
 }
-"""What each kind of process that forks imports besides. DeepSpeed's Muon, to compare with it, brings the compiler."""
+"""What each kind of process that forks imports. DeepSpeed's Muon, to compare with it, brings the compiler."""
 FORKERS_AT = "CELLPHASE_TEST_FORKERS"
 """The variable that names the folder of those that the process which began the tests has started."""
 
@@ -357,7 +361,7 @@ def may_be_forked(command: Sequence[str], environment: Mapping[str, str], cwd: P
     differing = {name for name in base.keys() | environment.keys() if base.get(name) != environment.get(name)}
     if any(not name.startswith(READ_LATE) and name not in READ_LATE_TOO for name in differing):
         return False
-    imported = (*preloaded.IMPORTED, *preloaded.OWN, *FORKERS["deepspeed"], "data", "models")
+    imported = ({*FORKERS["deepspeed"]} - {preloaded.STAND_INS}) | {"data", "models"}
     taken = {name.split(".")[0] for name in imported} | {"sitecustomize", "usercustomize"}
     first = Path(cwd) if command[1] == "-m" else Path(cwd, command[1]).parent
     folders = [first, *(Path(part) for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part)]
@@ -390,12 +394,12 @@ def started_forkers() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="cellphase_forkers_") as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         (folder / "environment.json").write_text(json.dumps(environment))
-        for kind, more in FORKERS.items():
+        for kind, modules in FORKERS.items():
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
                 listener.bind(str(folder / kind))
                 listener.listen()
                 process = subprocess.Popen(
-                    [sys.executable, preloaded.__file__, str(listener.fileno()), *more],
+                    [sys.executable, preloaded.__file__, str(listener.fileno()), *modules],
                     env=environment,
                     stdin=subprocess.PIPE,  # closes when this process ends, however it does
                     pass_fds=[listener.fileno()],
@@ -424,11 +428,17 @@ def channel_to(kind: str) -> socket.socket:
     return channel
 
 
-def fork(command: Sequence[str], environment: Mapping[str, str], cwd: Path | str, output: int) -> Fork:
-    """Fork what `command`, a `python` with arguments, would start."""
+def fork(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    cwd: Path | str,
+    output: int,
+    kind: str | None = None,
+) -> Fork:
+    """Fork what `command`, a `python` with arguments, would start; the kind is that of a rank, if none is named."""
     request = {"arguments": list(command[1:]), "environment": dict(environment), "cwd": str(cwd)}
     report, reports = os.pipe()
-    channel = channel_to(forker_for(environment))
+    channel = channel_to(kind or forker_for(environment))
     socket.send_fds(channel, [json.dumps(request).encode()], [output, reports])
     os.close(reports)
     answer = channel.recv(8)
@@ -450,3 +460,28 @@ def run_as_fork(
         output.seek(0)
         said = output.read().decode(errors="replace")
     return subprocess.CompletedProcess(command, code, stdout=said, stderr=said)
+
+
+def scoring_as_fork(
+    command: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes], **_: object
+) -> Fork:
+    """Stand for `subprocess.Popen` where a run starts `python -P -m trainer.scoring.worker ... PARENT`.
+
+    It ends with the process that forks, not with the run.
+    """
+    arguments = [part for part in command[:-1] if part != "-P"]
+    return fork([*arguments, preloaded.PARENT], env, os.getcwd(), stdout.fileno(), "scoring")
+
+
+@contextlib.contextmanager
+def programs_as_forks() -> Iterator[None]:
+    """Let runs and exports of this process start their own programs as forks, which saves the imports."""
+    stand_ins = {
+        "trainer.export": {"run": run_as_fork},
+        "trainer.scoring_queue": {"Popen": scoring_as_fork},
+    }
+    with contextlib.ExitStack() as stack:
+        for name, replaced in stand_ins.items() if PRELOAD else ():
+            names = {**vars(subprocess), **replaced}
+            stack.enter_context(mock.patch(f"{name}.subprocess", SimpleNamespace(**names)))
+        yield

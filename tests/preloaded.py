@@ -37,22 +37,35 @@ IMPORTED = (
     "torch.utils.data",
     "yaml",
 )
-OWN = ("trainer.launch", "trainer.loop", "trainer.plots", "trainer.report")
+OWN = (
+    "trainer.export",
+    "trainer.launch",
+    "trainer.loop",
+    "trainer.plots",
+    "trainer.report",
+    "trainer.scoring_queue",
+)
+STAND_INS = "launching"
+"""The module of what stands for a run's own programs; which process imports it decides whether forks use it."""
 ROOT = Path(__file__).resolve().parent.parent
 MAX_REQUEST = 1 << 20
+until_end = contextlib.ExitStack()
+"""What holds in a fork for as long as it lives."""
+PARENT = "{parent}"
+"""An argument that stands for the process number of the parent, this process."""
 
 
-def main(listening: int, more: Sequence[str]) -> None:
+def main(listening: int, modules: Sequence[str]) -> None:
     """Serve requests that come over a socket until standard input ends, and do in each fork what was asked."""
     with socket.socket(fileno=listening) as listener:
         if listener not in select.select([listener, sys.stdin], [], [])[0]:
             return
-        sys.path[0] = str(ROOT)
-        for name in (*IMPORTED, *OWN, *more):
+        sys.path.insert(0, str(ROOT))
+        for name in modules:
             importlib.import_module(name)
-        del sys.path[0]
+        del sys.path[:2]
         gc.collect()
-        gc.freeze()  # each fork would look at, and so copy, all that has been imported when it collects and when it ends
+        gc.freeze()  # or each fork looks at, and so copies, all that has been imported
         command = serve(listener)
     if command is not None:
         command()
@@ -118,12 +131,14 @@ def become(request: dict[str, Any], output: int) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    arguments: list[str] = request["arguments"]
+    arguments = [str(os.getppid()) if part == PARENT else part for part in request["arguments"]]
     is_module = arguments[0] == "-m"
     first = request["cwd"] if is_module else os.path.dirname(os.path.abspath(arguments[0]))
     own = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.path[:] = [first, *own, *sys.path]
     importlib.invalidate_caches()
+    if STAND_INS in sys.modules:
+        until_end.enter_context(sys.modules[STAND_INS].programs_as_forks())
     if is_module:
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -12,7 +12,7 @@ from trainer.errors import ConfigError, UserError
 from trainer.export import export
 from trainer.shards import full_weights, has_averages, open_tensors
 
-pytestmark = pytest.mark.usefixtures("forked_verification")
+pytestmark = pytest.mark.usefixtures("forked_programs")
 
 EMA = {"decay": 0.5}
 VALIDATED = {

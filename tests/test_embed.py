@@ -19,7 +19,7 @@ from trainer.errors import UserError
 from trainer.export import export
 from trainer.saved_model import open_model
 
-pytestmark = pytest.mark.usefixtures("forked_verification")
+pytestmark = pytest.mark.usefixtures("forked_programs")
 
 NUM_CELLS, NUM_GENES = 60, 40
 GENES = [f"GENE{index}" for index in range(NUM_GENES)]
@@ -65,7 +65,7 @@ def place(tmp_path_factory, cells):
 
 
 @pytest.fixture(scope="module")
-def exported(place, tmp_path_factory, forked_verification):
+def exported(place, tmp_path_factory, forked_programs):
     folder = tmp_path_factory.mktemp("exported") / "export"
     export(place / "run", folder)
     return folder

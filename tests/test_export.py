@@ -47,7 +47,7 @@ from trainer.export import export
 from trainer.shards import SHARD, full_weights
 from trainer.statefile import load_tree
 
-pytestmark = pytest.mark.usefixtures("forked_verification")
+pytestmark = pytest.mark.usefixtures("forked_programs")
 
 NUM_GENES = 40
 TOKENIZER = {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": 5, "max_genes": 24}

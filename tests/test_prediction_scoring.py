@@ -18,10 +18,13 @@ from trainer import prediction_scoring
 from trainer.errors import ConfigError
 from trainer.scoring_queue import ScoringQueue
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("cell_eval", "cell_eval2")),
-    reason="needs the extra vcc",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("cell_eval", "cell_eval2")),
+        reason="needs the extra vcc",
+    ),
+    pytest.mark.usefixtures("compiled_once", "forked_programs"),
+]
 
 SIZES: dict[str, Any] = {
     "num_genes": 60, "num_pathways": 2, "members_per_pathway": 8, "distal_per_pathway": 8, "targets_per_pathway": 6,

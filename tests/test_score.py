@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -459,8 +460,8 @@ def test_controls_of_other_cell_types_than_a_perturbations_are_told(tmp_path):
     assert "--context-key cell_type" in notes[0]
 
 
-@pytest.fixture(scope="session")
-def scored(tmp_path_factory):
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, compiled_once):
     """Score a prediction of the same truth, for both years; return files, results and the output folders."""
     pytest.importorskip("cell_eval")
     pytest.importorskip("cell_eval2")
@@ -592,7 +593,8 @@ def test_figures_are_those_of_the_program_run_by_hand(scored, tmp_path):
         str(tmp_path / "hand"),
     ]
     arguments += ["--preset", "vcc2026", "--pert-col", "target_gene", "--set", "de.backend=pdex"]
-    code = "from cell_eval2.cli import main; main()"
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, timeout=300, capture_output=True)
+    command = [sys.executable, "-c", "from cell_eval2.cli import main; main()", *arguments]
+    plain = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(command, check=True, timeout=300, capture_output=True, env=plain)
     by_hand = vcc_programs.aggregates(tmp_path / "hand")
     assert results["vcc2026"].of("vcc2026", vcc.MODEL) == pytest.approx(by_hand, abs=1e-9)
