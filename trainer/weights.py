@@ -29,8 +29,9 @@ from trainer.config.schema import RunConfig
 from trainer.errors import CheckpointError, ConfigError
 from trainer.phases import DataFacts, Phase
 from trainer.reference_checkpoint import load_reference_checkpoint
+from trainer.resume_checks import check_gene_space, check_names_and_shapes
 from trainer.run import Run
-from trainer.run_state import check_gene_space, check_names_and_shapes, load_weights
+from trainer.run_state import load_weights
 from trainer.shards import has_averages, open_tensors, whole_weights
 from trainer.zero_building import gathered_where_divided, whole_shape
 
