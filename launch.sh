@@ -638,8 +638,8 @@ answer() {
         result=$USER_MISTAKE
     elif [[ $codes == *" $INTERRUPTED "* ]]; then
         result=$INTERRUPTED
-    elif [[ $codes =~ ^\ ($PREEMPTED\ )+$ ]]; then
-        result=$PREEMPTED
+    elif [[ $codes =~ ^\ (0\ )*$PREEMPTED\ ((0|$PREEMPTED)\ )*$ ]]; then
+        result=$PREEMPTED # others may have been done while the first rank still scored
     elif [[ $codes == " " ]] && is_asked; then
         result=$PREEMPTED # before any rank began
     elif ((code > 128)) && [[ $codes =~ ^\ (0\ )+$ ]]; then

@@ -51,6 +51,14 @@ def test_another_number_of_processes_is_refused_with_the_command_that_starts_the
     assert "training.num_gpus=null" in text
 
 
+@pytest.mark.parametrize(
+    ("codes", "answer"),
+    [((0, 0), 0), ((75, 0), 75), ((0, 75, 75), 75), ((75, 1), 1), ((75, 2), 2), ((0, 130), 130), ((0, 9), 1)],
+)
+def test_ranks_that_end_in_other_ways_have_one_exit_code(codes, answer):
+    assert launch._agreed(list(codes)) == answer
+
+
 def test_ranks_are_ended_where_another_cannot_be_started(monkeypatch):
     started = []
 

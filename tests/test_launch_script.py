@@ -515,7 +515,17 @@ TWO = {"PROCESSES_PER_NODE": "2"}
 
 @pytest.mark.parametrize(
     ("codes", "answer"),
-    [("0", 0), ("2", 2), ("75", 75), ("130", 130), ("1", 1), ("3", 1), ("75,1", 1), ("2,75", 2)],
+    [
+        ("0", 0),
+        ("2", 2),
+        ("75", 75),
+        ("130", 130),
+        ("1", 1),
+        ("3", 1),
+        ("75,1", 1),
+        ("2,75", 2),
+        ("75,0", 75),
+    ],
 )
 def test_the_ranks_exit_codes_come_back_through_the_launcher(place, codes, answer):
     place.run("my runs/first.yml", f"exit={codes}", env=TWO, expect=answer)

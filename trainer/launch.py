@@ -20,7 +20,7 @@ from trainer.config.load import dump_yaml
 from trainer.config.schema import RunConfig
 from trainer.console import counted, notice
 from trainer.errors import ConfigError, UserError
-from trainer.exits import FAILED, INTERRUPTED, USER_MISTAKE
+from trainer.exits import FAILED, INTERRUPTED, PREEMPTED, USER_MISTAKE
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE_SECONDS = 60.0
@@ -203,6 +203,8 @@ def _agreed(codes: list[int]) -> int:
     """Return one exit code for all ranks."""
     if all(code == codes[0] for code in codes):
         return codes[0]
+    if set(codes) == {0, PREEMPTED}:  # the others were done while the first one still scored
+        return PREEMPTED
     return next((code for code in (USER_MISTAKE, INTERRUPTED) if code in codes), FAILED)
 
 
