@@ -45,14 +45,16 @@ READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "COLUMNS", "LINES
 
 LEFT_BY_IMPORTS = frozenset(
     {
+        "DS_ACCELERATOR",
         "KMP_DUPLICATE_LIB_OK",
         "KMP_INIT_AT_FORK",
         "PYTORCH_NVML_BASED_CUDA_CHECK",
         "TORCHINDUCTOR_CACHE_DIR",
+        "TORCH_CPP_LOG_LEVEL",
         "_RJEM_MALLOC_CONF",
     }
 )
-"""Variables that scikit-learn, DeepSpeed, torch's compiler and Polars set in this process, for themselves."""
+"""Variables that scikit-learn, DeepSpeed, torch's compiler, Polars and our own commands set in this process."""
 
 RANK_MODULES = (*preloaded.IMPORTED, *preloaded.OWN, preloaded.STAND_INS)
 FORKERS = {

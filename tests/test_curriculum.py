@@ -293,7 +293,7 @@ def test_the_curriculum_killed_in_its_second_phase_on_two_ranks_goes_on_bit_for_
     launch_ranks(2, [script, *curriculum(place, tmp_path / "whole")])
     whole = newest_run(tmp_path / "whole")
     cut = curriculum(place, tmp_path / "cut")
-    with start_ranks(2, [script, *cut], launcher="accelerate") as group:
+    with start_ranks(2, [script, *cut]) as group:
         deadline = time.monotonic() + 120
         while not list((tmp_path / "cut").glob("runs/*/checkpoint_6/manifest.json")):
             assert group.is_running() and time.monotonic() < deadline, group.output()
