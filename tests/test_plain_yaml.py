@@ -2,17 +2,32 @@
 
 import pytest
 import yaml
+from launching import ROOT
 
 from data.circuit_folder import open_circuit_sets
 from data.errors import DataError
 from data.plain_yaml import load_plain
 from trainer.config.compose import compose
+from trainer.config.yaml_text import _Dumper, parse_yaml, write_yaml
 from trainer.errors import ConfigError
 
 # 600 bytes that stand for 9**10 values.
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 10)
 )
+
+
+@pytest.mark.skipif(not yaml.__with_libyaml__, reason="PyYAML was built without libyaml")
+@pytest.mark.parametrize("path", sorted(ROOT.glob("**/*configs/**/*.y*ml")), ids=lambda path: path.name)
+def test_libyaml_and_pyyaml_agree(path, monkeypatch):
+    text = path.read_text()
+    values = parse_yaml(text)
+    monkeypatch.setattr(yaml, "__with_libyaml__", False)
+    assert repr(parse_yaml(text)) == repr(values)
+    own = type("Own", (yaml.SafeDumper,), {"yaml_implicit_resolvers": _Dumper.yaml_implicit_resolvers})
+    own.ignore_aliases = _Dumper.ignore_aliases
+    written = yaml.dump(values, Dumper=own, sort_keys=False, allow_unicode=True, width=2**20)
+    assert write_yaml(values) == written
 
 
 def test_aliases_are_shared_values():

@@ -1,5 +1,6 @@
 """Fill the start-up account: what a run will do, said before its first step."""
 
+import functools
 import platform
 from importlib import metadata
 
@@ -14,6 +15,7 @@ from trainer.schedule import base_learning_rates, schedule_lengths, schedule_not
 from trainer.strategy import Strategy
 
 PACKAGES = ("torch", "accelerate", "datasets", "numpy")
+_version = functools.cache(metadata.version)  # which parses all that a package says of itself
 
 
 def build_account(
@@ -35,7 +37,7 @@ def build_account(
         num_trainable_parameters=run.strategy.num_parameters(trained=True),
         num_threads=torch.get_num_threads(),
         seed=config.seed,
-        versions={"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         phases=[_phase_account(run, phase) for phase in phases],
         trackers=[tracker.name for tracker in config.trackers],
         resumed_from=resumed_from,
