@@ -75,22 +75,18 @@ def load_plain(text: str, loader: type[PlainLoader] = PlainLoader) -> Any:
     return yaml.load(text, Loader=loader)
 
 
-class _LibyamlEvents:
-    """Take the events from libyaml, which finds them six times as fast as PyYAML's own parser."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)  # pyright: ignore[reportCallIssue]
-        parser = yaml.cyaml.CParser(text)
-        self.check_event, self.peek_event, self.get_event = (
-            parser.check_event,
-            parser.peek_event,
-            parser.get_event,
-        )
-
-
 @functools.cache
-def _by_libyaml(loader: type[PlainLoader]) -> Any:
-    return type(loader.__name__, (_LibyamlEvents, loader), {})
+def _by_libyaml(loader: Any) -> Any:
+    """Return a loader that takes its events from libyaml, which finds them six times as fast as PyYAML's parser."""
+
+    class ByLibyaml(loader):
+        def __init__(self, text: str) -> None:
+            super().__init__(text)
+            events = yaml.CSafeLoader(text)
+            self.check_event, self.peek_event = events.check_event, events.peek_event
+            self.get_event = events.get_event
+
+    return ByLibyaml
 
 
 def _error(problem: str, mark: Any) -> yaml.YAMLError:
