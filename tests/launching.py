@@ -39,9 +39,19 @@ MARK = "CELLPHASE_TEST_COMMAND"
 PRELOAD = os.environ.get("CELLPHASE_TEST_PRELOAD", "1") != "0"
 """Whether `python SCRIPT` is a fork of a process that has imported torch, which saves seconds; 0 turns it off."""
 
-READ_LATE = ("ACCELERATE_", "CELLPHASE_", "LOCAL_", "MASTER_", "NUMBA_", "PYTEST_", "TOY_", "WANDB_")
+READ_LATE = (
+    *("ACCELERATE_", "CELLPHASE_", "GROUP_", "LOCAL_", "MASTER_", "NUMBA_", "PET_", "PYTEST_", "ROLE_"),
+    *("TORCHELASTIC_", "TORCH_NCCL_", "TOY_", "WANDB_"),
+)
 """Beginnings of variables that nothing reads while the one that forks imports it."""
-READ_LATE_TOO = frozenset({"RANK", "WORLD_SIZE", "PYTHONPATH", "COLUMNS", "LINES"})
+READ_LATE_TOO = frozenset(
+    {
+        *("COLUMNS", "FORK_LAUNCHED", "GLOO_SOCKET_IFNAME", "LINES", "NODES", "NODE_RANK", "PATH"),
+        *("PROCESSES_PER_NODE", "PYTHON", "PYTHONPATH", "RANK", "TMPDIR", "WORLD_SIZE"),
+    }
+)
+FORKED_RANKS = ROOT / "tests" / "forked_ranks"
+"""What a launcher's PYTHONPATH has to hold for its ranks to be forks."""
 
 LEFT_BY_IMPORTS = frozenset(
     {
@@ -54,7 +64,7 @@ LEFT_BY_IMPORTS = frozenset(
         "_RJEM_MALLOC_CONF",
     }
 )
-"""Variables that scikit-learn, DeepSpeed, torch's compiler, Polars and our own commands set in this process."""
+"""Variables that scikit-learn, DeepSpeed, torch's compiler, Polars and our own commands set, for no rank's sake."""
 
 RANK_MODULES = (*preloaded.IMPORTED, *preloaded.OWN, preloaded.STAND_INS)
 FORKERS = {
@@ -181,6 +191,7 @@ class RankGroup:
         # Launchers put their ranks into sessions of their own and may die before them, so that neither a
         # process group nor the tree of parents reaches everything; but all descendants inherit a variable.
         self._mark = secrets.token_hex(8)
+        self._first = [*commands[0]]
         self.processes = [
             start_process(command, {**environment, MARK: self._mark}, cwd, self._output.fileno())
             for command, environment in zip(commands, environments, strict=True)
@@ -282,7 +293,7 @@ class RankGroup:
         return found
 
     def _members(self) -> list[psutil.Process]:
-        # A fork shows the environment of what it was forked from.
+        # A fork that has just begun shows the environment of what it was forked from.
         started = {process.pid for process in self.processes if process.poll() is None}
         members = []
         for process in psutil.process_iter():
@@ -293,7 +304,7 @@ class RankGroup:
         return members
 
     def _command(self) -> str:
-        return " ".join(str(part) for part in self.processes[0].args)
+        return " ".join(self._first)
 
 
 class Fork:
@@ -356,21 +367,23 @@ def may_be_forked(command: Sequence[str], environment: Mapping[str, str], cwd: P
     It would not where a variable that is read early differs, or where PYTHONPATH puts another module in the place of
     one that has been imported.
     """
-    is_python = command[0] == sys.executable and (command[1] == "-m" or command[1].endswith(".py"))
+    first = next((part for part in command[1:] if part not in ("-u", "-P")), "")
+    is_python = command[0] == sys.executable and (first == "-m" or first.endswith(".py"))
     if not is_python or LAUNCHER_MODULES.intersection(command[:3]):
         return False
     base = forkers().environment
     differing = {name for name in base.keys() | environment.keys() if base.get(name) != environment.get(name)}
-    if any(not name.startswith(READ_LATE) and name not in READ_LATE_TOO for name in differing):
+    if any(not name.startswith(READ_LATE) for name in differing - READ_LATE_TOO - LEFT_BY_IMPORTS):
         return False
     imported = ({*FORKERS["deepspeed"]} - {preloaded.STAND_INS}) | {"data", "models"}
     taken = {name.split(".")[0] for name in imported} | {"sitecustomize", "usercustomize"}
-    first = Path(cwd) if command[1] == "-m" else Path(cwd, command[1]).parent
-    folders = [first, *(Path(part) for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part)]
+    searched = Path(cwd) if first == "-m" else Path(cwd, first).parent
+    search_path = environment.get("PYTHONPATH", "").split(os.pathsep)
+    folders = [searched, *(Path(part) for part in search_path if part)]
     return not any(
         taken & {path.stem for path in folder.iterdir()}
         for folder in folders
-        if folder.is_dir() and folder.resolve() != ROOT
+        if folder.is_dir() and folder.resolve() not in (ROOT, FORKED_RANKS)
     )
 
 
@@ -402,7 +415,7 @@ def started_forkers() -> Iterator[Path]:
                 listener.listen()
                 process = subprocess.Popen(
                     [sys.executable, preloaded.__file__, str(listener.fileno()), *modules],
-                    env=environment,
+                    env={**environment, preloaded.ROOM: "x" * preloaded.ROOM_BYTES},
                     stdin=subprocess.PIPE,  # closes when this process ends, however it does
                     pass_fds=[listener.fileno()],
                 )
@@ -441,7 +454,8 @@ def fork(
     request = {"arguments": list(command[1:]), "environment": dict(environment), "cwd": str(cwd)}
     report, reports = os.pipe()
     channel = channel_to(kind or forker_for(environment))
-    socket.send_fds(channel, [json.dumps(request).encode()], [output, reports])
+    with open("/proc/self/ns/net", "rb") as network:
+        socket.send_fds(channel, [json.dumps(request).encode()], [output, reports, network.fileno()])
     os.close(reports)
     answer = channel.recv(8)
     assert answer, "the process that forks ranks could not be started"
@@ -457,7 +471,7 @@ def run_as_fork(
     which looks for other modules of the same names, is not asked.
     """
     with tempfile.TemporaryFile() as output:
-        process = fork([part for part in command if part != "-P"], env, os.getcwd(), output.fileno())
+        process = fork(command, env, os.getcwd(), output.fileno())
         code = process.wait(120)
         output.seek(0)
         said = output.read().decode(errors="replace")
@@ -471,15 +485,29 @@ def scoring_as_fork(
 
     It ends with the process that forks, not with the run.
     """
-    arguments = [part for part in command[:-1] if part != "-P"]
-    return fork([*arguments, preloaded.PARENT], env, os.getcwd(), stdout.fileno(), "scoring")
+    return fork([*command[:-1], preloaded.PARENT], env, os.getcwd(), stdout.fileno(), "scoring")
+
+
+def rank_as_fork(
+    args: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes] | None = None, **_: object
+) -> "subprocess.Popen[bytes] | Fork":
+    """Stand for `subprocess.Popen` where a launcher, or a command of ours, starts a rank in a session of its own."""
+    return start_process(args, env, os.getcwd(), 1 if stdout is None else stdout.fileno())
+
+
+def with_forked_ranks(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a launcher whose ranks shall be forks."""
+    search_path = [str(FORKED_RANKS), *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(search_path)} if PRELOAD else {**environment}
 
 
 @contextlib.contextmanager
 def programs_as_forks() -> Iterator[None]:
-    """Let runs and exports of this process start their own programs as forks, which saves the imports."""
+    """Let commands of ours start their own programs as forks in this process, which saves the imports."""
     stand_ins = {
         "trainer.export": {"run": run_as_fork},
+        "trainer.launch": {"Popen": rank_as_fork},
+        "trainer.proofs": {"Popen": rank_as_fork},
         "trainer.scoring_queue": {"Popen": scoring_as_fork},
     }
     with contextlib.ExitStack() as stack:

@@ -7,6 +7,7 @@ other side, and what may not be forked, is in launching.py.
 """
 
 import contextlib
+import ctypes
 import functools
 import gc
 import importlib
@@ -17,6 +18,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ OWN = (
     "trainer.launch",
     "trainer.loop",
     "trainer.plots",
+    "trainer.proofs",
     "trainer.report",
     "trainer.scoring_queue",
 )
@@ -53,6 +56,9 @@ until_end = contextlib.ExitStack()
 """What holds in a fork for as long as it lives."""
 PARENT = "{parent}"
 """An argument that stands for the process number of the parent, this process."""
+ROOM = "CELLPHASE_TEST_ROOM"
+"""A long variable that this process began with; /proc shows in its place the variables of a fork."""
+ROOM_BYTES = 1 << 16
 
 
 def main(listening: int, modules: Sequence[str]) -> None:
@@ -93,12 +99,12 @@ def serve(listener: socket.socket) -> Callable[[], None] | None:
         if listener in ready:
             channels.append(listener.accept()[0])
         for channel in [channel for channel in channels if channel in ready]:
-            request, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST, 2)
+            request, descriptors, _, _ = socket.recv_fds(channel, MAX_REQUEST, 3)
             if not request:
                 channel.close()
                 channels.remove(channel)
                 continue
-            output, report = descriptors
+            output, report, network = descriptors
             child = os.fork()
             if child == 0:
                 signal.set_wakeup_fd(-1)
@@ -107,8 +113,9 @@ def serve(listener: socket.socket) -> Callable[[], None] | None:
                     os.close(held)
                 for each in (listener, *channels):
                     each.close()
-                return functools.partial(become, json.loads(request), output)
+                return functools.partial(become, json.loads(request), output, network)
             os.close(output)
+            os.close(network)
             reports[child] = report
             channel.sendall(child.to_bytes(8, "little"))
 
@@ -119,9 +126,10 @@ def ended(children: dict[int, int]) -> list[tuple[int, int]]:
     return [(child, status) for child, status in found if child]
 
 
-def become(request: dict[str, Any], output: int) -> None:
+def become(request: dict[str, Any], output: int, network: int) -> None:
     """Be the process that `python *arguments` would start."""
     os.setsid()
+    enter_network(network)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -131,11 +139,16 @@ def become(request: dict[str, Any], output: int) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
+    show_environment()
+    tempfile.tempdir = None  # imports have looked for it
     arguments = [str(os.getppid()) if part == PARENT else part for part in request["arguments"]]
+    is_isolated = False
+    while arguments[0] in ("-u", "-P"):
+        is_isolated |= arguments.pop(0) == "-P"
     is_module = arguments[0] == "-m"
     first = request["cwd"] if is_module else os.path.dirname(os.path.abspath(arguments[0]))
     own = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    sys.path[:] = [first, *own, *sys.path]
+    sys.path[:] = [*([] if is_isolated else [first]), *own, *sys.path]
     importlib.invalidate_caches()
     if STAND_INS in sys.modules:
         until_end.enter_context(sys.modules[STAND_INS].programs_as_forks())
@@ -145,6 +158,26 @@ def become(request: dict[str, Any], output: int) -> None:
     else:
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+def enter_network(network: int) -> None:
+    """Enter a network namespace, the one of who asked, unless this process is in it."""
+    if os.fstat(network).st_ino != os.stat("/proc/self/ns/net").st_ino:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(network, 0):
+            raise OSError(ctypes.get_errno(), "the network of who asked cannot be entered")
+    os.close(network)
+
+
+def show_environment() -> None:
+    """Let others find this process by its variables: /proc shows what lies where those that it began with lay."""
+    # The 50th and 51st field of the file, proc(5): where they begin and end. The second, a name, may hold anything.
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[47]), int(fields[48])
+    text = b"".join(name + b"=" + value + b"\0" for name, value in os.environb.items())
+    assert len(text) <= end - start, f"{ROOM} is too short for {len(text)} bytes"
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, text, len(text))
 
 
 if __name__ == "__main__":

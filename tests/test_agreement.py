@@ -89,12 +89,13 @@ def test_a_source_that_differs_is_refused(tmp_path):
 def test_a_node_that_was_given_another_configuration_is_refused(tmp_path):
     path = write_config(tmp_path, toy({"epochs": 1}))
     command = str(ROOT / "trainer" / "train.py")
-    script = (
+    script = tmp_path / "script.py"
+    script.write_text(
         f"import os, runpy, sys\nsys.argv = [{command!r}, *sys.argv[1:]]\n"
         "sys.argv += ['datasets.0.lr=0.5'] * int(os.environ['RANK'])\n"
         f"runpy.run_path({command!r}, run_name='__main__')"
     )
-    with start_ranks(2, ["-c", script, "--config", path], env={"PYTHONPATH": str(ROOT / "tests")}) as group:
+    with start_ranks(2, [script, "--config", path], env={"PYTHONPATH": str(ROOT / "tests")}) as group:
         output = group.wait(120, expect=2).stdout
     assert [process.returncode for process in group.processes] == [2, 2]
     assert "datasets.0.lr is 0.5, not " in output and "rank 1 on " in output and "Traceback" not in output

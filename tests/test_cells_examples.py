@@ -31,6 +31,8 @@ from trainer.shards import full_weights
 from trainer.train import main
 from trainer.training import TrainingPipeline
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 SAMPLE = ROOT / "data" / "samples" / "10x_pbmc68k_reduced.h5ad"
 EXAMPLES = [
     *(path for path in sorted((ROOT / "configs").glob("*.yaml")) if "datasets:" not in path.read_text()),

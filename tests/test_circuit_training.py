@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from circuit_folders import SAMPLES, random_circuits, write_set
-from launching import ROOT, launch_ranks, run_command, start_ranks
+from launching import ROOT, launch_ranks, run_command, start_ranks, with_forked_ranks
 from running import (
     comparable_records,
     newest_checkpoint,
@@ -467,7 +467,7 @@ def test_the_seeds_command_trains_from_the_command_line(tmp_path):
         *("hydra.run.dir=.", "hydra.output_subdir=null", "training=quick_test_srv"),
         *overrides(output, "training.training.num_epochs=5"),
     ]
-    said = run_command(command, timeout=400).stdout
+    said = run_command(command, env=with_forked_ranks({}), timeout=400).stdout
     assert f"saved the model of step {records(newest(output))[-1]['global_step']} to {output}" in " ".join(
         said.split()
     )

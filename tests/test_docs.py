@@ -36,6 +36,8 @@ from models.fine_tuned import FineTunedConfig
 from models.lora import LoraSettings
 from trainer.config import json_schema, load_run_config
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
 CONFIGS = sorted((ROOT / "configs").glob("*.y*ml"))
 PHASES_CONFIGS = [path for path in CONFIGS if re.search(r"^datasets:", path.read_text(), re.MULTILINE)]

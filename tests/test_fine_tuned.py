@@ -35,6 +35,8 @@ from models.fine_tuned import BACKBONES, FineTunedConfig, FineTunedModel
 from trainer.errors import CheckpointError, ConfigError
 from trainer.export import export
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 
 def make_model(family: str = "encoder", backbone: dict[str, Any] | None = None, **options: Any):
     torch.manual_seed(0)

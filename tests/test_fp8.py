@@ -35,6 +35,8 @@ from trainer.model_building import build_model
 from trainer.phases import DataFacts
 from trainer.shards import full_weights
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 RECIPES = ["current_scaling", "delayed_scaling", "block_scaling", "mxfp8"]
 MODEL = {
     "model_class": "models.encoder.MaskedCellEncoder",

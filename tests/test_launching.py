@@ -15,6 +15,7 @@ from launching import (
     may_be_forked,
     run_command,
     start_ranks,
+    with_forked_ranks,
 )
 
 SUM_OF_RANKS = """
@@ -107,6 +108,29 @@ def test_what_imports_leave_in_the_environment_does_not_keep_ranks_from_being_fo
     with start_ranks(2, [script("import os; print(sorted(os.environ))")]) as group:
         assert all(isinstance(process, Fork) for process in group.processes)
         assert not any(name in group.wait().stdout for name in LEFT_BY_IMPORTS)
+
+
+SHOWN = """
+import os
+shown = open("/proc/self/environ", "rb").read().split(b"\\0")
+own = {name + b"=" + value for name, value in os.environb.items()}
+print(own == {*shown} - {b""}, os.environ["RANK"] + "\\n", end="")
+"""
+
+
+@pytest.mark.skipif(not PRELOAD, reason="forking is turned off")
+def test_a_fork_shows_its_own_variables_to_others(script):
+    with start_ranks(2, [script(SHOWN)]) as group:
+        assert all(isinstance(process, Fork) for process in group.processes)
+        assert sorted(group.wait().stdout.splitlines()) == ["True 0", "True 1"]
+
+
+@pytest.mark.skipif(not PRELOAD, reason="forking is turned off")
+def test_ranks_of_a_launcher_are_forks_where_they_are_asked_to_be(script):
+    text = "import os, sys; print('preloaded' in open('/proc/self/cmdline').read(), os.environ['RANK'] + '\\n', end='')"
+    for expected, env in ((True, with_forked_ranks({})), (False, {})):
+        said = launch_ranks(2, [script(text)], launcher="torchrun", env=env).stdout.splitlines()
+        assert {f"{expected} 0", f"{expected} 1"} <= {*said}, said
 
 
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "TORCH_LOGS", "HOME"])

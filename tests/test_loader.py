@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import threading
 from pathlib import Path
@@ -12,6 +13,7 @@ from data.errors import DataError
 from data.loader import CellSource, DrawKey, MicroBatch, StepLoader, cell_loader
 from data.order import GlobalOrder
 from data.tokenizer_options import complete_options
+from data.worker_process import start_fork_server
 from tests.corpora import Cells, file_server, make_cells, write_corpus
 
 NUM_GENES = 80
@@ -166,6 +168,15 @@ def test_worker_processes_change_nothing(source: CellSource):
         assert torch.equal(torch.get_rng_state(), before)
     finally:
         loader.close()
+
+
+def test_worker_processes_begin_with_torch_imported():
+    start_fork_server()
+    code = "import sys; sys.exit(0 if 'torch' in sys.modules else 7)"
+    process = multiprocessing.get_context("forkserver").Process(target=exec, args=(code,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_errors_in_a_worker_process_surface_with_the_rows():

@@ -30,6 +30,8 @@ from trainer.errors import CheckpointError, UserError
 from trainer.export import export
 from trainer.optim import matches
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.0}
 
 

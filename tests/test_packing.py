@@ -34,6 +34,8 @@ from trainer.losses import LossModule
 from trainer.quickstart import baseline_losses
 from trainer.run import count_tokens
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 NUM_GENES, NUM_CELLS, N_BINS = 60, 96, 5
 BINNED = {"strategy": "binned_expression", "binning_method": "per_cell", "n_bins": N_BINS, "max_genes": 40}
 RANKED = {"strategy": "rank_value", "max_genes": 40}

@@ -35,6 +35,8 @@ from trainer.losses import LossModule
 from trainer.perturbation_model import open_perturbation_model
 from trainer.prediction import draw_sets, knows_technical_batches
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 SIZES: dict[str, Any] = {
     "num_genes": 40, "num_pathways": 2, "members_per_pathway": 6, "distal_per_pathway": 6, "targets_per_pathway": 4,
     "num_cell_types": 2, "num_batches": 3, "cells_per_target": 11, "control_cells": 24,

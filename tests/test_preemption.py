@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launching import ROOT, Launcher, RankGroup, start_ranks
+from launching import ROOT, Launcher, RankGroup, start_ranks, with_forked_ranks
 from running import (
     comparable_records,
     newest_run,
@@ -190,7 +190,8 @@ def test_a_launched_run_leaves_its_accounts_for_the_launch_script(tmp_path):
     control = tmp_path / "control"
     control.mkdir()
     config = configuration(2)
-    with start(2, tmp_path, config, launcher="accelerate", env={"CELLPHASE_CONTROL": str(control)}) as group:
+    env = with_forked_ranks({"PYTHONPATH": str(ROOT / "tests"), "CELLPHASE_CONTROL": str(control)})
+    with start(2, tmp_path, config, launcher="accelerate", env=env) as group:
         group.wait_for(FIRST_STEP)
         for rank in range(2):
             os.kill(int(next(control.glob(f"rank{rank}.runs.*")).suffix[1:]), signal.SIGTERM)

@@ -1,13 +1,14 @@
 import json
-import multiprocessing
-import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from launching import ROOT, RankGroup, cpu_environment
 
 from data.cell_source import CellSource
 from data.corpus import UNFINISHED, open_corpus
@@ -148,25 +149,23 @@ def test_a_damaged_index_of_hashes_is_made_anew(cells, cache):
     assert len(corpora(cache)) == 1
 
 
-def _load_in_process(path: str, cache_dir: str, results) -> None:
-    source = h5ad_loader([path], tokenizer=TOKENIZER, cache_dir=cache_dir)
-    results.put((os.getpid(), source.fingerprint()))
+LOAD = """
+import json, sys
+from data.prepared import h5ad_loader
+source = h5ad_loader([sys.argv[1]], cache_dir=sys.argv[2], tokenizer=json.loads(sys.argv[3]))
+print("fingerprint", source.fingerprint() + "\\n", end="")
+"""
 
 
-@pytest.mark.slow
-def test_processes_that_ask_at_once_convert_once(cells, cache, capfd):
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    arguments = (str(cells), cache, results)
-    processes = [context.Process(target=_load_in_process, args=arguments) for _ in range(2)]
-    for process in processes:
-        process.start()
-    fingerprints = {results.get(timeout=120)[1] for _ in processes}
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert len(fingerprints) == 1
-    assert capfd.readouterr().err.count("converted once to") == 1
+def test_processes_that_ask_at_once_convert_once(cells, cache, tmp_path):
+    script = tmp_path / "load.py"
+    script.write_text(LOAD)
+    command = [sys.executable, str(script), str(cells), cache, json.dumps(TOKENIZER)]
+    with RankGroup([command] * 2, [cpu_environment({"PYTHONPATH": str(ROOT)})] * 2, tmp_path) as group:
+        said = group.wait(120).stdout
+    found = re.findall(r"^fingerprint (\w+)$", said, re.MULTILINE)
+    assert len(found) == 2 and len({*found}) == 1, said
+    assert said.count("converted once to") == 1
 
 
 def test_what_a_conversion_says_names_the_loaders_arguments(cells, cache, capsys):

@@ -15,6 +15,8 @@ from data.prepared import h5ad_loader
 from trainer.errors import CheckpointError
 from trainer.export import export
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 ENCODER = {
     "model_class": "models.encoder.MaskedCellEncoder",
     "config_class": "models.encoder.EncoderConfig",

@@ -7,6 +7,8 @@ from running import final_weights, toy, train
 from models.pretrained import from_pretrained
 from trainer.errors import ConfigError, UserError
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 
 def test_a_pipeline_of_circuits_is_refused_for_another_model_before_training(tmp_path):
     config = toy(export_to={"folder": str(tmp_path / "model"), "format": "circuits"})

@@ -3,19 +3,17 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import textwrap
 import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from launching import LEFT_BY_IMPORTS, ROOT, cpu_environment, run_command, start_process
+from launching import LEFT_BY_IMPORTS, ROOT, cpu_environment, programs_as_forks, run_command
 from running import toy, write_config
 
 from trainer import proofs, selfcheck, verify_resume
@@ -325,15 +323,8 @@ def test_a_cells_hash_does_not_depend_on_its_padding_and_does_on_its_mask():
 def forked(monkeypatch, tmp_path):
     """Let a command run in this process and fork what it starts, each of which would import torch; return its folder.
 
-    The last test runs the command of its name, whose processes are started as a user's are.
+    The last test runs the command of its name.
     """
-
-    def fork(command, env, stdout, **options):
-        assert command[:3] == [sys.executable, "-P", "-m"]
-        return start_process([command[0], *command[2:]], env, ROOT, stdout.fileno())
-
-    named = SimpleNamespace(Popen=fork, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
-    monkeypatch.setattr(proofs, "subprocess", named)
     for name in LEFT_BY_IMPORTS:
         monkeypatch.delenv(name, raising=False)
     for name, value in cpu_environment().items():
@@ -342,7 +333,8 @@ def forked(monkeypatch, tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    return scratch
+    with programs_as_forks():
+        yield scratch
 
 
 @pytest.mark.slow

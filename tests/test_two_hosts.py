@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from launching import ROOT, RankGroup, cpu_environment, free_port
+from launching import ROOT, RankGroup, cpu_environment, free_port, with_forked_ranks
 from running import comparable_records, newest_run, records, same_weights, toy, train_ranks, write_config
 
 pytestmark = pytest.mark.timeout(600)
@@ -70,8 +70,9 @@ def launched(hosts: list[Host], accelerate_config: str, config: Path) -> Iterato
     port, groups = str(free_port()), []
     with ExitStack() as stack:
         for host in hosts:
-            environment = cpu_environment(
-                {
+            environment = with_forked_ranks(
+                cpu_environment()
+                | {
                     "PYTHON": sys.executable,
                     "PYTHONPATH": str(ROOT / "tests"),
                     "NODES": str(len(hosts)),

@@ -8,7 +8,7 @@ import pytest
 import torch
 import toy as toy_module
 from accelerate.commands.launch import launch_command, launch_command_parser
-from launching import CPU_CONFIGS, ROOT, launch_ranks, run_command
+from launching import CPU_CONFIGS, ROOT, launch_ranks, run_command, with_forked_ranks
 from running import (
     comparable_records,
     copy_until,
@@ -440,9 +440,9 @@ def test_the_launch_files_start_the_users_command_from_anywhere(tmp_path, name, 
     script = [ROOT / "trainer" / "train.py", "--config", write_config(tmp_path, CONFIG), "--dry-run"]
     launch_file = CPU_CONFIGS / f"{name}.yaml"
     search_path = {"PYTHONPATH": str(ROOT / "tests")}
-    if name == "zero3_offload":  # one by the real launcher, whose ranks import everything anew
+    if name == "zero3_offload":  # one by the real launcher
         command = ["python", "-m", "accelerate.commands.launch", "--config_file", launch_file, *script]
-        output = run_command(command, env=search_path, cwd=tmp_path).stdout
+        output = run_command(command, env=with_forked_ranks(search_path), cwd=tmp_path).stdout
     else:
         num_ranks, variables = handed_on(launch_file, script, monkeypatch)
         output = launch_ranks(num_ranks, script, env=variables | search_path, cwd=tmp_path).stdout
