@@ -15,6 +15,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 
+_PRELOADED = ["__main__", "torch.utils.data"]
+"""What the process that workers are forked from imports, so that not each of them does; the first is Python's own."""
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _LOOK_SECONDS = 1.0
 
@@ -38,6 +40,7 @@ def start_fork_server() -> None:
     """Start the process that workers are forked from, unless it runs: it holds back the signals too."""
     with signals_held():
         multiprocessing.resource_tracker.ensure_running()  # lets SIGTERM through again where it starts
+    multiprocessing.forkserver.set_forkserver_preload(_PRELOADED)
     with signals_held():
         multiprocessing.forkserver.ensure_running()
 
