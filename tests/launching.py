@@ -48,6 +48,7 @@ READ_LATE_TOO = frozenset(
     {
         *("COLUMNS", "FORK_LAUNCHED", "GLOO_SOCKET_IFNAME", "LINES", "NODES", "NODE_RANK", "PATH"),
         *("PROCESSES_PER_NODE", "PYTHON", "PYTHONPATH", "RANK", "TMPDIR", "WORLD_SIZE"),
+        *("OLDPWD", "PWD", "SHLVL", "_"),  # a shell's own
     }
 )
 FORKED_RANKS = ROOT / "tests" / "forked_ranks"
