@@ -96,9 +96,9 @@ def one_thread():
 @pytest.fixture(scope="module")
 def forked_programs():
     """Let forks verify what a module's tests export and score what they train: fresh processes would import anew."""
-    from launching import programs_as_forks
+    from launching import programs_as_forks, runs_without_picture
 
-    with programs_as_forks():
+    with programs_as_forks(), runs_without_picture():
         yield
 
 

@@ -7,6 +7,7 @@ is killed at the latest when the test ends: use `start_ranks` as a context manag
 import atexit
 import contextlib
 import functools
+import importlib
 import json
 import os
 import secrets
@@ -515,4 +516,21 @@ def programs_as_forks() -> Iterator[None]:
         for name, replaced in stand_ins.items() if PRELOAD else ():
             names = {**vars(subprocess), **replaced}
             stack.enter_context(mock.patch(f"{name}.subprocess", SimpleNamespace(**names)))
+        yield
+
+
+@contextlib.contextmanager
+def runs_without_picture() -> Iterator[None]:
+    """Let the runs of this process end without the picture of their report.
+
+    Drawing it takes as long as a tiny training, and cannot fail one.
+    """
+    build, report = (importlib.import_module(f"trainer.{name}") for name in ("build", "report"))
+    write = build.report_at_end
+
+    def write_without_picture(folder: Path) -> None:
+        with mock.patch.object(report, "_draw", return_value=False):
+            write(folder)
+
+    with mock.patch.object(build, "report_at_end", write_without_picture):
         yield

@@ -40,6 +40,7 @@ IMPORTED = (
     "yaml",
 )
 OWN = (
+    "trainer.build",
     "trainer.export",
     "trainer.launch",
     "trainer.loop",
@@ -152,6 +153,7 @@ def become(request: dict[str, Any], output: int, network: int) -> None:
     importlib.invalidate_caches()
     if STAND_INS in sys.modules:
         until_end.enter_context(sys.modules[STAND_INS].programs_as_forks())
+        until_end.enter_context(sys.modules[STAND_INS].runs_without_picture())
     if is_module:
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

@@ -6,14 +6,12 @@ import os
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from launching import ROOT, free_port, launch_ranks
+from launching import ROOT, free_port, launch_ranks, runs_without_picture
 
-from trainer import report
 from trainer.build import run
 from trainer.checkpoint_folder import SavedCheckpoint, open_checkpoint
 from trainer.config import load_run_config
@@ -55,14 +53,10 @@ def write_config(folder: Path, config: dict[str, Any], **changes: Any) -> Path:
 def train(
     folder: Path, config: dict[str, Any], *, dry_run: bool = False, has_picture: bool = False, **changes: Any
 ) -> Path:
-    """Train in this process and return the run folder.
-
-    Drawing takes as long as a tiny training and cannot fail one, so the report has its picture where it is asked for.
-    """
+    """Train in this process and return the run folder, whose report has its picture where it is asked for."""
     path = write_config(folder, config, **changes)
     reset_accelerate()
-    undrawn = mock.patch.object(report, "_draw", return_value=False)
-    with contextlib.nullcontext() if has_picture else undrawn:
+    with contextlib.nullcontext() if has_picture else runs_without_picture():
         assert run(load_run_config(path), dry_run=dry_run) == 0
     return newest_run(folder) if not dry_run else folder
 

@@ -29,6 +29,8 @@ from trainer import registry, saved_run
 from trainer.errors import UserError
 from trainer.shards import full_weights
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 CONFIG = ROOT / "configs" / "circuits" / "config.yaml"
 TINY = [
     "training.general.device=cpu",

@@ -17,6 +17,8 @@ from trainer.config import load_run_config
 from trainer.convert_h5ad import main as convert
 from trainer.predict import main as predict
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 CONFIG = ROOT / "configs" / "perturbation_simulated.yaml"
 
 

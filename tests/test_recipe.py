@@ -18,6 +18,8 @@ from trainer.scoring import linear_probe
 from trainer.scoring.cells import Cells
 from trainer.scoring.specs import LinearProbeSpec
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 CONFIG = ROOT / "configs" / "pbmc68k.yaml"
 FINE_TUNING = ROOT / "configs" / "pbmc68k_finetune.yaml"
 SPEC = LinearProbeSpec(cell_type_key="bulk_labels", num_repeats=1)

@@ -36,6 +36,8 @@ from data.known_circuits import read_circuit, read_known_circuits
 from models.circuit_diffusion import CircuitDiffusion, CircuitDiffusionConfig
 from trainer import circuit_sampling, sample
 
+pytestmark = pytest.mark.usefixtures("forked_programs")
+
 SAMPLES = ROOT / "data" / "samples" / "circuits"
 POOL = ["h", "cx", "z", "x", "ccx", "swap"]
 H0, CX01, CX12 = Gate("h", (), (0,)), Gate("cx", (0,), (1,)), Gate("cx", (1,), (2,))

@@ -5,6 +5,7 @@ import random
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from running import toy, train, write_config
 from trainer.activity import Activity
 from trainer.errors import ConfigError, UserError
 from trainer.trackers import Trackers, build_trackers, check_trackers, namespaced_scalars
+
+HOME = str(Path.home())  # before a test changes it
 
 
 def training(step, **fields):
@@ -282,7 +285,11 @@ def test_ranks_that_wait_for_a_tracker_say_so(tmp_path, monkeypatch):
 def start_two_ranks(tmp_path, **changes):
     trackers = ["csv", {"name": "wandb", "mode": "online"}]
     path = write_config(tmp_path, toy({"max_steps": 2}), trackers=trackers, **changes)
-    env = {"PYTHONPATH": str(ROOT / "tests"), "WANDB_ERROR_REPORTING": "false"}
+    env = {
+        "PYTHONPATH": str(ROOT / "tests"),
+        "WANDB_ERROR_REPORTING": "false",
+        "HOME": HOME,
+    }  # the key is a variable
     return start_ranks(2, [ROOT / "trainer" / "train.py", "--config", path], env=env)
 
 
