@@ -141,7 +141,8 @@ def test_a_rank_that_hangs_in_its_loader_is_ended_after_the_others(tmp_path):
     config = toy({"log_every_steps": 1}, global_batch_size=8, distributed_timeout_seconds=5)
     with start(tmp_path, config, env={"TOY_PAUSE": "validating:2:300", "TOY_PAUSE_RANK": "1"}) as group:
         group.wait_for("toy: validating")
-        wait_for_end(group.processes[1], 60)
+        for process in group.processes:
+            wait_for_end(process, 60)
         output = group.output()
     assert [process.returncode for process in group.processes] == [1, 1]
     assert "is late: at step 6, waiting for validation data" in output
