@@ -338,6 +338,25 @@ def test_a_slow_rank_has_time_as_long_as_it_writes(tmp_path: Path, monkeypatch: 
     assert steps(tmp_path) == [1]
 
 
+def test_rank_0_may_complete_a_checkpoint_as_soon_as_it_sees_the_last_note(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pair: list[Any]
+) -> None:
+    replace = os.replace
+
+    def replace_and_lose_the_processor(source: Path, target: Path) -> None:
+        replace(source, target)
+        deadline = time.monotonic() + 10
+        while target.name == "rank00001.done.json" and target.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(os, "replace", replace_and_lose_the_processor)
+    for writer in pair:
+        save(writer, 3)
+    for writer in pair:
+        writer.wait()
+    assert steps(tmp_path) == [3]
+
+
 def test_state_that_cannot_be_saved_is_an_error_of_save_itself_and_reaches_the_other_ranks(
     tmp_path: Path, pair: list[Any]
 ) -> None:

@@ -6,8 +6,15 @@ import secrets
 from pathlib import Path
 
 
-def replace_text(path: str | Path, text: str) -> None:
-    """Write `text` to `path` so that a reader, or a crash at any moment, finds the old content or the new."""
+def replace_text(path: str | Path, text: str, *, is_kept: bool = True) -> None:
+    """Write `text` to `path` so that a reader, or a crash at any moment, finds the old content or the new.
+
+    Args:
+        path: the file; its folder exists.
+        text: its new content.
+        is_kept: whether the new content stays after a power cut that comes when this has returned. Where readers may
+            move or delete the folder as soon as they see the file, nothing can be done to it any more.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -19,7 +26,8 @@ def replace_text(path: str | Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if is_kept:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: str | Path) -> None:

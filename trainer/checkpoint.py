@@ -284,6 +284,7 @@ class CheckpointWriter:
                 file.flush()
                 os.fsync(file.fileno())
             written[name] = sink.facts()
+        sync_folder(folder)
         return written
 
     def _commit(self, save: _Save, folder: Path) -> None:
@@ -376,7 +377,9 @@ class CheckpointWriter:
                 raise _PeerFailedError(f"rank {note['rank']} failed to save: {note['error']}")
 
     def _leave(self, folder: Path, kind: str, content: Mapping[str, Any]) -> None:
-        replace_text(folder / self._note_name(kind), json.dumps({"rank": self.rank, **content}))
+        # Rank 0 may rename the folder as soon as it sees the last note.
+        note = json.dumps({"rank": self.rank, **content})
+        replace_text(folder / self._note_name(kind), note, is_kept=False)
 
     def _note_name(self, kind: str, rank: int | None = None) -> str:
         return f"rank{self.rank if rank is None else rank:05d}.{kind}.json"
