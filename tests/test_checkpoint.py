@@ -583,7 +583,7 @@ def test_a_folder_is_renamed_after_its_contents_and_deleted_after_its_renaming_a
     saving, deleted, run = ".checkpoint_2.a1-1.tmp", ".checkpoint_1.a1-1.deleted.tmp", tmp_path.name
     assert [event for event in events if re.search(r"\.[0-9a-f]{8}\.tmp$", event) is None] == [
         "sync model.safetensors", "sync state.rank00000.safetensors", "sync config.yaml",
-        "replace rank00000.done.json", f"sync {saving}",
+        f"sync {saving}", "replace rank00000.done.json",
         "replace manifest.json", f"sync {saving}", f"sync {saving}",
         "rename checkpoint_2", f"sync {run}", "replace latest", f"sync {run}",
         f"rename {deleted}", f"sync {run}", f"delete {deleted}",
