@@ -85,7 +85,6 @@ def test_a_source_that_differs_is_refused(tmp_path):
         check_agreement(config, rank_1(own | {"modules": {**own["modules"], "trainer.loop": "ff"}}))
 
 
-@pytest.mark.slow
 def test_a_node_that_was_given_another_configuration_is_refused(tmp_path):
     path = write_config(tmp_path, toy({"epochs": 1}))
     command = str(ROOT / "trainer" / "train.py")

@@ -454,7 +454,6 @@ def test_names_that_are_unknown_or_of_several_are_told(copied):
 # The user's commands
 
 
-@pytest.mark.slow
 def test_the_seeds_command_trains_from_the_command_line(tmp_path):
     output = tmp_path / "models" / "quick_test"
     command = [

@@ -170,7 +170,6 @@ def spawned(folder, **changes):
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT)])}
 
 
-@pytest.mark.slow
 def test_ranks_that_a_command_starts_train_as_launched_ones_do(tmp_path):
     path = spawned(tmp_path)
     run_command(["python", "-m", "trainer", "train", "--config", path], env=ENVIRONMENT)
@@ -180,14 +179,12 @@ def test_ranks_that_a_command_starts_train_as_launched_ones_do(tmp_path):
     assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], rel=1e-4)
 
 
-@pytest.mark.slow
 def test_a_mistake_of_a_started_rank_is_told_with_its_exit_code(tmp_path):
     path = spawned(tmp_path, resume_from="latest")
     said = run_command(["python", "-m", "trainer", "train", "--config", path], env=ENVIRONMENT, expect=2)
     assert said.stdout.count("error: ") == 1 and "resume_from" in said.stdout
 
 
-@pytest.mark.slow
 def test_a_request_to_end_reaches_the_started_ranks_and_they_go_on_afterwards(tmp_path):
     phase = {"name": "one", "dataloader_factory": "toy.map_loader", "epochs": 40, "log_every_steps": 1}
     path = spawned(tmp_path, datasets=[phase])

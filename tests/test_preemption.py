@@ -185,7 +185,6 @@ def test_a_stream_is_stopped_without_losing_cells(tmp_path):
     assert comparable_records(resumed) == comparable_records(whole) and same_weights(resumed, whole)
 
 
-@pytest.mark.slow
 def test_a_launched_run_leaves_its_accounts_for_the_launch_script(tmp_path):
     control = tmp_path / "control"
     control.mkdir()

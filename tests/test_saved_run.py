@@ -28,7 +28,6 @@ def test_what_is_no_exported_model_is_not_replaced(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.slow
 def test_a_run_exports_its_model_when_it_has_ended_and_keeps_it_from_others(tmp_path):
     config = toy(export_to={"folder": str(tmp_path / "model")})
     folder = train(tmp_path, config)

@@ -407,7 +407,6 @@ def test_a_model_with_random_state_of_its_own_is_caught(verify, forked, tmp_path
     assert not list(forked.glob("cellphase-*"))
 
 
-@pytest.mark.slow
 def test_a_step_after_the_runs_end_is_the_users_mistake(tmp_path):
     path = write_config(tmp_path, toy({"dataloader_args": {"num_cells": 16}}, global_batch_size=8))
     scratch = tmp_path / "scratch"

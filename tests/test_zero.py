@@ -434,7 +434,6 @@ def handed_on(launch_file, script, monkeypatch):
     return int(launched.nproc_per_node), new
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "zero1", "zero2", "zero3", "zero3_offload"])
 def test_the_launch_files_start_the_users_command_from_anywhere(tmp_path, name, monkeypatch):
     script = [ROOT / "trainer" / "train.py", "--config", write_config(tmp_path, CONFIG), "--dry-run"]
