@@ -95,7 +95,10 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def forked_programs():
-    """Let forks verify what a module's tests export and score what they train: fresh processes would import anew."""
+    """Let forks verify what a module's tests export and score what they train: fresh processes would import anew.
+
+    Runs end without the picture of their report.
+    """
     from launching import programs_as_forks, runs_without_picture
 
     with programs_as_forks(), runs_without_picture():

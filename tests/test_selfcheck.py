@@ -3,17 +3,19 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import textwrap
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from launching import LEFT_BY_IMPORTS, ROOT, cpu_environment, programs_as_forks, run_command
+from launching import ROOT, cpu_environment, rank_as_fork, run_command
 from running import toy, write_config
 
 from trainer import proofs, selfcheck, verify_resume
@@ -325,16 +327,20 @@ def forked(monkeypatch, tmp_path):
 
     The last test runs the command of its name.
     """
-    for name in LEFT_BY_IMPORTS:
-        monkeypatch.delenv(name, raising=False)
+
+    def fork(command, **options):
+        assert command[:3] == [sys.executable, "-P", "-m"]
+        return rank_as_fork(command, **options)
+
+    named = SimpleNamespace(Popen=fork, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr(proofs, "subprocess", named)
     for name, value in cpu_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "path", [*sys.path])
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(scratch))
-    with programs_as_forks():
-        yield scratch
+    return scratch
 
 
 @pytest.mark.slow

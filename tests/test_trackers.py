@@ -285,11 +285,8 @@ def test_ranks_that_wait_for_a_tracker_say_so(tmp_path, monkeypatch):
 def start_two_ranks(tmp_path, **changes):
     trackers = ["csv", {"name": "wandb", "mode": "online"}]
     path = write_config(tmp_path, toy({"max_steps": 2}), trackers=trackers, **changes)
-    env = {
-        "PYTHONPATH": str(ROOT / "tests"),
-        "WANDB_ERROR_REPORTING": "false",
-        "HOME": HOME,
-    }  # the key is a variable
+    # The key is a variable, and a process with another HOME would not be a fork.
+    env = {"PYTHONPATH": str(ROOT / "tests"), "WANDB_ERROR_REPORTING": "false", "HOME": HOME}
     return start_ranks(2, [ROOT / "trainer" / "train.py", "--config", path], env=env)
 
 
