@@ -1,11 +1,13 @@
 """What every test runs under: one thread, no network, fixed seeds. Tests marked `gpu` need one."""
 
 import contextlib
+import importlib
 import os
 import random
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -37,7 +39,6 @@ START_FIRST = (
     "test_zero.py",
     "test_preemption.py",
     "test_launch_script.py",
-    "test_recipe.py",
     "test_leakage.py",
     "test_curriculum.py",
     "test_ranks.py",
@@ -60,6 +61,19 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     _forkers.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection(session):
+    """Let each worker import the tests from another place on: the first to do so rewrites a file's assertions for all."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker is None or session.config.args_source is session.config.ArgsSource.ARGS:
+        return
+    names = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
+    start = len(names) * int(worker["workerid"].removeprefix("gw")) // worker["workercount"]
+    for name in (*names[start:], *names[:start]):
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # collecting tells it
+            importlib.import_module(name)
 
 
 def pytest_collection_modifyitems(items):

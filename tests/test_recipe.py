@@ -27,15 +27,16 @@ SPEC = LinearProbeSpec(cell_type_key="bulk_labels", num_repeats=1)
 
 @pytest.fixture
 def short_run(tmp_path):
-    """Train by the recipe for two of its epochs, and return the run folder."""
+    """Train by the recipe for one of its epochs, on fewer of each cell's genes, and return the run folder."""
     first = "datasets.0"
     config = load_run_config(
         CONFIG,
         [
             f"output_dir={tmp_path / 'runs'}",
             f"{first}.dataloader_args.cache_dir={tmp_path / 'cache'}",
-            f"{first}.epochs=2",
-            f"{first}.eval_every_epochs=2",
+            f"{first}.dataloader_args.tokenizer.max_genes=300",
+            f"{first}.epochs=1",
+            f"{first}.eval_every_epochs=1",
         ],
     )
     reset_accelerate()
@@ -50,15 +51,14 @@ def probe(embed, source, cells):
     return linear_probe.score(SPEC, features.numpy(), cells).scores["accuracy"].value
 
 
-@pytest.mark.slow
-def test_two_epochs_without_labels_beat_the_probe_of_the_network_before_training(short_run):
+def test_an_epoch_without_labels_beats_the_probe_of_the_network_before_training(short_run):
     source = h5ad_loader(**load_run_config(short_run / "config.yaml").datasets[0].dataloader_args)
     labels = source.obs(["bulk_labels"], np.arange(len(source)))
     cells = Cells(labels, expression=None, depth=np.zeros(len(source)), depth_measure="")
     opened = open_model(short_run)
     trained = probe(opened.embed, source, cells)
     untrained = max(probe(opened.untrained(seed).encode, source, cells) for seed in range(2))
-    assert trained > untrained + 0.03, (trained, untrained)
+    assert trained > untrained + 0.06, (trained, untrained)
 
 
 def test_the_documentation_shows_the_recipe_as_it_is_shipped():
