@@ -35,14 +35,14 @@ def recipe() -> ModuleType:
 @pytest.mark.slow
 def test_targets_that_were_never_seen_are_predicted_better_than_by_the_mean_response(recipe, tmp_path):
     cells, corpus = tmp_path / "cells.h5ad", tmp_path / "corpus"
-    write_simulated_h5ad(cells, num_genes=120, num_pathways=4, num_cell_types=2, num_batches=2, seed=7)
+    write_simulated_h5ad(cells, num_genes=80, num_pathways=4, num_cell_types=2, num_batches=2, seed=7)
     assert convert([str(cells), "--output", str(corpus)]) == 0
     task = recipe.simulated_task(cells, corpus, 7)
     settings = [
         f"output_dir={tmp_path / 'runs'}",
         f"datasets.0.dataloader_args.path={corpus}",
-        "datasets.0.epochs=7",
-        "datasets.0.eval_every_epochs=7",
+        "datasets.0.epochs=5",
+        "datasets.0.eval_every_epochs=5",
     ]
     reset_accelerate()
     assert run(load_run_config(CONFIG, [*settings, *task.settings])) == 0
