@@ -65,7 +65,7 @@ def pytest_unconfigure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection(session):
-    """Let each worker import the tests from another place on: the first to do so rewrites a file's assertions for all."""
+    """Let each worker import the tests from another one on: whoever is first rewrites a file's assertions for all."""
     worker = getattr(session.config, "workerinput", None)
     if worker is None or session.config.args_source is session.config.ArgsSource.ARGS:
         return
