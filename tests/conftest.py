@@ -51,6 +51,21 @@ _LOOPBACK = ("127.", "::1", "localhost")
 _forkers = contextlib.ExitStack()
 
 
+def processor_seconds():
+    """Return the seconds that all processors were busy, idle, and run for others by the hypervisor; None if unknown."""
+    try:
+        first = Path("/proc/stat").read_text().partition("\n")[0].split()  # proc(5)
+    except OSError:
+        return None
+    user, nice, system, idle, waiting, irq, softirq, stolen = (
+        int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in first[1:9]
+    )
+    return user + nice + system + irq + softirq, idle + waiting, stolen
+
+
+_at_start = processor_seconds()
+
+
 def pytest_configure(config):
     """Start what forks ranks once, for all workers: see launching.py."""
     from launching import FORKERS_AT, PRELOAD, started_forkers
@@ -61,6 +76,18 @@ def pytest_configure(config):
 
 def pytest_unconfigure(config):
     _forkers.close()
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say whose time the tests took: where a hypervisor gives it to others, they take longer, and some time out."""
+    at_end = processor_seconds()
+    if _at_start is not None and at_end is not None:
+        busy, idle, stolen = (end - start for start, end in zip(_at_start, at_end, strict=True))
+        number = os.cpu_count() or 1
+        terminalreporter.write_line(
+            f"{number} processors: {busy:.0f} s busy, {idle:.0f} s idle, {stolen:.0f} s taken by the hypervisor; "
+            f"all of this in {(busy + idle) / number:.0f} s where it takes none"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)
