@@ -32,19 +32,26 @@ for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIG
 
 START_FIRST = (
     "test_two_hosts.py",
-    "test_benchmark.py",
+    "test_cells_examples.py",
     "test_prediction_scoring.py",
-    "test_fp8.py",
     "test_faults.py",
-    "test_zero.py",
+    "test_convert.py",
     "test_preemption.py",
+    "test_docs.py",
     "test_launch_script.py",
-    "test_leakage.py",
-    "test_curriculum.py",
+    "test_zero.py",
+    "test_cells_whole.py",
+    "test_fp8.py",
+    "test_benchmark.py",
+    "test_million_cells.py",
+    "test_score.py",
     "test_ranks.py",
     "test_cells_training.py",
 )
-"""The files that take longest, so that no worker is left alone with one at the end."""
+"""The files that take longest, so that no worker is left alone with one at the end.
+
+Those that wait much, for timeouts and for other processes, are among others that compute, or processors idle.
+"""
 
 _LOOPBACK = ("127.", "::1", "localhost")
 
