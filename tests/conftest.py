@@ -9,6 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 # Before torch, wandb or datasets is imported: they read these once.
@@ -59,15 +60,10 @@ _forkers = contextlib.ExitStack()
 
 
 def processor_seconds():
-    """Return the seconds that all processors were busy, idle, and run for others by the hypervisor; None if unknown."""
-    try:
-        first = Path("/proc/stat").read_text().partition("\n")[0].split()  # proc(5)
-    except OSError:
-        return None
-    user, nice, system, idle, waiting, irq, softirq, stolen = (
-        int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in first[1:9]
-    )
-    return user + nice + system + irq + softirq, idle + waiting, stolen
+    """Return the seconds that all processors were busy, idle, and run for others by a hypervisor."""
+    times = psutil.cpu_times()._asdict()  # each system has some of these
+    kinds = (("user", "nice", "system", "irq", "softirq"), ("idle", "iowait"), ("steal",))
+    return [sum(times.get(name, 0.0) for name in names) for names in kinds]
 
 
 _at_start = processor_seconds()
@@ -87,14 +83,13 @@ def pytest_unconfigure(config):
 
 def pytest_terminal_summary(terminalreporter):
     """Say whose time the tests took: where a hypervisor gives it to others, they take longer, and some time out."""
-    at_end = processor_seconds()
-    if _at_start is not None and at_end is not None:
-        busy, idle, stolen = (end - start for start, end in zip(_at_start, at_end, strict=True))
-        number = os.cpu_count() or 1
-        terminalreporter.write_line(
-            f"{number} processors: {busy:.0f} s busy, {idle:.0f} s idle, {stolen:.0f} s taken by the hypervisor; "
-            f"all of this in {(busy + idle) / number:.0f} s where it takes none"
-        )
+    both = zip(_at_start, processor_seconds(), strict=True)
+    busy, idle, stolen = (end - start for start, end in both)
+    number = os.cpu_count() or 1
+    terminalreporter.write_line(
+        f"{number} processors: {busy:.0f} s busy, {idle:.0f} s idle, {stolen:.0f} s taken by the hypervisor; "
+        f"all of this in {(busy + idle) / number:.0f} s where it takes none"
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
